@@ -1,0 +1,2 @@
+"""wip"""
+from convnn_geo.checks import checking

@@ -1,0 +1,84 @@
+"""Patterns over pairs of points: causal, block-local and strided attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convnn_geo.candidates.base import Candidates, Subset, need_grid
+from convnn_geo.checks import check_int, check_tuple
+from convnn_geo.points import Points
+
+
+class Causal(Candidates):
+    """Sources up to the target's own place in the order."""
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """Mask ``(n, m)``, True at and under the diagonal."""
+        i = torch.arange(target.num_points, device=source.device)
+        j = torch.arange(source.num_points, device=source.device)
+        return Subset(mask=j <= i[:, None])
+
+
+class Block(Candidates):
+    """Sources in the same block: non-overlapping windows, as in Swin (arXiv 2103.14030).
+
+    Args:
+        size: points of a block along each axis.
+        shift: pixels by which the blocks are moved; blocks cut by the border stay cut, which is
+            what Swin's masked cyclic shift computes.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.candidates import Block
+        >>> from convnn_geo.points import Points
+        >>> tokens = Points.from_tokens(torch.zeros(1, 4, 1))
+        >>> Block(2)(tokens, tokens).mask.int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    """
+
+    def __init__(
+        self, size: int | tuple[int, ...], shift: int | tuple[int, ...] = 0
+    ) -> None:
+        super().__init__()
+        for name, value, minimum in (("size", size, 1), ("shift", shift, 0)):
+            check_tuple(name, value, 1 if isinstance(value, int) else len(value), minimum)
+        self.size, self.shift = size, shift
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """Mask ``(n, m)``."""
+        return Subset(mask=_same(self._block(target), self._block(source)))
+
+    def _block(self, points: Points) -> Tensor:
+        axes = len(need_grid("Block", points).size)
+        size = points.position.new_tensor(check_tuple("size", self.size, axes))
+        shift = points.position.new_tensor(check_tuple("shift", self.shift, axes, 0))
+        return ((points.position - shift) / size).floor()
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, shift={self.shift}"
+
+
+class Congruent(Candidates):
+    """Sources a multiple of ``stride`` pixels away along each axis: the strided pattern of
+    Sparse Transformers (https://arxiv.org/abs/1904.10509).
+
+    Args:
+        stride: pixels.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = check_int("stride", stride)
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """Mask ``(n, m)``."""
+        need_grid("Congruent", target), need_grid("Congruent", source)
+        return Subset(mask=_same(target.position % self.stride, source.position % self.stride))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+
+def _same(target: Tensor, source: Tensor) -> Tensor:
+    return (target.unsqueeze(-2) == source.unsqueeze(-3)).all(-1)

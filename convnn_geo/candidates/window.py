@@ -1,0 +1,209 @@
+"""Windows: the candidates of convolution and of neighbourhood attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from convnn_geo.candidates.base import Candidates, Subset, need_grid
+from convnn_geo.checks import check_name, check_tuple
+from convnn_geo.points import Grid, Points
+
+Axes: TypeAlias = "tuple[int, ...]"
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+BORDERS = ("pad", "shift", "causal")
+
+
+class Window(Candidates):
+    """A window of ``kernel_size`` points an axis, in raster order.
+
+    Args:
+        kernel_size: points along each axis; one number, or one an axis.
+        stride: pixels between the windows of neighbouring targets.
+        padding: pixels that windows reach over the border, ``"same"`` or ``"valid"``, as in
+            :class:`torch.nn.Conv2d`.
+        dilation: pixels between neighbouring points of one window.
+        padding_mode: ``"zeros"`` masks what lies outside; ``"reflect"``, ``"replicate"`` and
+            ``"circular"`` look it up inside, as the convolution's padding does.
+        border: ``"pad"`` for the above; ``"shift"`` moves windows inward at borders so that all
+            are full, and ``"causal"`` ends them at the target, both as in neighbourhood attention
+            (https://arxiv.org/abs/2204.07143). Those two need no padding and no stride.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.candidates import Window
+        >>> from convnn_geo.points import Points
+        >>> tokens = Points.from_tokens(torch.zeros(1, 5, 1))
+        >>> Window(3, border="shift")(tokens, tokens).index.tolist()
+        [[0, 1, 2], [0, 1, 2], [1, 2, 3], [2, 3, 4], [2, 3, 4]]
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        padding_mode: str = "zeros",
+        border: str = "pad",
+    ) -> None:
+        super().__init__()
+        self.padding_mode = check_name("padding_mode", padding_mode, PADDING_MODES)
+        self.border = check_name("border", border, BORDERS)
+        if isinstance(padding, str):
+            check_name("padding", padding, ("same", "valid"))
+            if padding == "same" and set(_plain(stride)) != {1}:
+                raise ValueError(f"padding='same' takes no stride, got {stride}")
+        for name, value, minimum in (
+            ("kernel_size", kernel_size, 1),
+            ("stride", stride, 1),
+            ("padding", 0 if isinstance(padding, str) else padding, 0),
+            ("dilation", dilation, 1),
+        ):
+            check_tuple(name, value, len(value) if isinstance(value, Sequence) else 1, minimum)
+        self.kernel_size, self.stride = kernel_size, stride
+        self.padding, self.dilation = padding, dilation
+        if border != "pad" and (set(_plain(stride)) != {1} or set(_plain(padding)) != {0}):
+            raise ValueError(
+                f"border={border!r} takes neither stride nor padding, "
+                f"got stride={stride}, padding={padding}"
+            )
+
+    def spread(self, axes: int) -> tuple[Axes, Axes, Axes]:
+        """``kernel_size, stride, dilation``, each one number an axis."""
+        return (
+            check_tuple("kernel_size", self.kernel_size, axes),
+            check_tuple("stride", self.stride, axes),
+            check_tuple("dilation", self.dilation, axes),
+        )
+
+    def pads(self, axes: int) -> tuple[tuple[int, int], ...]:
+        """Padding before and after, for each axis."""
+        kernel_size, _, dilation = self.spread(axes)
+        if self.padding == "valid":
+            return ((0, 0),) * axes
+        if self.padding == "same":
+            total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+            return tuple((t // 2, t - t // 2) for t in total)
+        return tuple((p, p) for p in check_tuple("padding", self.padding, axes, 0))
+
+    def targets(self, source: Grid) -> Grid:
+        """The grid of window centres: the output grid of the convolution with this window."""
+        if self.border != "pad":
+            return source
+        axes = len(source.size)
+        kernel_size, stride, dilation = self.spread(axes)
+        pads = self.pads(axes)
+        reach = tuple(d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
+        size = tuple(
+            (s + before + after - r - 1) // t + 1
+            for s, (before, after), r, t in zip(source.size, pads, reach, stride, strict=True)
+        )
+        if min(size) < 1 and min(source.size) > 0:
+            raise ValueError(
+                f"a window of {kernel_size} with dilation {dilation} does not fit into an image "
+                f"of {source.size} with padding {self.padding}"
+            )
+        origin = tuple(
+            o - before + r / 2
+            for o, (before, _), r in zip(source.origin, pads, reach, strict=True)
+        )
+        return Grid(size, origin, tuple(map(float, stride)))
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """Indices ``(n, w)`` with a mask where the window leaves the image."""
+        at, among = need_grid("Window", target), need_grid("Window", source)
+        kernel_size, _, dilation = self.spread(len(among.size))
+        padding = self.pads(len(among.size))
+        mode = self.padding_mode if self.border == "pad" else self.border
+        index, mask = _window(at, among, kernel_size, padding, dilation, mode, source.device)
+        return Subset(index, mask)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
+            f"dilation={self.dilation}, padding_mode={self.padding_mode!r}, border={self.border!r}"
+        )
+
+
+def _plain(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+@lru_cache(maxsize=32)
+def _window(
+    target: Grid,
+    source: Grid,
+    kernel_size: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
+    mode: str,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None]:
+    """Indices and mask ``(n, w)``, a function of sizes alone and therefore computed once."""
+    with torch.inference_mode(False), torch.no_grad():
+        axes = len(source.size)
+        index = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
+        inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
+        for axis, length in enumerate(source.size):
+            coordinate = _axis(
+                target, source, axis, kernel_size[axis], dilation[axis], mode
+            ).to(device)
+            ok = (coordinate >= 0) & (coordinate < length)
+            coordinate = _wrap(coordinate, length, max(padding[axis]), mode)
+            shape = [1] * (2 * axes)
+            shape[axis], shape[axes + axis] = coordinate.shape
+            index = index * length + coordinate.view(shape)
+            inside = inside & ok.view(shape)
+        index = index.flatten(0, axes - 1).flatten(1)
+        mask = inside.expand(*target.size, *kernel_size).reshape(index.shape)
+        hides = mode in ("zeros", "causal") and not bool(mask.all())
+        return index, mask if hides else None
+
+
+def _axis(target: Grid, source: Grid, axis: int, kernel: int, dilation: int, mode: str) -> Tensor:
+    """Source coordinates of every window along one axis, ``(targets, kernel)``."""
+    length = source.size[axis]
+    taps = torch.arange(kernel)
+    place = torch.arange(target.size[axis], dtype=torch.float64) * target.step[axis]
+    place = place + (target.origin[axis] - source.origin[axis])
+    if mode not in ("shift", "causal"):
+        start = place - dilation * (kernel - 1) / 2
+        if not bool((start == start.round()).all()):
+            raise ValueError(
+                f"Window: targets at {target.origin} with step {target.step} are not the centres "
+                f"of windows of {kernel} on whole pixels; use Window.targets(source.grid)"
+            )
+        return start.long()[:, None] + dilation * taps
+    phase, step = place.long() % dilation, place.long() // dilation
+    if mode == "causal":
+        return (step[:, None] - (kernel - 1) + taps) * dilation + phase[:, None]
+    members = (length - phase + dilation - 1) // dilation
+    if int(members.min()) < kernel:
+        raise ValueError(
+            f"a window of {kernel} with dilation {dilation} that shifts inward needs an axis of "
+            f"at least {kernel * dilation} points, got {length}"
+        )
+    start = torch.minimum((step - kernel // 2).clamp_min(0), members - kernel)
+    return (start[:, None] + taps) * dilation + phase[:, None]
+
+
+def _wrap(coordinate: Tensor, length: int, padding: int, mode: str) -> Tensor:
+    """Fold coordinates outside ``[0, length)`` back inside, as the padding mode does."""
+    if mode == "circular":
+        if padding > length:
+            raise ValueError(f"circular padding of {padding} is over the axis of {length} points")
+        return coordinate % length
+    if mode == "reflect":
+        if padding >= length:
+            raise ValueError(
+                f"reflect padding of {padding} must be under the axis of {length} points"
+            )
+        period = max(2 * (length - 1), 1)
+        coordinate = coordinate % period
+        return torch.where(coordinate >= length, period - coordinate, coordinate)
+    return coordinate.clamp(0, length - 1)

@@ -1,0 +1,132 @@
+"""Errors that say what was expected, what came and what to do.
+
+Every public entry checks shapes, names and types before it works. Values (finite features, say)
+are looked at where a graph is built, and everywhere inside :func:`checking`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHECK_VALUES: ContextVar[bool] = ContextVar("check_values", default=False)
+
+
+@contextlib.contextmanager
+def checking(enabled: bool = True) -> Iterator[None]:
+    """Look at values, too, in every layer's forward: the switch for debugging.
+
+    Layers look at shapes only, as :class:`torch.nn.Conv2d` does, so that forward never waits for
+    the device. Inside this context they refuse non-finite inputs.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo import checking
+        >>> from convnn_geo.nn import ConvNN2d
+        >>> layer = ConvNN2d(3, 4, k=2)
+        >>> with checking():
+        ...     _ = layer(torch.zeros(1, 3, 4, 4))
+    """
+    token = _CHECK_VALUES.set(enabled)
+    try:
+        yield
+    finally:
+        _CHECK_VALUES.reset(token)
+
+
+def check_values(name: str, *tensors: Tensor | None) -> None:
+    """Refuse non-finite tensors, but only inside :func:`checking`."""
+    if _CHECK_VALUES.get():
+        check_finite(name, *tensors)
+
+
+def check_finite(name: str, *tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` where a tensor holds NaN or infinity."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+            if bad:
+                raise ValueError(
+                    f"{name}: expected finite values, got {bad} that are NaN or infinite in a "
+                    f"tensor of shape {tuple(tensor.shape)}; clean the input, or pass check=False "
+                    "where the function offers it"
+                )
+
+
+def check_tensor(name: str, value: Any, ndim: int | Sequence[int] | None = None) -> Tensor:
+    """Return ``value`` if it is a tensor with one of the allowed numbers of dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    allowed = (ndim,) if isinstance(ndim, int) else ndim
+    if allowed is not None and value.ndim not in allowed:
+        wanted = " or ".join(str(d) for d in allowed)
+        raise ValueError(
+            f"{name}: expected {wanted} dimensions, got {value.ndim} (shape {tuple(value.shape)})"
+        )
+    return value
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raise ``TypeError`` unless ``value`` is real floating point."""
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {value.dtype}; "
+            "convert with .float() first"
+        )
+
+
+def check_alike(name: str, first: Tensor, other_name: str, second: Tensor) -> None:
+    """Raise unless two tensors share device and dtype."""
+    if first.device != second.device:
+        raise ValueError(
+            f"{name} is on {first.device} but {other_name} on {second.device}; "
+            "move both to one device"
+        )
+    if first.dtype != second.dtype:
+        raise TypeError(
+            f"{name} is {first.dtype} but {other_name} {second.dtype}; convert one of them"
+        )
+
+
+def check_int(name: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}: expected an integer, got {value!r} of type {type(value).__name__}"
+        )
+    if value < minimum:
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
+    return value
+
+
+def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
+    """Return ``value`` if it is a finite real number not under ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        bound = "greater than" if exclusive else "of at least"
+        raise ValueError(f"{name}: expected a finite number {bound} {minimum:g}, got {value}")
+    return float(value)
+
+
+def check_name(what: str, name: Any, known: Iterable[str]) -> str:
+    """Return ``name`` if it is known; the error lists what is."""
+    names = list(known)
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"unknown {what} {name!r}; expected one of: {', '.join(names)}")
+    return name
+
+
+def check_tuple(name: str, value: Any, length: int, minimum: int = 1) -> tuple[int, ...]:
+    """Spread an integer over ``length`` axes, or check a sequence of that many integers."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != length:
+            raise ValueError(f"{name}: expected {length} integers, one an axis, got {value!r}")
+        return tuple(check_int(name, v, minimum) for v in value)
+    return (check_int(name, value, minimum),) * length

@@ -1,0 +1,192 @@
+"""Encodings of position in features."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_int, check_name, check_tuple
+from convnn_geo.points import Points
+
+
+class Encoding(nn.Module, ABC):
+    """From points to points with other features.
+
+    A layer applies it where ``on`` says: to the ``"value"`` that is aggregated (the metric does
+    not see it), to the ``"features"`` (both see it), or in the ``"metric"`` alone.
+    """
+
+    on: Literal["value", "features", "metric"] = "features"
+
+    @abstractmethod
+    def forward(self, points: Points) -> Points:
+        """The same points with encoded features."""
+
+    def extra_channels(self, axes: int) -> int:
+        """Channels that are added, for positions of ``axes`` axes."""
+        return 0
+
+
+def unit_positions(points: Points) -> Tensor:
+    """Positions scaled to [-1, 1] along each axis, ``(..., n, p)``; 0 on an axis of one pixel."""
+    if points.grid is not None and points.pos is None:
+        device, dtype = points.features.device, points.features.dtype
+        lines = [
+            torch.linspace(-1, 1, s, device=device, dtype=dtype)
+            if s > 1
+            else torch.zeros(s, device=device, dtype=dtype)
+            for s in points.grid.size
+        ]
+        return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)
+    pos = points.position
+    low, high = pos.amin(-2, keepdim=True), pos.amax(-2, keepdim=True)
+    half = (high - low) / 2
+    return torch.where(half > 0, (pos - (low + high) / 2) / torch.where(half > 0, half, 1), 0)
+
+
+def _append(points: Points, channels: Tensor) -> Points:
+    x = points.features
+    channels = channels.to(x.dtype).expand(*x.shape[:-1], channels.shape[-1])
+    return points.with_x(torch.cat([x, channels], -1))
+
+
+class Coordinates(Encoding):
+    """Positions as more channels of the values, in [-1, 1], last axis first: (x, y) for images.
+
+    Example:
+        >>> import torch
+        >>> points = Points.from_image(torch.zeros(1, 1, 1, 2))
+        >>> Coordinates()(points).x.tolist()
+        [[[0.0, -1.0, 0.0], [0.0, 1.0, 0.0]]]
+    """
+
+    on = "value"
+
+    def forward(self, points: Points) -> Points:
+        """Append the coordinates."""
+        return _append(points, unit_positions(points).flip(-1))
+
+    def extra_channels(self, axes: int) -> int:
+        """One an axis."""
+        return axes
+
+
+class Fourier(Encoding):
+    """Sines and cosines of positions as more channels (https://arxiv.org/abs/2006.10739).
+
+    ``sin(pi 2^f u), cos(pi 2^f u)`` for ``f = 0 .. frequencies - 1`` and u in [-1, 1].
+
+    Args:
+        frequencies: for each axis.
+    """
+
+    def __init__(self, frequencies: int = 4) -> None:
+        super().__init__()
+        self.frequencies = check_int("frequencies", frequencies)
+
+    def forward(self, points: Points) -> Points:
+        """Append the waves."""
+        unit = unit_positions(points)
+        octave = 2.0 ** torch.arange(self.frequencies, device=unit.device, dtype=unit.dtype)
+        angle = (unit.unsqueeze(-1) * octave * math.pi).flatten(-2)
+        return _append(points, torch.cat([angle.sin(), angle.cos()], -1))
+
+    def extra_channels(self, axes: int) -> int:
+        """Two an axis and frequency."""
+        return 2 * axes * self.frequencies
+
+    def extra_repr(self) -> str:
+        return f"frequencies={self.frequencies}"
+
+
+class LearnedAbsolute(Encoding):
+    """A learned vector for each place, added to the features; resampled to other grid sizes.
+
+    Args:
+        channels: of the features.
+        size: the grid that the table is for, one number an axis.
+    """
+
+    def __init__(self, channels: int, size: int | tuple[int, ...]) -> None:
+        super().__init__()
+        size = (size,) if isinstance(size, int) else size
+        self.size = check_tuple("size", size, len(size))
+        self.table = nn.Parameter(torch.empty(check_int("channels", channels), *self.size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Small random vectors."""
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, points: Points) -> Points:
+        """Add the table."""
+        if points.grid is None or len(points.grid.size) != len(self.size):
+            raise ValueError(f"LearnedAbsolute of size {self.size} needs a grid of as many axes")
+        table = self.table[None]
+        if points.grid.size != self.size:
+            mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(self.size)]
+            table = F.interpolate(table, points.grid.size, mode=mode, align_corners=False)
+        return points.with_x(points.features + table.flatten(2).transpose(1, 2).squeeze(0))
+
+    def extra_repr(self) -> str:
+        return f"{self.table.shape[0]}, size={self.size}"
+
+
+class Conditional(Encoding):
+    """Features plus a depthwise convolution of them (https://arxiv.org/abs/2102.10882).
+
+    Args:
+        channels: of the features.
+        axes: of the grid.
+        kernel_size: odd.
+    """
+
+    def __init__(self, channels: int, axes: int = 2, kernel_size: int = 3) -> None:
+        super().__init__()
+        if check_int("kernel_size", kernel_size) % 2 == 0:
+            raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+        self.conv = conv(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def reset_parameters(self) -> None:
+        """Reset the convolution."""
+        self.conv.reset_parameters()
+
+    def forward(self, points: Points) -> Points:
+        """Convolve and add."""
+        image = points.to_image()
+        return points.with_x((image + self.conv(image)).flatten(2).transpose(1, 2))
+
+
+def _known() -> tuple[str, ...]:
+    return ("coordinates", "fourier", "learned", "rotary", "conditional")
+
+
+def encoding_names() -> list[str]:
+    """Names that :func:`as_encoding` knows."""
+    return sorted(_known())
+
+
+def as_encoding(
+    encoding: Encoding | str | None, channels: int, axes: int, size: tuple[int, ...] | None = None
+) -> Encoding | None:
+    """Resolve a name or an instance; ``"learned"`` needs an instance, since it needs a size."""
+    if encoding is None or isinstance(encoding, Encoding):
+        return encoding
+    name = check_name("encoding", encoding, _known())
+    if name == "learned":
+        if size is None:
+            raise ValueError("encoding='learned' needs a size: pass LearnedAbsolute(channels, size)")
+        return LearnedAbsolute(channels, size)
+    if name == "conditional":
+        return Conditional(channels, axes)
+    if name == "rotary":
+        from convnn_geo.encodings.rotary import Rotary
+
+        return Rotary()
+    return Coordinates() if name == "coordinates" else Fourier()

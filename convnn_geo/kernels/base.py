@@ -1,0 +1,145 @@
+"""The kernel: what is done with a neighbourhood."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import scatter
+
+from convnn_geo.pairs import EdgePairs, Pairs
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Kernel(ABC):
+    """``y_i = K({rho_ij v_j})``.
+
+    A kernel says what each pair sends (:meth:`message`) and how a target reduces what it receives,
+    on a regular neighbourhood (:meth:`reduce`) and on edges (:meth:`scatter`).
+    """
+
+    needs_target = False
+    """Whether messages look at the target's features."""
+    needs_offset = False
+    """Whether messages look at relative positions."""
+
+    def message(self, pairs: Pairs | EdgePairs) -> Tensor:
+        """What a pair sends before weighting, ``(..., n, k, c)`` or ``(E, c)``."""
+        return pairs.x_j
+
+    @abstractmethod
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """``(..., n, k, c)`` to ``(..., n, d)``; masked messages are to be ignored."""
+
+    def scatter(
+        self, messages: Tensor, target: Tensor, rank: Tensor, shape: Shape, k: int
+    ) -> Tensor:
+        """Messages of edges ``(E, c)`` into slots ``(target, rank)``, then :meth:`reduce`.
+
+        Args:
+            messages: one a edge.
+            target: ``(E,)``, counted through ``shape``.
+            rank: ``(E,)``, the slot of each edge.
+            shape: leading shape ``(..., n)`` of the targets.
+            k: slots of a target.
+        """
+        slot, slots = target * k + rank, math.prod(shape) * k
+        filled = messages.new_zeros(slots, messages.shape[-1]).index_add(0, slot, messages)
+        mask = torch.zeros(slots, dtype=torch.bool, device=slot.device)
+        mask[slot] = True
+        return self.reduce(filled.view(*shape, k, messages.shape[-1]), mask.view(*shape, k))
+
+    def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
+        """What is done after reduction, with the targets' own features ``(..., n, c)``."""
+        return reduced
+
+    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """The kernel on a regular neighbourhood: ``(..., n, d)``."""
+        messages = self.message(pairs)
+        if weight is not None:
+            messages = messages * (weight if weight.ndim == messages.ndim else weight[..., None])
+        return self.finish(self.reduce(messages, pairs.mask), pairs.target.x)
+
+
+class Sum(Kernel):
+    """Sum of weighted values."""
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Sum over neighbours."""
+        return (messages if mask is None else messages * mask.unsqueeze(-1)).sum(-2)
+
+    def scatter(
+        self, messages: Tensor, target: Tensor, rank: Tensor, shape: Shape, k: int
+    ) -> Tensor:
+        """Sum over edges."""
+        return _scatter(messages, target, shape, "sum")
+
+    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """One small product a target; nothing of size ``n k c`` beside the gathered values."""
+        if weight is None or weight.ndim == pairs.value.ndim + 1:
+            return super().gather(pairs, weight)
+        if pairs.neighborhood.complete:
+            return torch.matmul(weight, pairs.value)
+        return torch.matmul(weight.unsqueeze(-2), pairs.x_j).squeeze(-2)
+
+
+class Mean(Kernel):
+    """Mean of weighted values.
+
+    Args:
+        count_empty: divide by k even where slots are empty, as average pooling over a padded
+            border does.
+    """
+
+    def __init__(self, count_empty: bool = False) -> None:
+        self.count_empty = count_empty
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean over neighbours; 0 where there are none."""
+        if mask is None:
+            return messages.mean(-2)
+        total = (messages * mask.unsqueeze(-1)).sum(-2)
+        count = mask.shape[-1] if self.count_empty else mask.sum(-1, keepdim=True).clamp_min(1)
+        return total / count
+
+    def scatter(
+        self, messages: Tensor, target: Tensor, rank: Tensor, shape: Shape, k: int
+    ) -> Tensor:
+        """Mean over edges."""
+        if self.count_empty:
+            return _scatter(messages, target, shape, "sum") / k
+        return _scatter(messages, target, shape, "mean")
+
+
+class Max(Kernel):
+    """Maximum of weighted values, channel by channel; 0 where there are no neighbours."""
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Maximum over neighbours."""
+        if mask is None:
+            return messages.max(-2).values if messages.shape[-2] else messages.sum(-2)
+        best = messages.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        best = best.max(-2).values  # the first of equal values takes the gradient
+        return best.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def _scatter(messages: Tensor, target: Tensor, shape: Shape, reduce: str) -> Tensor:
+    out = scatter(messages, target, dim=0, dim_size=math.prod(shape), reduce=reduce)
+    return out.view(*shape, messages.shape[-1])
+
+
+def spread(weight: Tensor, lead: torch.Size) -> Tensor:
+    """Weights ``(..., n, k)`` for leading axes ``lead``, flattened to rows ``(B n, k)``."""
+    return weight.expand(*lead, *weight.shape[-2:]).reshape(-1, weight.shape[-1])
+
+
+def flat_index(index: Tensor, lead: torch.Size, num_sources: int) -> Tensor:
+    """Indices ``(..., n, k)`` into rows of all examples, ``(B n, k)``."""
+    examples = math.prod(lead)
+    start = torch.arange(examples, device=index.device) * num_sources
+    index = index.expand(*lead, *index.shape[-2:]).reshape(examples, -1, index.shape[-1])
+    return (index + start[:, None, None]).flatten(0, 1)

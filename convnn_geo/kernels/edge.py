@@ -1,0 +1,148 @@
+"""Kernels that compute each pair's message: MLPs on edges, max-relative, vector attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_name
+from convnn_geo.kernels.base import Kernel, Max, Mean, Sum
+from convnn_geo.pairs import EdgePairs, Pairs
+
+INPUTS = ("target", "source", "difference", "offset")
+REDUCTIONS: dict[str, Kernel] = {"max": Max(), "mean": Mean(), "sum": Sum()}
+
+
+class EdgeMLP(nn.Module, Kernel):
+    """``y_i = reduce_j mlp(inputs_ij)``.
+
+    ``inputs=("target", "difference")`` is EdgeConv (https://arxiv.org/abs/1801.07829),
+    ``("source", "offset")`` the set abstraction of PointNet++ (https://arxiv.org/abs/1706.02413).
+
+    Args:
+        mlp: from the inputs' channels to the messages'.
+        inputs: what the network sees, in order: ``"target"`` x_i, ``"source"`` x_j,
+            ``"difference"`` x_j - x_i, ``"offset"`` p_j - p_i.
+        reduce: ``"max"``, ``"mean"`` or ``"sum"``.
+    """
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        inputs: Sequence[str] = ("target", "difference"),
+        reduce: str = "max",
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.inputs = tuple(check_name("input of EdgeMLP", i, INPUTS) for i in inputs)
+        self.reduction = check_name("reduction", reduce, REDUCTIONS)
+        self.needs_target = bool({"target", "difference"} & set(self.inputs))
+        self.needs_offset = "offset" in self.inputs
+
+    def message(self, pairs: Pairs | EdgePairs) -> Tensor:
+        """The network on concatenated inputs."""
+        x_j = pairs.x_j
+        parts = []
+        for name in self.inputs:
+            if name == "source":
+                parts.append(x_j)
+            elif name == "offset":
+                parts.append(_there(pairs.offset).to(x_j.dtype).expand(*x_j.shape[:-1], -1))
+            else:
+                x_i = _there(pairs.x_i)
+                part = x_i if name == "target" else x_j - x_i
+                parts.append(part.expand(*x_j.shape[:-1], -1))
+        return self.mlp(torch.cat(parts, -1))  # type: ignore[no-any-return]
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """As named."""
+        return REDUCTIONS[self.reduction].reduce(messages, mask)
+
+    def extra_repr(self) -> str:
+        return f"inputs={self.inputs}, reduce={self.reduction!r}"
+
+
+class MaxRelative(nn.Module, Kernel):
+    """``y_i = update([x_i, max_j (x_j - x_i)])``: the graph convolution of ViG
+    (https://arxiv.org/abs/2206.00272).
+
+    Args:
+        update: module on ``2 c`` channels, the target's own first.
+    """
+
+    needs_target = True
+
+    def __init__(self, update: nn.Module) -> None:
+        super().__init__()
+        self.update = update
+
+    def message(self, pairs: Pairs | EdgePairs) -> Tensor:
+        """Relative features."""
+        return pairs.x_j - _there(pairs.x_i)
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Maximum over neighbours."""
+        return REDUCTIONS["max"].reduce(messages, mask)
+
+    def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
+        """Concatenate the target's own features and update."""
+        own = _there(x_i).expand(*reduced.shape[:-1], -1)
+        return self.update(torch.cat([own, reduced], -1))  # type: ignore[no-any-return]
+
+
+class VectorAttention(nn.Module, Kernel):
+    """Vector attention of Point Transformer (https://arxiv.org/abs/2012.09164).
+
+    .. math:: y_i = \\sum_j \\mathrm{softmax}_j(\\gamma(Q x_i - K x_j + \\delta_{ij}))
+              \\odot (V x_j + \\delta_{ij}), \\quad \\delta_{ij} = \\theta(p_i - p_j)
+
+    Args:
+        query: module on the target's features.
+        key: module on the source's features.
+        value: module on the source's features.
+        position: ``theta``, from relative positions to channels.
+        attention: ``gamma``, from channels to channels; the identity by default.
+    """
+
+    needs_target = True
+    needs_offset = True
+
+    def __init__(
+        self,
+        query: nn.Module,
+        key: nn.Module,
+        value: nn.Module,
+        position: nn.Module,
+        attention: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value = query, key, value
+        self.position = position
+        self.attention = nn.Identity() if attention is None else attention
+
+    def message(self, pairs: Pairs | EdgePairs) -> Tensor:
+        """Scores and values side by side, ``2 d`` channels."""
+        delta = self.position(-_there(pairs.offset).to(pairs.x_j.dtype))
+        score = self.attention(self.query(_there(pairs.x_i)) - self.key(pairs.x_j) + delta)
+        value = self.value(pairs.x_j) + delta
+        return torch.cat([score.expand(value.shape), value], -1)
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax over neighbours, channel by channel, and the weighted sum."""
+        score, value = messages.chunk(2, -1)
+        if mask is not None:
+            score = score.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+            alone = ~mask.any(-1)[..., None, None]
+            return (score.masked_fill(alone, 0.0).softmax(-2) * value).masked_fill(alone, 0).sum(-2)
+        return (score.softmax(-2) * value).sum(-2)
+
+
+def _there(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError(
+            "this kernel looks at targets' features and positions: give x as (x_src, x_dst), "
+            "and pos"
+        )
+    return tensor

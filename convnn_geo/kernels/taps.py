@@ -1,0 +1,199 @@
+"""Tap kernels: one weight matrix a neighbour, by rank or raster order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convnn_geo.kernels.base import Kernel, flat_index, spread
+from convnn_geo.pairs import Pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Taps(Kernel):
+    """``y_i = sum_j W_j rho_ij v_j + b``: standard, grouped and depthwise convolution kernels.
+
+    Args:
+        weight: ``(d, c // groups, k)`` or with several axes of taps, as a convolution's weight
+            ``(d, c // groups, *kernel_size)``. ``groups = c`` is depthwise.
+        bias: ``(d,)`` or None.
+        groups: groups of channels.
+
+    Example:
+        >>> import torch
+        >>> Taps(torch.zeros(8, 4, 3, 3)).k
+        9
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    groups: int = 1
+
+    @property
+    def k(self) -> int:
+        """Number of taps."""
+        return math.prod(self.weight.shape[2:])
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """All taps at once, from slots ``(..., n, k, c)``."""
+        self.check_slots(messages.shape[-2])
+        if mask is not None:
+            messages = messages * mask.unsqueeze(-1)
+        weight = self.weight.flatten(2).unflatten(0, (self.groups, -1))
+        grouped = messages.unflatten(-1, (self.groups, -1))
+        out = torch.einsum("...kgc,gdck->...gd", grouped, weight).flatten(-2)
+        return out if self.bias is None else out + self.bias
+
+    def check_slots(self, k: int) -> None:
+        """Raise unless there is one tap a neighbour."""
+        if k != self.k:
+            raise ValueError(f"the kernel has {self.k} taps, but targets have {k} neighbours")
+
+    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """Tap by tap: rows selected and multiplied, never ``(b, n, k, c)``; backward too."""
+        hood, value = pairs.neighborhood, pairs.value
+        self.check_slots(hood.k)
+        if weight is not None and weight.ndim == value.ndim + 1:
+            return super().gather(pairs, weight)
+        lead = torch.broadcast_shapes(
+            value.shape[:-2],
+            hood.index.shape[:-2],
+            () if weight is None else weight.shape[:-2],
+        )
+        m, c = value.shape[-2:]
+        rows = value.expand(*lead, m, c).reshape(-1, c)
+        index = flat_index(hood.index, lead, m).t().contiguous()
+        rho = None if weight is None else spread(weight, lead).t()
+        taps = self.weight.flatten(2).permute(2, 0, 1)
+        out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), self.groups)
+        out = out.view(*lead, hood.num_targets, -1)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _GatherTaps(torch.autograd.Function):
+    """``out_i = sum_j W_j rho_ij x[index_ji]`` with the gathered rows recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx, rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]  # noqa: ANN
+        ctx.save_for_backward(rows, index, rho, taps)
+        ctx.groups = groups
+        k, d = taps.shape[:2]
+        out = rows.new_zeros(index.shape[1], d)
+        for j in range(k):
+            _accumulate(out, _weighted(rows, index, rho, j), taps[j], groups)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN
+        rows, index, rho, taps = ctx.saved_tensors
+        need_rows, _, need_rho, need_taps, _ = ctx.needs_input_grad
+        grad_rows = torch.zeros_like(rows) if need_rows else None
+        grad_taps, grad_rho = [], []
+        for j in range(taps.shape[0]):
+            if need_taps:
+                gathered = _weighted(rows, index, rho, j)
+                grad_taps.append(_outer(grad, gathered, ctx.groups))
+            if need_rows or need_rho:
+                back = _transposed(grad, taps[j], ctx.groups)
+                if need_rho:
+                    grad_rho.append((back * rows.index_select(0, index[j])).sum(-1))
+                if need_rows:
+                    if rho is not None:
+                        back = back * rho[j].unsqueeze(-1)
+                    grad_rows = grad_rows.index_add(0, index[j], back)
+        return (
+            grad_rows,
+            None,
+            torch.stack(grad_rho) if need_rho else None,
+            torch.stack(grad_taps) if need_taps else None,
+            None,
+        )
+
+
+def _weighted(rows: Tensor, index: Tensor, rho: Tensor | None, j: int) -> Tensor:
+    gathered = rows.index_select(0, index[j])
+    return gathered if rho is None else gathered * rho[j].unsqueeze(-1)
+
+
+def _accumulate(out: Tensor, x: Tensor, tap: Tensor, groups: int) -> None:
+    """``out += x W^T``, group by group."""
+    if groups == 1:
+        out.addmm_(x, tap.t())
+    elif tap.shape[1] == 1:  # depthwise
+        grouped = out.view(-1, groups, tap.shape[0] // groups)
+        grouped.addcmul_(x.unsqueeze(-1), tap.view(groups, -1))
+    else:
+        weight = tap.view(groups, -1, tap.shape[1])
+        out.view(-1, groups, weight.shape[1]).add_(
+            torch.einsum("ngc,gdc->ngd", x.view(-1, groups, tap.shape[1]), weight)
+        )
+
+
+def _transposed(grad: Tensor, tap: Tensor, groups: int) -> Tensor:
+    """``grad W``, group by group."""
+    if groups == 1:
+        return grad @ tap
+    weight = tap.view(groups, -1, tap.shape[1])
+    grouped = grad.view(-1, groups, weight.shape[1])
+    return torch.einsum("ngd,gdc->ngc", grouped, weight).flatten(1)
+
+
+def _outer(grad: Tensor, x: Tensor, groups: int) -> Tensor:
+    """``grad^T x``, group by group: the gradient of one tap."""
+    if groups == 1:
+        return grad.t() @ x
+    grouped = grad.view(grad.shape[0], groups, -1)
+    return torch.einsum("ngd,ngc->gdc", grouped, x.view(x.shape[0], groups, -1)).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Separable(Kernel):
+    """A depthwise kernel, then one matrix over channels: ``y_i = P sum_j w_j rho_ij v_j + b``.
+
+    Args:
+        depthwise: ``(c, 1, k)`` or ``(c, 1, *kernel_size)``.
+        pointwise: ``(d, c)``, or a 1 x 1 convolution's ``(d, c, 1, ...)``.
+        bias: ``(d,)`` or None.
+    """
+
+    depthwise: Tensor
+    pointwise: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def first(self) -> Taps:
+        """The depthwise part."""
+        return Taps(self.depthwise, None, self.depthwise.shape[0])
+
+    def _mix(self, reduced: Tensor) -> Tensor:
+        return torch.nn.functional.linear(reduced, self.pointwise.flatten(1), self.bias)
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Depthwise taps, then the mix."""
+        return self._mix(self.first.reduce(messages, mask))
+
+    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """Likewise, without gathered copies."""
+        return self._mix(self.first.gather(pairs, weight))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadTaps(Kernel):
+    """Taps that differ from head to head: ``y_hi = sum_j W_hj rho_hij v_hj``.
+
+    Args:
+        weight: ``(heads, d, c, k)``, or ``(heads, c, 1, k)`` for depthwise taps.
+    """
+
+    weight: Tensor
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Taps of each head on slots ``(..., heads, n, k, c)``."""
+        if mask is not None:
+            messages = messages * mask.unsqueeze(-1)
+        if self.weight.shape[-2] == 1:
+            return torch.einsum("...hnkc,hck->...hnc", messages, self.weight.squeeze(-2))
+        return torch.einsum("...hnkc,hdck->...hnd", messages, self.weight)

@@ -1,0 +1,72 @@
+"""Attention by torch's own: softmax over every candidate of a bilinear metric."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnn_geo.candidates import Causal
+from convnn_geo.kernels import Sum
+from convnn_geo.lowering.rules import Rule
+from convnn_geo.metrics import Biased, BilinearForm, full_precision
+from convnn_geo.operation import Operation
+from convnn_geo.selection import Every
+from convnn_geo.weighting import Softmax
+
+
+class Attention(Rule):
+    """``F.scaled_dot_product_attention``.
+
+    With ``d(i, j) = a_i + b_j - scale <q_i, k_j>``, softmax over j forgets ``a_i``, and ``b_j``
+    becomes one more channel: queries get a 1, keys get ``-b_j / scale``. So mixtures of positions
+    and features run as one attention call, too.
+    """
+
+    name = "attention"
+    backend = "native"
+
+    def refuses(self, op: Operation) -> str | None:
+        """Needs softmax over all candidates of a bilinear metric, and a sum."""
+        if not isinstance(op.kernel, Sum):
+            return f"the kernel is {type(op.kernel).__name__}, not Sum"
+        if not isinstance(op.weighting, Softmax):
+            return f"weights are {type(op.weighting).__name__}, not Softmax"
+        if not isinstance(op.selection, Every):
+            return f"{type(op.selection).__name__} keeps part of the candidates"
+        if type(op.candidates).__name__ in ("Window", "Strided", "Random", "Both"):
+            return f"candidates of {type(op.candidates).__name__} are named by index"
+        if self._form(op) is None:
+            return "the metric is not bilinear"
+        return None
+
+    def _form(self, op: Operation) -> BilinearForm | None:
+        bound = op.bound
+        return (bound.inner if isinstance(bound, Biased) else bound).bilinear()
+
+    def run(self, op: Operation) -> Tensor:
+        """Attend."""
+        form = self._form(op)
+        if form is None:
+            raise TypeError("attention lowering needs a bilinear metric")
+        weighting: Softmax = op.weighting  # type: ignore[assignment]
+        scale = form.scale / weighting.temperature
+        q, k, value = form.q, form.k, op.value
+        with full_precision(value.device):
+            if form.b is not None:
+                one = q.new_ones(()).expand(*q.shape[:-1], 1)
+                q = torch.cat([q, one], -1)
+                k = torch.cat([k, (form.b / -form.scale).unsqueeze(-1).expand(*k.shape[:-1], 1)], -1)
+        q, k = q.to(value.dtype), k.to(value.dtype)
+        plain = op.mask is None and op.source.mask is None and op.bias is None
+        causal = plain and isinstance(op.candidates, Causal)
+        mask = None if causal else op.query().subset.mask
+        if op.bias is not None:
+            bias = op.bias.to(value.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+        dropout = weighting.dropout if weighting.training else 0.0
+        return F.scaled_dot_product_attention(
+            q, k, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+        )
+
+

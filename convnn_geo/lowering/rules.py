@@ -1,0 +1,59 @@
+"""Rules: ways to run an operation. One predicate decides and explains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from convnn_geo.operation import Operation, show_nan
+from convnn_geo.pairs import Pairs
+
+
+class Rule(ABC):
+    """A way to run an operation, proved equal to the plain one."""
+
+    name: str
+    backend: str
+
+    @abstractmethod
+    def refuses(self, op: Operation) -> str | None:
+        """Why this rule can't run the operation; None where it can."""
+
+    @abstractmethod
+    def run(self, op: Operation) -> Tensor:
+        """The result, ``(..., n, d)``."""
+
+
+class Aggregation(Rule):
+    """A rule that finds neighbours and their weights, then aggregates."""
+
+    def refuses(self, op: Operation) -> str | None:
+        """Never."""
+        return None
+
+    def run(self, op: Operation) -> Tensor:
+        """Find, weigh, aggregate."""
+        return self.run_with_weights(op)[0]
+
+    def run_with_weights(self, op: Operation) -> tuple[Tensor, Pairs, Tensor | None]:
+        """The result, the chosen pairs and their weights."""
+        pairs = op.pairs()
+        weight = op.weighting(pairs)
+        out = self.aggregate(op, pairs, weight)
+        return show_nan(out, pairs, op.weighting), pairs, weight
+
+    @abstractmethod
+    def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """The kernel on weighted pairs."""
+
+
+class Gather(Aggregation):
+    """Neighbours as a regular array: select rows, weigh, reduce."""
+
+    name = "gather"
+    backend = "gather"
+
+    def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """Select, weigh, reduce."""
+        return op.kernel.gather(pairs, weight)

@@ -1,0 +1,90 @@
+"""The table of rules, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_name
+from convnn_geo.lowering.attention import Attention
+from convnn_geo.lowering.convolution import Convolution, Pooling
+from convnn_geo.lowering.message_passing import MessagePassingRule
+from convnn_geo.lowering.rules import Aggregation, Gather, Rule
+from convnn_geo.operation import Operation
+from convnn_geo.pairs import Pairs
+from convnn_geo.typing import BACKENDS
+
+RULES: tuple[Rule, ...] = (Convolution(), Pooling(), Attention(), Gather(), MessagePassingRule())
+
+
+def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule, str]]]:
+    """The rule that runs an operation, and the reason of each that does not."""
+    check_name("backend", backend, BACKENDS)
+    passed: list[tuple[Rule, str]] = []
+    for rule in RULES:
+        if backend not in ("auto", rule.backend):
+            passed.append((rule, f"backend={backend!r} was asked for"))
+            continue
+        reason = rule.refuses(op)
+        if reason is None:
+            return rule, passed
+        passed.append((rule, reason))
+    reasons = "; ".join(f"{rule.name}: {why}" for rule, why in passed if rule.backend == backend)
+    raise ValueError(
+        f"backend={backend!r} can't run this layer: {reasons}. Use backend='auto', which falls "
+        "back to 'gather'"
+    )
+
+
+def run(op: Operation, backend: str = "auto") -> Tensor:
+    """Run an operation by the first rule that can: ``(..., n, d)``."""
+    rule, _ = choose(op, backend)
+    return rule.run(op)
+
+
+def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pairs, Tensor | None]:
+    """The same by a rule that has the weights at hand: the result, the pairs, their weights."""
+    wanted = "message_passing" if backend == "message_passing" else "gather"
+    rule = next(r for r in RULES if isinstance(r, Aggregation) and r.backend == wanted)
+    return rule.run_with_weights(op)
+
+
+def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
+    """Which rule runs a layer on this input, and why the faster ones refuse.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo import lowering, recipes
+        >>> layer = recipes.feature_conv2d(3, 8, k=9, metric="cosine")
+        >>> print(lowering.explain(layer, torch.zeros(1, 3, 6, 6)))
+        ConvNN2d runs by: gather
+          convolution  refused: candidates are All, not a Window
+          pooling      refused: the kernel is Taps, neither Mean nor Max
+          attention    refused: the kernel is Taps, not Sum
+          search       dense (grid: the metric looks at more than positions)
+    """
+    if not hasattr(layer, "operation"):
+        raise TypeError(
+            f"explain: expected a layer of convnn_geo.nn, got {type(layer).__name__}; "
+            "for a model, explain its layers one by one"
+        )
+    op = layer.operation(*args, **kwargs)
+    rule, passed = choose(op, getattr(layer, "backend", "auto"))
+    lines = [f"{type(layer).__name__} runs by: {rule.name}"]
+    lines += [f"  {other.name:<12} refused: {reason}" for other, reason in passed]
+    lines += _search_line(op, rule)
+    return "\n".join(lines)
+
+
+def _search_line(op: Operation, rule: Rule) -> list[str]:
+    from convnn_geo.search import explain_search
+    from convnn_geo.selection import Every
+
+    if rule.backend == "native" or isinstance(op.selection, Every):
+        return []
+    if op.search != "auto":
+        return [f"  search       {op.search} (asked for)"]
+    rows = explain_search(op.query())
+    passed = "; ".join(f"{name}: {reason}" for name, reason in rows[:-1])
+    return [f"  search       {rows[-1][0]}" + (f" ({passed})" if passed else "")]

@@ -1,0 +1,258 @@
+"""The metric: how near a source is to a target. Smaller is nearer, always."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_number
+from convnn_geo.metrics.distances import Combination, Distances, Pairwise
+from convnn_geo.points import Points, gather_rows
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Half precision as float32: bfloat16 coordinates choose wrong neighbours."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast lowers nothing."""
+    return torch.autocast(device.type, enabled=False)
+
+
+class Metric(nn.Module, ABC):
+    """Dissimilarity of two sets of points; smaller is nearer.
+
+    A subclass implements :meth:`distances`. Metrics add, and multiply by non-negative numbers:
+    ``0.3 * Spatial() + 0.7 * Feature("cosine")`` is a metric.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.metrics import Feature, Spatial
+        >>> from convnn_geo.points import Points
+        >>> points = Points.from_image(torch.randn(1, 3, 4, 4))
+        >>> metric = 0.3 * Spatial() + 0.7 * Feature("cosine")
+        >>> metric(points, points).shape
+        torch.Size([1, 16, 16])
+    """
+
+    @abstractmethod
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Bind the metric to points: project, normalise, whatever is done once a point."""
+
+    def bind(self, target: Points, source: Points) -> Distances:
+        """:meth:`distances`, in float32 or better under autocast."""
+        with full_precision(target.device):
+            return self.distances(target, source)
+
+    def forward(self, target: Points, source: Points | None = None) -> Tensor:
+        """All distances, ``(..., n, m)``; the targets are the sources where none are given."""
+        return self.bind(target, target if source is None else source).rows()
+
+    def pairs(self, target: Points, source: Points, index: Tensor) -> Tensor:
+        """Distances of chosen pairs with gradient, ``(..., n, k)``."""
+        return self.bind(target, source).at(index)
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the metric has parameters that want a gradient."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def __add__(self, other: object) -> Metric:
+        if not isinstance(other, Metric):
+            return NotImplemented
+        terms = [term for m in (self, other) for term in _terms(m)]
+        return Sum([m for _, m in terms], [w for w, _ in terms])
+
+    def __mul__(self, weight: object) -> Metric:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            return NotImplemented
+        weight = check_number("weight of a metric", weight)
+        terms = _terms(self)
+        return Sum([m for _, m in terms], [w * weight for w, _ in terms])
+
+    __rmul__ = __mul__
+
+
+def _terms(metric: Metric) -> list[tuple[float, Metric]]:
+    if isinstance(metric, Sum):
+        return list(zip(metric.weights, metric.metrics, strict=True))  # type: ignore[arg-type]
+    return [(1.0, metric)]
+
+
+class Sum(Metric):
+    """Non-negative combination of metrics, ``sum_r weight_r d_r``; what ``+`` and ``*`` make.
+
+    Args:
+        metrics: the metrics.
+        weights: one non-negative number each. A metric of weight 0 takes no part at all, so the
+            ends of a spectrum are exact.
+    """
+
+    def __init__(self, metrics: Sequence[Metric], weights: Sequence[float]) -> None:
+        super().__init__()
+        if len(metrics) != len(weights) or not metrics:
+            raise ValueError(
+                f"Sum: expected one weight a metric, got {len(metrics)} metrics and "
+                f"{len(weights)} weights"
+            )
+        self.metrics = nn.ModuleList(metrics)
+        self.weights = tuple(check_number("weight of a metric", w) for w in weights)
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """The weighted distances of the metrics that count."""
+        parts = [
+            (w, m.distances(target, source))  # type: ignore[operator]
+            for w, m in zip(self.weights, self.metrics, strict=True)
+            if w > 0
+        ]
+        if len(parts) == 1 and parts[0][0] == 1:
+            return parts[0][1]
+        if not parts:  # every weight is 0: all sources are equally near
+            parts = [(0.0, self.metrics[0].distances(target, source))]  # type: ignore[operator]
+        return Combination(parts)
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+
+class Interpolation(Metric):
+    """``(1 - lam) first + lam second``: exactly ``first`` at 0 and exactly ``second`` at 1.
+
+    Args:
+        first: the metric at ``lam = 0``.
+        second: the metric at ``lam = 1``.
+        lam: a number in [0, 1].
+        learnable: make ``lam`` a parameter, kept in [0, 1] by clamping. It learns through the
+            weighting of distances; selection alone gives no gradient.
+
+    Example:
+        >>> from convnn_geo.metrics import Feature, Spatial, interpolate
+        >>> interpolate(Spatial(), Feature("cosine"), 0.25)
+        Interpolation(
+          lam=0.25
+          (first): Spatial(p=2.0)
+          (second): Feature('cosine')
+        )
+    """
+
+    def __init__(
+        self, first: Metric, second: Metric, lam: float = 0.5, learnable: bool = False
+    ) -> None:
+        super().__init__()
+        self.first, self.second = as_metric(first), as_metric(second)
+        lam = check_number("lam", lam)
+        if lam > 1:
+            raise ValueError(f"lam: expected a number in [0, 1], got {lam}")
+        self.lam: float | nn.Parameter = (
+            nn.Parameter(torch.tensor(lam)) if learnable else lam  # a 0-d parameter
+        )
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Both distances, weighted; at a fixed end only the one that counts."""
+        if isinstance(self.lam, float) and self.lam in (0.0, 1.0):
+            return (self.second if self.lam else self.first).distances(target, source)
+        lam = self.lam.clamp(0, 1) if isinstance(self.lam, Tensor) else self.lam
+        return Combination(
+            [
+                (1 - lam, self.first.distances(target, source)),
+                (lam, self.second.distances(target, source)),
+            ]
+        )
+
+    def extra_repr(self) -> str:
+        return f"lam={float(self.lam):g}" + (", learnable" if self.learnable else "")
+
+
+def interpolate(
+    first: Metric | str, second: Metric | str, lam: float = 0.5, learnable: bool = False
+) -> Interpolation:
+    """The metric between two metrics, ``(1 - lam) first + lam second``; see Interpolation."""
+    return Interpolation(as_metric(first), as_metric(second), lam, learnable)
+
+
+class Custom(Metric):
+    """A metric from a function of pairs of points.
+
+    Args:
+        fn: given two :class:`~convnn_geo.points.Points` whose ``x (..., n, 1, c)`` and
+            ``pos (..., n, 1, p)``, and ``x (..., n | 1, k, c)`` and ``pos``, broadcast, returns
+            distances ``(..., n, k)``.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.metrics import Custom
+        >>> from convnn_geo.points import Points
+        >>> metric = Custom(lambda i, j: (i.x - j.x).abs().amax(-1))
+        >>> metric(Points(torch.tensor([[0.0], [2.0]]))).tolist()
+        [[0.0, 2.0], [2.0, 0.0]]
+    """
+
+    def __init__(self, fn: Callable[[Points, Points], Tensor]) -> None:
+        super().__init__()
+        if not callable(fn):
+            raise TypeError(f"Custom: expected a function of two Points, got {fn!r}")
+        self.fn = fn
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Pairwise distances, by the function."""
+
+        def expand(points: Points, axis: int) -> Points:
+            has_pos = points.pos is not None or points.grid is not None
+            return Points(
+                None if points.x is None else precise(points.x).unsqueeze(axis),
+                precise(points.position).unsqueeze(axis) if has_pos else None,
+            )
+
+        def evaluate(start: int, stop: int | None, index: Tensor | None) -> Tensor:
+            rows = expand(target, -2)
+            pick = lambda t: None if t is None else t[..., start:stop, :, :]  # noqa: E731
+            rows = Points(pick(rows.x), pick(rows.pos))
+            if index is None:
+                return self.fn(rows, expand(source, -3))
+            chosen = Points(
+                None if source.x is None else gather_rows(precise(source.x), index),
+                None if rows.pos is None else gather_rows(precise(source.position), index),
+            )
+            return self.fn(rows, chosen)
+
+        lead: tuple[int, ...] = ()
+        for t, s in ((target.x, source.x), (target.pos, source.pos)):
+            if t is not None and s is not None:
+                lead = torch.broadcast_shapes(lead, t.shape[:-2], s.shape[:-2])
+        return Pairwise(torch.Size((*lead, target.num_points, source.num_points)), evaluate)
+
+
+_RESOLVER: dict[str, Callable[[], Metric]] = {}
+
+
+def as_metric(metric: Metric | str | type[Metric]) -> Metric:
+    """Resolve a name, a class or an instance to a metric.
+
+    Example:
+        >>> from convnn_geo.metrics import as_metric
+        >>> as_metric("cosine")
+        Feature('cosine')
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, type) and issubclass(metric, Metric):
+        return metric()
+    if isinstance(metric, str) and metric in _RESOLVER:
+        return _RESOLVER[metric]()
+    raise ValueError(
+        f"unknown metric {metric!r}; expected a Metric or one of: {', '.join(metric_names())}"
+    )
+
+
+def metric_names() -> list[str]:
+    """Names that :func:`as_metric` knows."""
+    return sorted(_RESOLVER)
+
+
+def register_metric(name: str, factory: Callable[[], Metric]) -> None:
+    """Make ``factory()`` available to :func:`as_metric` under ``name``."""
+    _RESOLVER[name] = factory

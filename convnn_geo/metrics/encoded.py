@@ -1,0 +1,30 @@
+"""A metric that sees points through an encoding: rotary embeddings and the like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from convnn_geo.metrics.base import Metric, as_metric
+from convnn_geo.metrics.distances import Distances
+from convnn_geo.points import Points
+
+
+class Encoded(Metric):
+    """``metric`` on encoded points; the values that are aggregated stay as they are.
+
+    Args:
+        metric: of the encoded points.
+        encoding: module from :class:`Points` to :class:`Points`, applied to targets and sources.
+    """
+
+    def __init__(self, metric: Metric | str, encoding: nn.Module | Callable[[Points], Points]):
+        super().__init__()
+        self.metric = as_metric(metric)
+        self.encoding = encoding
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Encode, then measure."""
+        seen = self.encoding(source)
+        return self.metric.distances(seen if target is source else self.encoding(target), seen)

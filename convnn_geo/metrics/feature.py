@@ -1,0 +1,125 @@
+"""Metrics over features, raw or projected to queries and keys."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_name, check_number
+from convnn_geo.metrics.base import Metric, precise, register_metric
+from convnn_geo.metrics.distances import (
+    DIRECT_DIMENSIONS,
+    Bilinear,
+    Combination,
+    Differences,
+    Distances,
+)
+from convnn_geo.points import Points
+
+KINDS = (
+    "euclidean",
+    "squared_euclidean",
+    "cosine",
+    "pearson",
+    "dot",
+    "scaled_dot",
+    "manhattan",
+    "minkowski",
+)
+
+
+class Feature(Metric):
+    """Distance of features; similarities enter negated, so that smaller is nearer.
+
+    ====================  =====================================================
+    kind                  d(i, j) of a query q and a key k
+    ====================  =====================================================
+    ``euclidean``         \\|q - k\\|
+    ``squared_euclidean`` \\|q - k\\|^2
+    ``cosine``            1 - <q, k> / (\\|q\\| \\|k\\|); 1 from and to a zero vector
+    ``pearson``           cosine after subtracting each vector's mean
+    ``dot``               -<q, k>
+    ``scaled_dot``        -<q, k> / sqrt(dimension)
+    ``manhattan``         sum \\|q - k\\|
+    ``minkowski``         (sum \\|q - k\\|^p)^(1/p)
+    ====================  =====================================================
+
+    Args:
+        kind: one of the table.
+        p: exponent of ``minkowski``.
+        query: module on the features of targets; the features themselves by default.
+        key: module on the features of sources.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.metrics import Feature
+        >>> from convnn_geo.points import Points
+        >>> Feature("dot")(Points(torch.eye(2))).tolist()
+        [[-1.0, -0.0], [-0.0, -1.0]]
+    """
+
+    def __init__(
+        self,
+        kind: str = "euclidean",
+        p: float = 3.0,
+        query: nn.Module | None = None,
+        key: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind = check_name("kind of feature metric", kind, KINDS)
+        self.p = check_number("p", p, 1.0)
+        self.query = query
+        self.key = key
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Project, then bind the kind's form."""
+        q, k = target.features, source.features
+        q = precise(q if self.query is None else self.query(q))
+        k = precise(k if self.key is None else self.key(k))
+        if q.shape[-1] != k.shape[-1]:
+            raise ValueError(
+                f"features of targets have {q.shape[-1]} channels, of sources {k.shape[-1]}; "
+                "give projections to one dimension (query=, key=)"
+            )
+        return _bind(self.kind, q, k, self.p)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}" + (f", p={self.p}" if self.kind == "minkowski" else "")
+
+
+def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
+    if kind == "dot":
+        return Bilinear(q, k)
+    if kind == "scaled_dot":
+        return Bilinear(q, k, scale=q.shape[-1] ** -0.5)
+    if kind == "pearson":
+        q, k = q - q.mean(-1, keepdim=True), k - k.mean(-1, keepdim=True)
+    if kind in ("cosine", "pearson"):
+        return _cosine(q, k)
+    if kind == "manhattan":
+        return Differences(q, k, 1.0)
+    return Differences(q, k, p if kind == "minkowski" else 2.0, kind != "squared_euclidean")
+
+
+def _cosine(q: Tensor, k: Tensor) -> Distances:
+    """``1 - <q, k>`` of unit vectors, which is ``|q' - k'|^2 / 2`` for the vectors below.
+
+    Two more coordinates, (1, 0) for a query and (0, 1) for a key, mark zero vectors, so that these
+    are at 1 from everything. At low dimension the difference form is exact for near vectors, where
+    the product is not.
+    """
+    unit_q, unit_k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    zero_q, zero_k = ((u == 0).all(-1, keepdim=True).to(u.dtype) for u in (unit_q, unit_k))
+    embedded = (
+        torch.cat([unit_q, zero_q, torch.zeros_like(zero_q)], -1),
+        torch.cat([unit_k, torch.zeros_like(zero_k), zero_k], -1),
+    )
+    if q.shape[-1] > DIRECT_DIMENSIONS:
+        ones = unit_q.new_ones(unit_q.shape[:-1])
+        return Bilinear(unit_q, unit_k, ones, offset=1.0, embedding=embedded)
+    return Combination([(0.5, Differences(*embedded, root=False, offset=2.0))])
+
+
+for _kind in KINDS:
+    register_metric(_kind, lambda kind=_kind: Feature(kind))  # type: ignore[misc]

@@ -1,0 +1,70 @@
+"""The published mixing of positions and features, as one named preset."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convnn_geo.checks import check_number
+from convnn_geo.metrics.base import Metric, precise, register_metric
+from convnn_geo.metrics.distances import Combination, Differences, Distances
+from convnn_geo.points import Points
+
+
+class PaperMix(Metric):
+    """The mixed distance of the ConvNN paper (https://arxiv.org/abs/2606.14725), squared.
+
+    .. math:: d = \\lambda^2 |f_i - f_j|^2 / \\sigma^2 + (1 - \\lambda)^2 |p_i - p_j|^2
+
+    with ``sigma`` the unbiased standard deviation of all features of one image and each axis of
+    ``p`` scaled to [-1, 1]. Scaled axes measure unequally on non-square images; prefer
+    ``(1 - a) * Spatial() + a * Feature()``, which measures in pixels.
+
+    Args:
+        lam: 0 for positions, 1 for features.
+    """
+
+    def __init__(self, lam: float = 0.5) -> None:
+        super().__init__()
+        self.lam = check_number("lam", lam)
+        if lam > 1:
+            raise ValueError(f"lam: expected a number in [0, 1], got {lam}")
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Squared distances of normalised features and positions."""
+        parts: list[tuple[float | Tensor, Distances]] = []
+        if self.lam > 0:
+            f_q, f_k = precise(target.features), precise(source.features)
+            sigma = _deviation(f_k, source.mask)
+            parts.append((self.lam**2, Differences(f_q / sigma, f_k / sigma, root=False)))
+        if self.lam < 1:
+            p_q, p_k = precise(target.position), precise(source.position)
+            low, high = p_k.amin(-2, keepdim=True), p_k.amax(-2, keepdim=True)
+            middle, half = (low + high) / 2, ((high - low) / 2).clamp_min(1e-12)
+            parts.append(
+                (
+                    (1 - self.lam) ** 2,
+                    Differences((p_q - middle) / half, (p_k - middle) / half, root=False),
+                )
+            )
+        return Combination(parts)
+
+    def extra_repr(self) -> str:
+        return f"lam={self.lam:g}"
+
+
+def _deviation(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Unbiased deviation over all real points and channels, ``(..., 1, 1)``; 1 where it is 0."""
+    if mask is None:
+        sigma = features.flatten(-2).std(-1)[..., None, None] if features[0].numel() > 1 else 1.0
+    else:
+        real = mask.unsqueeze(-1).to(features.dtype)
+        count = real.sum((-2, -1), keepdim=True) * features.shape[-1]
+        mean = (features * real).sum((-2, -1), keepdim=True) / count
+        square = ((features - mean) * real).square().sum((-2, -1), keepdim=True)
+        sigma = (square / (count - 1).clamp_min(1)).sqrt()
+    sigma = torch.as_tensor(sigma, device=features.device, dtype=features.dtype)
+    return torch.where(sigma > 0, sigma, 1.0)
+
+
+register_metric("paper_mix", PaperMix)

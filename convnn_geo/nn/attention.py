@@ -1,0 +1,446 @@
+"""ConvNNAttention: attention over chosen neighbours, a drop-in for nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from convnn_geo.candidates import All, Candidates, Causal, Window
+from convnn_geo.checks import check_int, check_name, check_number, check_tensor, check_values
+from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.kernels import HeadTaps, Kernel, Separable, Sum, Taps
+from convnn_geo.lowering import run, run_with_weights
+from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.metrics.encoded import Encoded
+from convnn_geo.nn.gradient import warn_without_gradient
+from convnn_geo.operation import Operation
+from convnn_geo.points import Grid, Points
+from convnn_geo.selection import Every, KNearest, Selection
+from convnn_geo.typing import BACKENDS, ORDERS
+from convnn_geo.weighting import Softmax, Weighting, as_weighting
+
+KERNELS = ("sum", "standard", "depthwise", "separable")
+
+
+class ConvNNAttention(nn.Module):
+    """Attention over the ``k`` nearest keys: a drop-in for :class:`torch.nn.MultiheadAttention`.
+
+    .. math:: y_i = \\sum_{j \\in I_i} \\mathrm{softmax}_j(-d(q_i, k_j))\\, v_j
+
+    With ``k=None`` and all candidates it is multi-head attention, with the same parameters; with
+    ``k`` it is the k-NN attention of KVT (https://arxiv.org/abs/2106.00515); with taps inside the
+    heads the attention layer of ConvNN (https://arxiv.org/abs/2606.14725).
+
+    Args:
+        embed_dim: channels of the query and the output.
+        num_heads: heads; must divide ``embed_dim``.
+        dropout: probability of dropping a weight in training.
+        bias: of the projections.
+        add_bias_kv: append a learned key and value.
+        add_zero_attn: append a key and a value of zeros.
+        kdim: channels of the key; ``embed_dim`` by default.
+        vdim: channels of the value; ``embed_dim`` by default.
+        batch_first: ``(b, n, c)`` rather than ``(n, b, c)``.
+        device: of the parameters.
+        dtype: of the parameters.
+        k: neighbours kept; None for all candidates.
+        metric: of projected queries and keys, head by head. It may look at positions, too.
+        candidates: where a query may look: ``Window``, ``Block``, ``Causal``, ``Random``, ...
+        selection: whom to keep, instead of ``k`` and ``self_point``.
+        weighting: ``"softmax"`` with ``dropout`` by default, or another.
+        kernel: ``"sum"``, or taps over the neighbours inside a head: ``"standard"`` (head_dim x
+            head_dim a tap), ``"depthwise"``, ``"separable"``.
+        taps_per_head: one set of taps a head instead of one shared by all.
+        order: of the taps, ``"rank"`` or ``"raster"``.
+        self_point: ``"natural"``, ``"first"`` or ``"excluded"``.
+        encoding: positional encoding or its name; ``"rotary"`` turns queries and keys, others
+            change the inputs of the projections and must keep the number of channels.
+        backend: ``"auto"``, ``"native"``, ``"gather"`` or ``"message_passing"``.
+        search: engine that finds the neighbours.
+
+    Shapes:
+        - **query:** :math:`(b, n, c)`, :math:`(n, c)`, or a grid :math:`(b, *size, c)` of two or
+          three axes, whose positions the metric and the candidates then know
+        - **key, value:** :math:`(b, m, c)`, likewise; the query itself by default
+        - **key_padding_mask:** :math:`(b, m)`, True where a key is to be ignored, or floats added
+        - **attn_mask:** :math:`(n, m)` or :math:`(b \\cdot heads, n, m)`, likewise
+        - **output:** the query's shape, and weights :math:`(b, n, m)` or :math:`(b, heads, n, m)`
+
+    Raises:
+        ValueError: wrong shapes, names, devices, masks, k over the number of candidates.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.nn import ConvNNAttention
+        >>> x = torch.randn(2, 20, 32)
+        >>> out, weights = ConvNNAttention(32, 4, k=5)(x, x, x)
+        >>> out.shape, int((weights[0, 0] > 0).sum()) <= 4 * 5
+        (torch.Size([2, 20, 32]), True)
+    """
+
+    # nn.TransformerEncoderLayer reads this in eval mode, and with True it would compute plain
+    # attention from our weights without calling forward.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        k: int | None = None,
+        metric: Metric | str = "scaled_dot",
+        candidates: Candidates | None = None,
+        selection: Selection | None = None,
+        weighting: Weighting | str | None = None,
+        kernel: str = "sum",
+        taps_per_head: bool = False,
+        order: str = "rank",
+        self_point: str = "natural",
+        encoding: Encoding | str | None = None,
+        backend: str = "auto",
+        search: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.embed_dim = check_int("embed_dim", embed_dim)
+        self.num_heads = check_int("num_heads", num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
+        self.head_dim = embed_dim // num_heads
+        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        self.dropout = check_number("dropout", dropout)
+        self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
+        self.backend, self.search = check_name("backend", backend, BACKENDS), search
+        self.candidates = All() if candidates is None else candidates
+        if selection is None:
+            selection = Every() if k is None else KNearest(k, self_point=self_point)
+        self.selection = selection
+        self.k = selection.k if isinstance(selection, KNearest) else k
+        self.encoding = as_encoding(encoding, embed_dim, 1)
+        self.metric = as_metric(metric)
+        if self.encoding is not None:
+            if self.encoding.on == "metric":
+                self.metric = Encoded(self.metric, self.encoding)
+            elif self.encoding.extra_channels(1):
+                raise ValueError(
+                    f"{type(self.encoding).__name__} adds channels, which the projections do not "
+                    "expect; apply it before a linear layer of your own"
+                )
+        self.weighting = Softmax(dropout=dropout) if weighting is None else as_weighting(weighting)
+        warn_without_gradient(self.metric, self.weighting)
+        self.order = check_name("order", order, ORDERS)
+        self.kernel = check_name("kernel", kernel, KERNELS)
+        self.taps_per_head = taps_per_head
+        factory = {"device": device, "dtype": dtype}
+        self._build_projections(bias, add_bias_kv, factory)
+        self._build_taps(factory)
+        self.reset_parameters()
+
+    def _build_projections(
+        self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]
+    ) -> None:
+        """Parameters by the names that nn.MultiheadAttention gives them."""
+        e = self.embed_dim
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, **factory))
+
+        self.packed = self.kdim == e and self.vdim == e
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            self.register_parameter(name, None)
+        if self.packed:
+            self.in_proj_weight = parameter(3 * e, e)
+        else:
+            self.q_proj_weight = parameter(e, e)
+            self.k_proj_weight = parameter(e, self.kdim)
+            self.v_proj_weight = parameter(e, self.vdim)
+        self.register_parameter("in_proj_bias", parameter(3 * e) if bias else None)
+        self.out_proj = NonDynamicallyQuantizableLinear(e, e, bias=bias, **factory)
+        self.register_parameter("bias_k", parameter(1, 1, e) if add_bias_kv else None)
+        self.register_parameter("bias_v", parameter(1, 1, e) if add_bias_kv else None)
+
+    def _build_taps(self, factory: dict[str, Any]) -> None:
+        self.register_parameter("taps", None)
+        self.register_parameter("pointwise", None)
+        if self.kernel == "sum":
+            return
+        k = self.k
+        if k is None and isinstance(self.candidates, Window):
+            size = self.candidates.kernel_size
+            k = None if isinstance(size, int) else math.prod(size)
+        if k is None:
+            raise ValueError(
+                f"kernel={self.kernel!r} has one tap a neighbour: pass k=, or a Window with one "
+                "kernel_size an axis"
+            )
+        channels = self.head_dim if self.kernel == "standard" else 1
+        shape = (self.head_dim, channels, k)
+        if self.taps_per_head:
+            if self.kernel == "separable":
+                raise ValueError("taps_per_head: separable taps are shared by all heads")
+            shape = (self.num_heads, *shape)  # type: ignore[assignment]
+        self.taps = nn.Parameter(torch.empty(shape, **factory))
+        if self.kernel == "separable":
+            self.pointwise = nn.Parameter(torch.empty(self.head_dim, self.head_dim, **factory))
+
+    def reset_parameters(self) -> None:
+        """As nn.MultiheadAttention does; taps start as a plain sum where they can."""
+        for weight in (
+            self.in_proj_weight,
+            self.q_proj_weight,
+            self.k_proj_weight,
+            self.v_proj_weight,
+        ):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        self.out_proj.reset_parameters()
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+        with torch.no_grad():
+            if self.taps is not None and self.kernel == "standard":
+                eye = torch.eye(self.head_dim, device=self.taps.device, dtype=self.taps.dtype)
+                self.taps.copy_(eye.unsqueeze(-1).expand(self.taps.shape))
+            elif self.taps is not None:
+                self.taps.fill_(1.0)
+            if self.pointwise is not None:
+                nn.init.eye_(self.pointwise)
+
+    def bound_kernel(self) -> Kernel:
+        """The kernel with this layer's taps."""
+        if self.taps is None:
+            return Sum()
+        if self.taps_per_head:
+            return HeadTaps(self.taps)
+        if self.kernel == "separable":
+            return Separable(self.taps, self.pointwise)
+        return Taps(self.taps, None, 1 if self.kernel == "standard" else self.head_dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments, shapes and results are those of nn.MultiheadAttention."""
+        op, grid = self._operation(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if need_weights:
+            out, weights = self._with_weights(op)
+        else:
+            out, weights = run(op, self.backend), None
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return self._restore(out, query, grid), (
+            weights.squeeze(0) if weights is not None and query.ndim == 2 else weights
+        )
+
+    def operation(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Operation:
+        """The layer on this input, as an operation on ``(b, heads, n, head_dim)``."""
+        return self._operation(query, key, value, key_padding_mask, attn_mask, is_causal)[0]
+
+    def _operation(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Operation, Grid]:
+        alone = key is None or key is query
+        key = query if key is None else key
+        value = key if value is None else value
+        self._check(query, key, value)
+        shared = value is key
+        query, grid = self._points(query)
+        if alone:
+            key, key_grid = query, grid
+        else:
+            key, key_grid = self._points(key)
+        value = key if shared else self._points(value)[0]
+        if query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2]:
+            raise ValueError(
+                f"query, key and value: batches or lengths differ: {tuple(query.shape)}, "
+                f"{tuple(key.shape)}, {tuple(value.shape)} as (b, n, c)"
+            )
+        q, k, v = self._project(query, key, value, alone and shared)
+        b, n, m = q.shape[0], q.shape[1], k.shape[1]
+        k, v = self._append(k, v)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        extra = k.shape[2] - m
+        source = Points(k, grid=None if extra else key_grid)
+        target = Points(q, grid=None if extra else grid)
+        candidates = self.candidates
+        if is_causal and attn_mask is None:
+            if extra or not isinstance(candidates, All):
+                attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
+            else:
+                candidates = Causal()
+        mask, bias = self._masks(key_padding_mask, attn_mask, (b, n, m), extra)
+        op = Operation(
+            target=target,
+            source=source,
+            value=v,
+            metric=self.metric,
+            candidates=candidates,
+            selection=self.selection,
+            weighting=self.weighting,
+            kernel=self.bound_kernel(),
+            order=self.order,
+            mask=mask,
+            bias=bias,
+            search=self.search,
+        )
+        return op, grid
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        weight = self.out_proj.weight
+        for name, tensor, channels in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
+            check_tensor(name, tensor, (2, 3, 4, 5))
+            if tensor.shape[-1] != channels:
+                raise ValueError(
+                    f"{name}: expected {channels} channels last, got shape {tuple(tensor.shape)}"
+                )
+            if tensor.device != weight.device:
+                raise ValueError(
+                    f"{name} is on {tensor.device}, the layer on {weight.device}; move one"
+                )
+            if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+                raise TypeError(f"{name} is {tensor.dtype}, the layer {weight.dtype}; convert one")
+            if tensor.ndim != query.ndim:
+                raise ValueError(
+                    f"{name}: expected {query.ndim} dimensions like the query, got {tensor.ndim}"
+                )
+        check_values("query, key and value", query, key, value)
+
+    def _points(self, x: Tensor) -> tuple[Tensor, Grid]:
+        """Tokens ``(b, n, c)`` and the grid they lie on, encoded."""
+        if x.ndim == 2:
+            x = x.unsqueeze(0)
+        elif x.ndim == 3 and not self.batch_first:
+            x = x.transpose(0, 1)
+        grid = Grid(tuple(x.shape[1:-1]))
+        x = x.flatten(1, -2)
+        if self.encoding is not None and self.encoding.on == "features":
+            x = self.encoding(Points(x, grid=grid)).features
+        return x, grid
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, alike: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.packed and alike:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return q, k, v
+        if self.packed:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        inputs = (query, key, value)
+        q, k, v = (F.linear(*part) for part in zip(inputs, weights, biases, strict=True))
+        return q, k, v
+
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned key and value, and those of zeros, behind all others."""
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(k.shape[0], 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(v.shape[0], 1, -1)], 1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return k, v
+
+    def _masks(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        shape: tuple[int, int, int],
+        extra: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both masks as one, True where allowed, and what is to be added to the scores."""
+        b, n, m = shape
+        allowed: Tensor | None = None
+        bias: Tensor | None = None
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is None:
+                continue
+            check_tensor(name, mask)
+            if name == "key_padding_mask":
+                shapes: list[tuple[int, ...]] = [(b, m)] + ([(m,)] if b == 1 else [])
+            else:
+                shapes = [(n, m), (b * self.num_heads, n, m)]
+            if tuple(mask.shape) not in shapes:
+                wanted = " or ".join(map(str, shapes))
+                raise ValueError(f"{name}: expected shape {wanted}, got {tuple(mask.shape)}")
+            if name == "key_padding_mask":
+                mask = mask.reshape(b, 1, 1, m)
+            elif mask.ndim == 3:
+                mask = mask.unflatten(0, (b, self.num_heads))
+            if mask.dtype == torch.bool:
+                ok = ~mask
+            elif mask.is_floating_point():
+                ok = mask != -torch.inf
+                add = F.pad(mask.masked_fill(~ok, 0.0), (0, extra))
+                bias = add if bias is None else bias + add
+            else:
+                raise TypeError(f"{name}: expected bool or floating point, got {mask.dtype}")
+            ok = F.pad(ok, (0, extra), value=True)
+            allowed = ok if allowed is None else allowed & ok
+        return allowed, bias
+
+    def _with_weights(self, op: Operation) -> tuple[Tensor, Tensor]:
+        """The result with attention weights ``(b, heads, n, m)``."""
+        out, pairs, weight = run_with_weights(op, self.backend)
+        hood = pairs.neighborhood
+        if weight is None:
+            weight = torch.ones_like(hood.index, dtype=op.value.dtype)
+        if not hood.complete:
+            lead = torch.broadcast_shapes(weight.shape[:-2], op.value.shape[:-2])
+            shape = (*lead, *hood.index.shape[-2:])
+            dense = weight.new_zeros(*lead, hood.num_targets, hood.num_sources)
+            weight = dense.scatter_add(-1, hood.index.expand(shape), weight.expand(shape))
+        return out, weight
+
+    def _restore(self, out: Tensor, query: Tensor, grid: Grid) -> Tensor:
+        """The query's shape."""
+        out = out.unflatten(1, grid.size) if len(grid.size) > 1 else out
+        if query.ndim == 2:
+            return out.squeeze(0)
+        return out.transpose(0, 1) if query.ndim == 3 and not self.batch_first else out
+
+    def extra_repr(self) -> str:
+        taps = "" if self.kernel == "sum" else f", kernel={self.kernel!r}"
+        return f"{self.embed_dim}, {self.num_heads}, k={self.k}, dropout={self.dropout}{taps}"

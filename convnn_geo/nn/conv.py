@@ -1,0 +1,355 @@
+"""ConvNN1d, ConvNN2d and ConvNN3d: convolution whose neighbours are chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.candidates import All, Candidates, Window
+from convnn_geo.checks import (
+    check_floating,
+    check_int,
+    check_name,
+    check_tensor,
+    check_tuple,
+    check_values,
+)
+from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
+from convnn_geo.lowering import run
+from convnn_geo.metrics import Metric, Spatial, as_metric
+from convnn_geo.metrics.encoded import Encoded
+from convnn_geo.nn.gradient import warn_without_gradient
+from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
+from convnn_geo.operation import Operation
+from convnn_geo.points import Grid, Points
+from convnn_geo.selection import Every, KNearest, Selection
+from convnn_geo.typing import BACKENDS, ORDERS
+from convnn_geo.weighting import Weighting, as_weighting
+
+KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
+_PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
+
+
+class _ConvNN(nn.Module):
+    """What the layers of one, two and three axes share."""
+
+    axes: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...] | None = None,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        k: int | None = None,
+        metric: Metric | str | None = None,
+        candidates: Candidates | None = None,
+        selection: Selection | None = None,
+        weighting: Weighting | str = "ones",
+        kernel: str | Kernel = "standard",
+        order: str | None = None,
+        self_point: str = "natural",
+        encoding: Encoding | str | None = None,
+        shuffle: int = 1,
+        backend: str = "auto",
+        search: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_int("in_channels", in_channels)
+        self.out_channels = check_int("out_channels", out_channels)
+        self.shuffle = check_int("shuffle", shuffle)
+        self.backend = check_name("backend", backend, BACKENDS)
+        self.search = search
+        self.padding_mode = padding_mode
+        self.stride = check_tuple("stride", stride, self.axes)
+        self.dilation = dilation if kernel_size is None else check_tuple("dilation", dilation, self.axes)
+        if kernel_size is None and k is None and selection is None:
+            raise ValueError(
+                "expected kernel_size (a window), k (that many neighbours) or a selection; got none"
+            )
+        self.kernel_size = (
+            None if kernel_size is None else check_tuple("kernel_size", kernel_size, self.axes)
+        )
+        self.window = self._window(padding)
+        taps = math.prod(self.kernel_size) if self.kernel_size else None
+        if candidates is None:
+            candidates = All() if kernel_size is None else self.window
+        self.candidates = candidates
+        if selection is None:
+            if isinstance(candidates, Window) and k is None and taps is not None:
+                selection = Every()
+            else:
+                every = 1 if kernel_size is not None else check_int("dilation", dilation)  # type: ignore[arg-type]
+                selection = KNearest(k or taps, every, self_point) if k != 0 else KNearest(0)  # type: ignore[arg-type]
+        self.selection = selection
+        self.k = selection.k if isinstance(selection, KNearest) else (k or taps)
+        self.encoding = as_encoding(encoding, in_channels * shuffle**self.axes, self.axes)
+        chosen = Spatial() if metric is None else as_metric(metric)
+        if self.encoding is not None and self.encoding.on == "metric":
+            chosen = Encoded(chosen, self.encoding)
+        if metric is None and isinstance(selection, KNearest):
+            raise ValueError(
+                "k nearest by what? Pass metric=, e.g. metric='cosine' for features or "
+                "metric='spatial' for positions"
+            )
+        self.metric = chosen
+        self.weighting = as_weighting(weighting)
+        warn_without_gradient(self.metric, self.weighting)
+        default = "rank" if kernel_size is None else "raster"
+        self.order = check_name("order", order or default, ORDERS)
+        self._build_kernel(kernel, groups, bias, {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _window(self, padding: int | tuple[int, ...] | str) -> Window:
+        if self.kernel_size is not None:
+            return Window(
+                self.kernel_size, self.stride, padding, self.dilation, self.padding_mode
+            )
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            raise ValueError(
+                "without kernel_size, padding is a number of zero points around the image that "
+                f"may be chosen; got padding={padding!r}, padding_mode={self.padding_mode!r}"
+            )
+        return Window(1, self.stride, padding)
+
+    def _build_kernel(
+        self, kernel: str | Kernel, groups: int, bias: bool, factory: dict[str, Any]
+    ) -> None:
+        scale = self.shuffle**self.axes
+        encoding = self.encoding
+        extra = 0 if encoding is None else encoding.extra_channels(self.axes)
+        c, d = self.in_channels * scale + extra, self.out_channels * scale
+        self.register_parameter("weight", None)
+        self.register_parameter("pointwise", None)
+        self.register_parameter("bias", None)
+        if isinstance(kernel, Kernel):
+            self.kernel: str | Kernel = kernel  # registered where it is a module
+            self.groups = 1
+            return
+        self.kernel = check_name("kernel", kernel, KERNELS)
+        self.groups = c if kernel in ("depthwise", "separable") else check_int("groups", groups)
+        if kernel in _PLAIN:
+            if c != d:
+                raise ValueError(
+                    f"kernel={kernel!r} keeps channels: expected out_channels={c}, got {d}"
+                )
+            return
+        if self.k is None:
+            raise ValueError(f"kernel={kernel!r} has one tap a neighbour: pass k= or kernel_size=")
+        if c % self.groups or d % self.groups:
+            raise ValueError(
+                f"groups: {self.groups} must divide in_channels={c} and out_channels={d}"
+            )
+        windowed = self.kernel_size is not None and self.k == math.prod(self.kernel_size)
+        shape = self.kernel_size if windowed else (self.k,)
+        out = c if kernel == "separable" else d
+        self.weight = nn.Parameter(torch.empty(out, c // self.groups, *shape, **factory))  # type: ignore[misc]
+        if kernel == "separable":
+            self.pointwise = nn.Parameter(torch.empty(d, c, **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(d, **factory))
+
+    def reset_parameters(self) -> None:
+        """As :class:`torch.nn.Conv2d` does."""
+        for weight in (self.weight, self.pointwise):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if self.bias is not None:
+            last = self.weight if self.pointwise is None else self.pointwise
+            fan_in = last[0].numel()
+            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def bound_kernel(self) -> Kernel:
+        """The kernel with this layer's weights."""
+        if isinstance(self.kernel, Kernel):
+            return self.kernel
+        if self.kernel in _PLAIN:
+            return _PLAIN[self.kernel]()
+        if self.kernel == "separable":
+            return Separable(self.weight, self.pointwise, self.bias)
+        return Taps(self.weight, self.bias, self.groups)
+
+    def operation(self, x: Tensor) -> Operation:
+        """The layer on an image ``(b, c, *size)``, as an operation."""
+        if self.shuffle > 1:
+            check_divides(tuple(x.shape[2:]), self.shuffle)
+            x = pixel_unshuffle(x, self.shuffle)
+        source = Points.from_image(x)
+        whole = source.grid
+        if self.encoding is not None and self.encoding.on == "features":
+            source = self.encoding(source)
+        value = source
+        if self.encoding is not None and self.encoding.on == "value":
+            value = self.encoding(source)
+        grid = self.window.targets(whole)  # type: ignore[arg-type]
+        if not isinstance(self.candidates, Window):
+            pads = self.window.pads(self.axes)
+            source, value = source.pad(pads), value.pad(pads)
+        return Operation(
+            target=self._target(source, grid),
+            source=source,
+            value=value.features,
+            metric=self.metric,
+            candidates=self.candidates,
+            selection=self.selection,
+            weighting=self.weighting,
+            kernel=self.bound_kernel(),
+            order=self.order,
+            search=self.search,
+        )
+
+    def _target(self, source: Points, grid: Grid) -> Points:
+        if grid == source.grid:
+            return source
+        if isinstance(self.selection, Every) and not self.weighting.uses_distance:
+            return Points(grid=grid)  # nobody asks for the targets' features
+        index = source.grid.index_of(grid, source.device)  # type: ignore[union-attr]
+        if index is None:
+            return Points(grid=grid)
+        return Points(source.features.index_select(-2, index), grid=grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(b, c, *size)`` or ``(c, *size)``."""
+        self._check(x)
+        if x.ndim == self.axes + 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if x.shape[0] == 0 or x[0].numel() == 0:
+            return self._empty(x)
+        op = self.operation(x)
+        out = run(op, self.backend)
+        out = out.transpose(1, 2).unflatten(-1, op.target.grid.size)  # type: ignore[union-attr]
+        return pixel_shuffle(out, self.shuffle) if self.shuffle > 1 else out
+
+    def _empty(self, x: Tensor) -> Tensor:
+        """No examples: no output, of the right shape. An image without pixels is an error."""
+        if x.shape[0] or 0 in x.shape[2:]:
+            raise ValueError(f"expected an image with pixels, got shape {tuple(x.shape)}")
+        probe = self.forward(x.new_zeros(1, *x.shape[1:]))
+        return x.sum() * probe[:0]
+
+    def _check(self, x: Tensor) -> None:
+        name = type(self).__name__
+        check_tensor(f"{name} input", x, (self.axes + 1, self.axes + 2))
+        check_floating(f"{name} input", x)
+        channels = x.shape[-self.axes - 1]
+        if channels != self.in_channels:
+            raise ValueError(
+                f"{name}: expected {self.in_channels} channels, got {channels} "
+                f"(shape {tuple(x.shape)}, channels first)"
+            )
+        if self.weight is not None and not torch.is_autocast_enabled(x.device.type):
+            if self.weight.device != x.device:
+                raise ValueError(
+                    f"{name}: the layer is on {self.weight.device}, the input on {x.device}"
+                )
+            if self.weight.dtype != x.dtype:
+                raise TypeError(f"{name}: the layer is {self.weight.dtype}, the input {x.dtype}")
+        check_values(f"{name} input", x)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}"]
+        if self.kernel_size is not None:
+            parts.append(f"kernel_size={self.kernel_size}")
+        if isinstance(self.selection, KNearest):
+            parts.append(f"k={self.k}")
+        parts.append(f"stride={self.stride}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if isinstance(self.kernel, str) and self.kernel != "standard":
+            parts.append(f"kernel={self.kernel!r}")
+        parts.append(f"order={self.order!r}")
+        if self.shuffle > 1:
+            parts.append(f"shuffle={self.shuffle}")
+        return ", ".join(parts)
+
+
+_DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`torch.nn.Conv{n}d`.
+
+    .. math:: y_i = \\sum_{{j=1}}^{{k}} W_j\\, \\rho_{{ij}}\\, x_{{I_i(j)}} + b
+
+    With ``kernel_size`` alone it is the convolution, with the same parameters. With ``k`` alone
+    the neighbours are the ``k`` nearest of the whole {what} by ``metric``. With both, the ``k``
+    nearest inside the window; with ``kernel_size`` and ``candidates=All()``, the
+    ``prod(kernel_size)`` nearest of the padded {what}, which is the convolution again where the
+    metric is ``Spatial("chebyshev")``. See https://arxiv.org/abs/2606.14725.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: the window, in pixels; one number or one an axis.
+        stride: pixels between outputs.
+        padding: as in ``nn.Conv{n}d``; without a window, zero points around the {what} that may
+            be chosen.
+        dilation: of the window; without one, every ``dilation``-th of the nearest is kept.
+        groups: groups of channels.
+        bias: learn an additive bias.
+        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
+        device: of the parameters.
+        dtype: of the parameters.
+        k: neighbours.
+        metric: a metric or its name, e.g. ``"cosine"``; needed with ``k``.
+        candidates: where to look; the window where there is one, everywhere otherwise.
+        selection: whom to keep, instead of ``k`` and ``self_point``.
+        weighting: how much each counts: ``"ones"``, ``"softmax"``, ``"gaussian"``, ...
+        kernel: ``"standard"``, ``"depthwise"``, ``"separable"``, ``"sum"``, ``"mean"``, ``"max"``
+            or a :class:`~convnn_geo.kernels.Kernel`.
+        order: of the taps, ``"rank"`` (nearest first) or ``"raster"`` (by source index); raster
+            with a window, rank without.
+        self_point: ``"natural"``, ``"first"`` (always tap 0) or ``"excluded"``.
+        encoding: a positional encoding or its name: ``"coordinates"``, ``"fourier"``,
+            ``"rotary"``, ``"conditional"``, or ``LearnedAbsolute(...)``.
+        shuffle: work on the pixel-unshuffled {what}, this many pixels an axis in one point, and
+            shuffle back.
+        backend: ``"auto"``, ``"native"``, ``"gather"`` or ``"message_passing"``.
+        search: engine that finds the neighbours; see :func:`convnn_geo.search.engines`.
+
+    Shapes:
+        - **input:** :math:`(b, c, {size})` or :math:`(c, {size})`
+        - **output:** :math:`(b, d, {out})`, the size that ``nn.Conv{n}d`` gives for a window,
+          the input's divided by the stride otherwise
+        - **weight:** :math:`(d, c / groups, *kernel\\_size)` for a whole window, else
+          :math:`(d, c / groups, k)`
+
+    Raises:
+        ValueError: wrong shapes, names, devices, k over the number of candidates.
+        TypeError: wrong dtypes.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.nn import ConvNN{n}d
+        >>> x = torch.randn(2, 3, {example})
+        >>> ConvNN{n}d(3, 8, 3, padding=1)(x).shape  # the convolution
+        torch.Size([2, 8, {example}])
+        >>> ConvNN{n}d(3, 8, k=9, metric="cosine")(x).shape  # neighbours by feature
+        torch.Size([2, 8, {example}])
+    """
+
+
+class ConvNN1d(_ConvNN):
+    __doc__ = _DOC.format(what="sequence", n=1, size="l", out="l'", example="12")
+    axes = 1
+
+
+class ConvNN2d(_ConvNN):
+    __doc__ = _DOC.format(what="image", n=2, size="h, w", out="h', w'", example="6, 5")
+    axes = 2
+
+
+class ConvNN3d(_ConvNN):
+    __doc__ = _DOC.format(what="volume", n=3, size="t, h, w", out="t', h', w'", example="3, 4, 5")
+    axes = 3

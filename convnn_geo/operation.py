@@ -1,0 +1,102 @@
+"""One operator: the pipeline of one call, from points to aggregation, as a value.
+
+Every layer turns its input into an :class:`Operation`; :mod:`convnn_geo.lowering` decides how the
+operation runs. The operation itself says what is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convnn_geo.candidates import Candidates
+from convnn_geo.kernels import Kernel
+from convnn_geo.metrics import Biased, Distances, Metric
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.pairs import Pairs
+from convnn_geo.points import Points
+from convnn_geo.search import Query
+from convnn_geo.selection import Every, Selection
+from convnn_geo.weighting import Weighting
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``y_i = sum_j W_j rho(s_i)_j v[I_i(j)] + b``, its parts bound to one input.
+
+    Args:
+        target: ``n`` points.
+        source: ``m`` points.
+        value: ``(..., m, c)``, what sources give; often ``source.x``.
+        metric: how near.
+        candidates: where to look.
+        selection: whom to keep.
+        weighting: how much each counts.
+        kernel: what is done with them.
+        order: of the neighbours that reach the kernel: ``"rank"`` or ``"raster"``.
+        mask: more to be masked, ``(..., n | 1, m)``, True where choice is allowed.
+        bias: added to the similarities, ``(..., n | 1, m)``; may carry a gradient.
+        search: search engine.
+    """
+
+    target: Points
+    source: Points
+    value: Tensor
+    metric: Metric
+    candidates: Candidates
+    selection: Selection
+    weighting: Weighting
+    kernel: Kernel
+    order: str = "rank"
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    search: str = "auto"
+
+    def query(self) -> Query:
+        """What is asked of the search: everything but k."""
+        subset = self.candidates(self.target, self.source).restrict(self.mask)
+        if self.source.mask is not None:
+            subset = subset.restrict(self.source.mask.unsqueeze(-2))
+        bound = self.bound if self.weighting.uses_distance or self.bias is not None else None
+        return Query(self.target, self.source, self.metric, 1, subset, distances=bound)
+
+    @cached_property
+    def bound(self) -> Distances:
+        """The metric bound to the points, with gradient."""
+        bound = self.metric.bind(self.target, self.source)
+        return bound if self.bias is None else Biased(bound, self.bias)
+
+    def own(self) -> Tensor | None:
+        """The source that each target is, ``(n,)``; None where targets are no sources."""
+        if self.target is self.source:
+            return torch.arange(self.source.num_points, device=self.value.device)
+        if self.source.grid is not None and self.target.grid is not None:
+            return self.source.grid.index_of(self.target.grid, self.value.device)
+        return None
+
+    def neighborhood(self) -> Neighborhood:
+        """Candidates, then selection, then order."""
+        found = self.selection(self.query(), self.own(), self.search)
+        if self.order == "raster" and not isinstance(self.selection, Every):
+            return found.raster()
+        return found  # type: ignore[no-any-return]
+
+    def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
+        """The chosen pairs."""
+        chosen = self.neighborhood() if neighborhood is None else neighborhood
+        return Pairs(self.target, self.source, self.value, lambda: self.bound, chosen)
+
+
+def show_nan(out: Tensor, pairs: Pairs, weighting: Weighting) -> Tensor:
+    """Let NaN in a target's own features reach its output.
+
+    Where the weights look at distances it does by itself. Where they do not, a target with NaN
+    features would pass on its neighbours' finite values; its nearest distance is NaN then.
+    """
+    distance = pairs.neighborhood.distance
+    if weighting.uses_distance or distance is None or distance.shape[-1] == 0:
+        return out
+    return out.masked_fill(distance.isnan().any(-1, keepdim=True), torch.nan)

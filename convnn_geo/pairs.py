@@ -1,0 +1,75 @@
+"""Pairs: what a weighting and a kernel may ask of chosen pairs, computed when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from convnn_geo.metrics import Distances, full_precision
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.points import Points, gather_rows
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Targets with their neighbours, as ``(..., n, k)`` and ``(..., n, k, c)``.
+
+    Args:
+        target: the targets.
+        source: the sources.
+        value: ``(..., m, c)``, what the sources give.
+        bind: gives the distances with gradient; asked only where a weighting needs them.
+        neighborhood: who was chosen.
+    """
+
+    target: Points
+    source: Points
+    value: Tensor
+    bind: Callable[[], Distances]
+    neighborhood: Neighborhood
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``(..., n, k)``, False where a slot is empty."""
+        return self.neighborhood.mask
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """Distances with gradient, ``(..., n, k)``, float32 or better."""
+        with full_precision(self.value.device):
+            if self.neighborhood.complete:
+                return self.bind().rows()
+            return self.bind().at(self.neighborhood.index)
+
+    @property
+    def similarity(self) -> Tensor:
+        """Similarities, ``(..., n, k)``: what the metric negated."""
+        return self.bind().offset - self.distance
+
+    @property
+    def x_i(self) -> Tensor:
+        """Features of targets, ``(..., n, 1, c)``."""
+        return self.target.features.unsqueeze(-2)
+
+    @cached_property
+    def x_j(self) -> Tensor:
+        """Values of neighbours, ``(..., n, k, c)``."""
+        return gather_rows(self.value, self.neighborhood.index)
+
+    @cached_property
+    def offset(self) -> Tensor:
+        """Positions of neighbours relative to the target, ``p_j - p_i``, ``(..., n, k, p)``."""
+        chosen = gather_rows(self.source.position, self.neighborhood.index)
+        return chosen - self.target.position.unsqueeze(-2)
+
+
+@dataclass(frozen=True)
+class EdgePairs:
+    """The same for edges in PyG's form: ``x_i (E, c)``, ``x_j (E, c)``, ``offset (E, p)``."""
+
+    x_i: Tensor | None
+    x_j: Tensor
+    offset: Tensor | None

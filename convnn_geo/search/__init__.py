@@ -1,0 +1,26 @@
+"""Who finds the k nearest, and how fast: one call, many engines, one order of ties."""
+
+from convnn_geo.search.dense import Dense
+from convnn_geo.search.grid import GridSearch
+from convnn_geo.search.knn import check_batch, knn
+from convnn_geo.search.query import Engine, Query
+from convnn_geo.search.registry import ENGINES, engines, explain_search, find, with_self_first
+from convnn_geo.search.smallest import k_smallest
+from convnn_geo.search.tree import PygLib, TorchCluster
+
+__all__ = [
+    "ENGINES",
+    "Dense",
+    "Engine",
+    "GridSearch",
+    "PygLib",
+    "Query",
+    "TorchCluster",
+    "check_batch",
+    "engines",
+    "explain_search",
+    "find",
+    "k_smallest",
+    "knn",
+    "with_self_first",
+]

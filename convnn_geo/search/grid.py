@@ -1,0 +1,99 @@
+"""Analytic search on a grid: positions alone decide, so only nearby pixels are looked at."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convnn_geo.metrics import Differences, Interpolation, Metric, Spatial, Sum
+from convnn_geo.points import Grid
+from convnn_geo.search.query import Engine, Query
+from convnn_geo.search.smallest import k_smallest
+
+
+class GridSearch(Engine):
+    """The nearest pixels of an image by position, exact at borders and with ties.
+
+    Looks at a box around each target, and widens it until nothing outside could be nearer.
+    """
+
+    name = "grid"
+
+    def refuses(self, query: Query) -> str | None:
+        """Needs a spatial metric, and sources on a grid."""
+        if _spatial(query.metric) is None:
+            return "the metric looks at more than positions"
+        if query.source.grid is None or query.source.pos is not None:
+            return "the sources lie on no grid"
+        if query.target.grid is None or query.target.pos is not None:
+            return "the targets lie on no grid"
+        if not query.plain:
+            return "candidates are restricted; it searches all sources only"
+        return None
+
+    def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Boxes, doubled until they suffice."""
+        bound = query.bound
+        if not isinstance(bound, Differences):
+            raise TypeError(f"grid search expected distances by differences, got {bound}")
+        source: Grid = query.source.grid  # type: ignore[assignment]
+        axes = len(source.size)
+        radius = math.ceil(query.k ** (1 / axes) / 2) + 1
+        while True:
+            index, reach = _box(query.target.grid, source, radius, bound, query.target.device)  # type: ignore[arg-type]
+            if index.shape[-1] >= query.k:
+                distance = bound.at(index)
+                best, place = k_smallest(distance, query.k)
+                if bool((best[..., -1] < reach).all()) or index.shape[-1] == source.num_points:
+                    return index.gather(-1, place), best, None
+            radius *= 2
+
+
+def _box(
+    target: Grid, source: Grid, radius: int, bound: Differences, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Sources ``(n, w)`` in a box around each target, and a distance that all others exceed."""
+    axes = len(source.size)
+    index = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
+    reach = bound.q.new_full((1,) * axes, torch.inf)
+    extent = bound.k.view(*source.size, axes)
+    places = bound.q.view(*target.size, axes)
+    for axis, length in enumerate(source.size):
+        line = extent.select(-1, axis)
+        for other in reversed([a for a in range(axes) if a != axis]):
+            line = line.select(other, 0)
+        at = places.select(-1, axis)
+        for other in reversed([a for a in range(axes) if a != axis]):
+            at = at.select(other, 0)
+        width = min(2 * radius + 1, length)
+        nearest = (at[:, None] - line).abs().argmin(-1)
+        start = (nearest - radius).clamp(0, length - width)
+        # What lies outside is at least as far as the first line left out on either side.
+        beyond = torch.full_like(at, torch.inf)
+        left, right = start > 0, start + width < length
+        before = (at - line[(start - 1).clamp_min(0)]).abs()
+        after = (at - line[(start + width).clamp_max(length - 1)]).abs()
+        beyond = torch.where(left, torch.minimum(beyond, before), beyond)
+        beyond = torch.where(right, torch.minimum(beyond, after), beyond)
+        shape = [1] * (2 * axes)
+        shape[axis], shape[axes + axis] = at.numel(), width
+        box = start[:, None] + torch.arange(width, device=device)
+        index = index * length + box.view(shape)
+        reach = torch.minimum(reach, beyond.view([-1 if a == axis else 1 for a in range(axes)]))
+    if not bound.root and math.isfinite(bound.p):
+        reach = reach**bound.p
+    return index.flatten(0, axes - 1).flatten(1), reach.expand(target.size).flatten()
+
+
+def _spatial(metric: Metric) -> Spatial | None:
+    """The spatial metric that this one comes down to, if it does."""
+    if isinstance(metric, Spatial):
+        return metric
+    if isinstance(metric, Sum) and len(metric.metrics) == 1 and metric.weights == (1.0,):
+        return _spatial(metric.metrics[0])  # type: ignore[arg-type]
+    if isinstance(metric, Interpolation) and isinstance(metric.lam, float):
+        if metric.lam in (0.0, 1.0):
+            return _spatial(metric.second if metric.lam else metric.first)
+    return None

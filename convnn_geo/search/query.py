@@ -1,0 +1,78 @@
+"""What is asked of a search engine, and what an engine is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from convnn_geo.candidates import Subset
+from convnn_geo.metrics import Distances, Metric, full_precision
+from convnn_geo.points import Points
+
+
+@dataclass(frozen=True)
+class Query:
+    """For each target its ``k`` nearest sources.
+
+    Args:
+        target: ``n`` points.
+        source: ``m`` points.
+        metric: how near.
+        k: neighbours.
+        subset: where to look.
+        excluded: ``(n,)``, one source for each target that is not to be found; None for none.
+        memory: bytes that a slab of distances may take.
+        distances: the metric bound already, to save binding it twice.
+    """
+
+    target: Points
+    source: Points
+    metric: Metric
+    k: int
+    subset: Subset = field(default_factory=Subset)
+    excluded: Tensor | None = None
+    memory: int = 16 * 2**20
+    distances: Distances | None = None
+
+    @cached_property
+    def bound(self) -> Distances:
+        """The metric bound to the points."""
+        if self.distances is not None:
+            return self.distances
+        with torch.no_grad():
+            return self.metric.bind(self.target, self.source)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all sources are open to every target."""
+        return self.subset.index is None and self.subset.mask is None and self.excluded is None
+
+
+class Engine(ABC):
+    """A way to find the k nearest. One predicate decides and explains.
+
+    Every engine returns the same neighbours in the same order: by distance, then source index.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refuses(self, query: Query) -> str | None:
+        """Why this engine can't answer the query; None where it can."""
+
+    def worthwhile(self, query: Query) -> str | None:
+        """Why ``backend="auto"`` should look further; None where this engine is a good choice."""
+        return None
+
+    @abstractmethod
+    def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Index, distance and mask, each ``(..., n, k)``; the mask is None where all are filled."""
+
+    def __call__(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
+        """:meth:`run` without gradient and in full precision."""
+        with torch.no_grad(), full_precision(query.target.device):
+            return self.run(query)

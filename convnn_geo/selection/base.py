@@ -1,0 +1,171 @@
+"""Whom to keep: the k nearest, those within a radius, or every candidate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_int, check_name, check_number
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.search import Query, find, with_self_first
+from convnn_geo.typing import SELF_POINTS
+
+
+class Selection(nn.Module, ABC):
+    """Chooses neighbours. ``query.k`` is for the selection to fill in."""
+
+    @abstractmethod
+    def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
+        """The neighbourhood.
+
+        Args:
+            query: targets, sources, metric and candidates.
+            own: ``(n,)``, the source that each target is; None where targets are no sources.
+            search: engine.
+        """
+
+
+class Every(Selection):
+    """Every candidate, in order of source index."""
+
+    def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
+        """All candidates as neighbours; no distance is computed."""
+        index, mask = query.subset.index, query.subset.mask
+        n, m = query.target.num_points, query.source.num_points
+        complete = index is None
+        if index is None:
+            index = torch.arange(m, device=query.target.device).expand(n, m)
+        elif index.shape[-2] != n:
+            index = index.expand(*index.shape[:-2], n, index.shape[-1])
+        if mask is not None:
+            lead = torch.broadcast_shapes(mask.shape[:-2], index.shape[:-2])
+            mask = mask.expand(*lead, n, index.shape[-1])
+        return Neighborhood(index, m, None, mask, complete)
+
+
+class KNearest(Selection):
+    """The ``k`` nearest candidates, nearest first, ties to the lowest source index.
+
+    Args:
+        k: neighbours.
+        dilation: keep every ``dilation``-th of the ``k * dilation`` nearest, as ViG does.
+        self_point: ``"natural"``: where it ranks; ``"first"``: neighbour 0, whatever its distance;
+            ``"excluded"``: never a neighbour.
+        short: what to do where there are fewer candidates than k: ``"error"``, or ``"pad"``
+            with masked slots.
+
+    Example:
+        >>> KNearest(9, dilation=2)
+        KNearest(k=9, dilation=2, self_point='natural', short='error')
+    """
+
+    def __init__(
+        self, k: int, dilation: int = 1, self_point: str = "natural", short: str = "error"
+    ) -> None:
+        super().__init__()
+        self.k, self.dilation = check_int("k", k), check_int("dilation", dilation)
+        self.self_point = check_name("self_point", self_point, SELF_POINTS)
+        self.short = check_name("short", short, ("error", "pad"))
+
+    def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
+        """Search; with the point itself put first or left out where asked."""
+        index = query.subset.index
+        available = query.source.num_points if index is None else index.shape[-1]
+        wanted = self.k * self.dilation
+        spare = 0
+        if self.self_point != "natural":
+            if own is None:
+                raise ValueError(
+                    f"self_point={self.self_point!r} needs targets that are among the sources"
+                )
+            # Candidates given by index may or may not hold the point itself.
+            others = available - (1 if index is None else 0)
+            spare = others + 1 if self.self_point == "first" else others
+        else:
+            spare = available
+        k = min(wanted, spare) if self.short == "pad" else wanted
+        if k > spare:
+            raise ValueError(
+                f"k={self.k}"
+                + (f" with dilation {self.dilation}" if self.dilation > 1 else "")
+                + f" needs {wanted} candidates, but there are {spare}; lower k, widen the "
+                "candidates, or pass short='pad'"
+            )
+        query = replace(query, k=k)
+        if self.self_point == "first":
+            found = with_self_first(query, search, own)  # type: ignore[arg-type]
+        else:
+            excluded = own if self.self_point == "excluded" else None
+            found = find(replace(query, excluded=excluded), search)
+        return _pad(_dilate(found, self.dilation), self.k)
+
+    def extra_repr(self) -> str:
+        return (
+            f"k={self.k}, dilation={self.dilation}, self_point={self.self_point!r}, "
+            f"short={self.short!r}"
+        )
+
+
+class Radius(Selection):
+    """Candidates at a distance of at most ``r``, nearest first, at most ``max_k`` of them.
+
+    Args:
+        r: radius, in the metric's unit (squared for a squared metric).
+        max_k: the most neighbours to keep; the nearest are kept.
+    """
+
+    def __init__(self, r: float, max_k: int) -> None:
+        super().__init__()
+        self.r, self.max_k = check_number("r", r), check_int("max_k", max_k)
+
+    def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
+        """The nearest ``max_k``, masked beyond the radius."""
+        found = KNearest(self.max_k, short="pad")(query, own, search)
+        near = ~(found.distance > self.r)  # a NaN stays, so that it shows
+        mask = near if found.mask is None else near & found.mask
+        return replace(found, mask=mask)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, max_k={self.max_k}"
+
+
+class Given(Selection):
+    """A neighbourhood that is there already: from a graph that the user gives."""
+
+    def __init__(self, neighborhood: Neighborhood) -> None:
+        super().__init__()
+        self.neighborhood = neighborhood
+
+    def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
+        """That neighbourhood."""
+        return self.neighborhood
+
+
+def _dilate(found: Neighborhood, dilation: int) -> Neighborhood:
+    if dilation == 1:
+        return found
+
+    def step(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t[..., ::dilation]
+
+    return replace(
+        found, index=step(found.index), distance=step(found.distance), mask=step(found.mask)
+    )
+
+
+def _pad(found: Neighborhood, k: int) -> Neighborhood:
+    missing = k - found.k
+    if missing <= 0:
+        return found
+    pad = torch.nn.functional.pad
+    mask = torch.ones_like(found.index, dtype=torch.bool) if found.mask is None else found.mask
+    distance = None if found.distance is None else pad(found.distance, (0, missing), value=torch.inf)
+    return replace(
+        found,
+        index=pad(found.index, (0, missing)),
+        distance=distance,
+        mask=pad(mask, (0, missing), value=False),
+    )

@@ -1,0 +1,25 @@
+"""How much each neighbour counts."""
+
+from convnn_geo.weighting.base import (
+    Gaussian,
+    InverseDistance,
+    Ones,
+    Similarity,
+    Softmax,
+    Weighting,
+    as_weighting,
+    weighting_names,
+)
+from convnn_geo.weighting.mlp import PositionMLP
+
+__all__ = [
+    "Gaussian",
+    "InverseDistance",
+    "Ones",
+    "PositionMLP",
+    "Similarity",
+    "Softmax",
+    "Weighting",
+    "as_weighting",
+    "weighting_names",
+]

@@ -1,0 +1,31 @@
+"""Weights from relative positions by a learned network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.pairs import Pairs
+from convnn_geo.weighting.base import Weighting
+
+
+class PositionMLP(Weighting):
+    """``rho_ij = mlp(p_j - p_i)``, one weight a pair or one a channel, as in PointConv
+    (https://arxiv.org/abs/1811.07246).
+
+    Args:
+        mlp: from positions ``(..., p)`` to ``(..., 1)`` or ``(..., c)``.
+    """
+
+    uses_distance = False
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        """Weights of relative positions."""
+        weight = self.mlp(pairs.offset.to(pairs.value.dtype))
+        if pairs.mask is not None:
+            weight = torch.where(pairs.mask.unsqueeze(-1), weight, 0.0)
+        return weight.squeeze(-1) if weight.shape[-1] == 1 else weight
