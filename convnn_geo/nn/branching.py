@@ -23,7 +23,8 @@ class Branching(nn.Module):
     Args:
         neighbors: the ConvNN branch; None where the ratio is 0.
         other: the convolution (or attention) branch; None where the ratio is 1.
-        mix: from both branches' channels to the output's; None to leave a single branch as it is.
+        pointwise: from both branches' channels to the output's; None for none.
+        channel_axis: along which the branches are concatenated: 1 for images, -1 for tokens.
 
     Shapes:
         - **input:** what both branches take, :math:`(b, c, *size)`
@@ -37,12 +38,17 @@ class Branching(nn.Module):
     """
 
     def __init__(
-        self, neighbors: nn.Module | None, other: nn.Module | None, mix: nn.Module | None
+        self,
+        neighbors: nn.Module | None,
+        other: nn.Module | None,
+        pointwise: nn.Module | None,
+        channel_axis: int = 1,
     ) -> None:
         super().__init__()
         if neighbors is None and other is None:
             raise ValueError("Branching: expected at least one branch, got none")
-        self.neighbors, self.other, self.pointwise = neighbors, other, mix
+        self.neighbors, self.other, self.pointwise = neighbors, other, pointwise
+        self.channel_axis = channel_axis
 
     @classmethod
     def mix(
@@ -94,7 +100,8 @@ class Branching(nn.Module):
             )
         if neighbors is None or rest is None:
             return cls(neighbors, rest, None)
-        return cls(neighbors, rest, _POINTWISE[axes](out_channels, out_channels, 1, **factory))  # type: ignore[arg-type]
+        pointwise = _POINTWISE[axes](out_channels, out_channels, 1, **factory)  # type: ignore[arg-type]
+        return cls(neighbors, rest, pointwise, -axes - 1)
 
     def reset_parameters(self) -> None:
         """Reset every part."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convnn_geo.candidates import All, Candidates, Window
 from convnn_geo.checks import (
@@ -18,23 +16,21 @@ from convnn_geo.checks import (
     check_values,
 )
 from convnn_geo.encodings import Encoding, as_encoding
-from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
+from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
 from convnn_geo.metrics import Metric, Spatial, as_metric
 from convnn_geo.metrics.encoded import Encoded
 from convnn_geo.nn.gradient import warn_without_gradient
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
+from convnn_geo.nn.taps import TapLayer
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
 
-KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
-_PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
 
-
-class _ConvNN(nn.Module):
+class _ConvNN(TapLayer):
     """What the layers of one, two and three axes share."""
 
     axes: int
@@ -92,7 +88,7 @@ class _ConvNN(nn.Module):
                 selection = Every()
             else:
                 every = 1 if kernel_size is not None else check_int("dilation", dilation)  # type: ignore[arg-type]
-                selection = KNearest(k or taps, every, self_point) if k != 0 else KNearest(0)  # type: ignore[arg-type]
+                selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = selection
         self.k = selection.k if isinstance(selection, KNearest) else (k or taps)
         self.encoding = as_encoding(encoding, in_channels * shuffle**self.axes, self.axes)
@@ -109,7 +105,13 @@ class _ConvNN(nn.Module):
         warn_without_gradient(self.metric, self.weighting)
         default = "rank" if kernel_size is None else "raster"
         self.order = check_name("order", order or default, ORDERS)
-        self._build_kernel(kernel, groups, bias, {"device": device, "dtype": dtype})
+        scale = self.shuffle**self.axes
+        extra = 0 if self.encoding is None else self.encoding.extra_channels(self.axes)
+        whole = self.kernel_size is not None and self.k == taps
+        shape = self.kernel_size if whole else None if self.k is None else (self.k,)
+        channels = (in_channels * scale + extra, out_channels * scale)
+        factory = {"device": device, "dtype": dtype}
+        self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_parameters()
 
     def _window(self, padding: int | tuple[int, ...] | str) -> Window:
@@ -123,64 +125,6 @@ class _ConvNN(nn.Module):
                 f"may be chosen; got padding={padding!r}, padding_mode={self.padding_mode!r}"
             )
         return Window(1, self.stride, padding)
-
-    def _build_kernel(
-        self, kernel: str | Kernel, groups: int, bias: bool, factory: dict[str, Any]
-    ) -> None:
-        scale = self.shuffle**self.axes
-        encoding = self.encoding
-        extra = 0 if encoding is None else encoding.extra_channels(self.axes)
-        c, d = self.in_channels * scale + extra, self.out_channels * scale
-        self.register_parameter("weight", None)
-        self.register_parameter("pointwise", None)
-        self.register_parameter("bias", None)
-        if isinstance(kernel, Kernel):
-            self.kernel: str | Kernel = kernel  # registered where it is a module
-            self.groups = 1
-            return
-        self.kernel = check_name("kernel", kernel, KERNELS)
-        self.groups = c if kernel in ("depthwise", "separable") else check_int("groups", groups)
-        if kernel in _PLAIN:
-            if c != d:
-                raise ValueError(
-                    f"kernel={kernel!r} keeps channels: expected out_channels={c}, got {d}"
-                )
-            return
-        if self.k is None:
-            raise ValueError(f"kernel={kernel!r} has one tap a neighbour: pass k= or kernel_size=")
-        if c % self.groups or d % self.groups:
-            raise ValueError(
-                f"groups: {self.groups} must divide in_channels={c} and out_channels={d}"
-            )
-        windowed = self.kernel_size is not None and self.k == math.prod(self.kernel_size)
-        shape = self.kernel_size if windowed else (self.k,)
-        out = c if kernel == "separable" else d
-        self.weight = nn.Parameter(torch.empty(out, c // self.groups, *shape, **factory))  # type: ignore[misc]
-        if kernel == "separable":
-            self.pointwise = nn.Parameter(torch.empty(d, c, **factory))
-        if bias:
-            self.bias = nn.Parameter(torch.empty(d, **factory))
-
-    def reset_parameters(self) -> None:
-        """As :class:`torch.nn.Conv2d` does."""
-        for weight in (self.weight, self.pointwise):
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-        if self.bias is not None:
-            last = self.weight if self.pointwise is None else self.pointwise
-            fan_in = last[0].numel()
-            bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-            nn.init.uniform_(self.bias, -bound, bound)
-
-    def bound_kernel(self) -> Kernel:
-        """The kernel with this layer's weights."""
-        if isinstance(self.kernel, Kernel):
-            return self.kernel
-        if self.kernel in _PLAIN:
-            return _PLAIN[self.kernel]()
-        if self.kernel == "separable":
-            return Separable(self.weight, self.pointwise, self.bias)
-        return Taps(self.weight, self.bias, self.groups)
 
     def operation(self, x: Tensor) -> Operation:
         """The layer on an image ``(b, c, *size)``, as an operation."""

@@ -1,0 +1,260 @@
+"""NeighborConv: the operator as a PyG MessagePassing layer, on any graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch_geometric.nn import MessagePassing
+
+from convnn_geo.checks import check_floating, check_int, check_tensor, check_values
+from convnn_geo.kernels import Taps
+from convnn_geo.neighborhood import Neighborhood, edge_rank
+from convnn_geo.weighting import Weighting, as_weighting
+
+
+class NeighborConv(MessagePassing):
+    """Message passing with one weight matrix a neighbour: the semantics of ConvNN on graphs.
+
+    .. math:: y_i = \\sum_{j \\in N(i)} W_{\\mathrm{rank}(i, j)}\\, \\rho_{ij}\\, x_j + b
+
+    See https://arxiv.org/abs/2606.14725.
+
+    Args:
+        in_channels: channels of the sources; a tuple ``(source, target)`` for bipartite graphs,
+            -1 to take them from the first input.
+        out_channels: channels of the output.
+        k: taps; edges of rank ``k`` and beyond are an error.
+        groups: groups of channels; ``groups=heads`` keeps taps inside heads.
+        heads: blocks of channels that edge weights ``(E, heads)`` weigh apart.
+        bias: learn an additive bias.
+        weighting: of given distances: ``"softmax"``, ``"gaussian"``, ...
+        aggr: ``"taps"``, or any PyG aggregation (``"mean"``, ``"max"``, ``["sum", "std"]``, an
+            instance), after which one matrix takes the place of the taps.
+        **kwargs: of :class:`torch_geometric.nn.MessagePassing`.
+
+    Shapes:
+        - **x:** :math:`(n, c)`, or :math:`((m, c), (n, c'))` for bipartite graphs
+        - **edge_index:** :math:`(2, E)`, a tensor or an ``EdgeIndex``
+        - **edge_weight:** :math:`(E)`, :math:`(E, heads)` or :math:`(E, c)`
+        - **rank:** :math:`(E)`, the tap of each edge; by distance where given, else by order of
+          appearance among the edges of a target
+        - **distance:** :math:`(E)`, for the weighting
+        - **output:** :math:`(n, d)`
+
+    Raises:
+        ValueError: wrong shapes, channels, ranks, devices.
+        TypeError: wrong dtypes.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.nn import NeighborConv
+        >>> from convnn_geo.search import knn
+        >>> x = torch.randn(10, 4)
+        >>> edge_index, rank = knn(x, x, k=3).to_edge_index()
+        >>> NeighborConv(4, 8, k=3)(x, edge_index, rank=rank).shape
+        torch.Size([10, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        k: int,
+        groups: int = 1,
+        heads: int = 1,
+        bias: bool = True,
+        weighting: Weighting | str = "ones",
+        aggr: Any = "taps",
+        **kwargs: Any,
+    ) -> None:
+        self.by_rank = isinstance(aggr, str) and aggr == "taps"
+        super().__init__(aggr=None if self.by_rank else aggr, **kwargs)
+        self.in_channels = in_channels
+        self.out_channels = check_int("out_channels", out_channels)
+        self.k, self.groups = check_int("k", k), check_int("groups", groups)
+        self.heads = check_int("heads", heads)
+        self.weighting = as_weighting(weighting)
+        source = in_channels[0] if isinstance(in_channels, tuple) else in_channels
+        if source != -1:
+            check_int("in_channels", source)
+        if out_channels % groups:
+            raise ValueError(f"groups={groups} must divide out_channels={out_channels}")
+        if source == -1:
+            self.weight = UninitializedParameter()
+        else:
+            self.weight = nn.Parameter(torch.empty(self._shape(source)))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+        self.reset_parameters()
+
+    def _shape(self, channels: int) -> tuple[int, int, int]:
+        for name, parts in (("groups", self.groups), ("heads", self.heads)):
+            if channels % parts:
+                raise ValueError(f"{name}={parts} must divide in_channels={channels}")
+        if not self.by_rank:
+            probe = self.aggr_module
+            with torch.no_grad():
+                index = torch.zeros(1, dtype=torch.long)
+                out = probe(torch.zeros(1, channels), index, dim_size=1, dim=-2)
+            channels = out.shape[-1]
+        return (self.out_channels, channels // self.groups, self.k if self.by_rank else 1)
+
+    def reset_parameters(self) -> None:
+        """As :class:`torch.nn.Conv1d` does; a lazy layer waits for its first input."""
+        super().reset_parameters()
+        if is_lazy(self.weight):
+            return
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "weight")
+        if saved is not None and is_lazy(self.weight) and not is_lazy(saved):
+            self.weight.materialize(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(
+        self,
+        x: Tensor | tuple[Tensor, Tensor | None],
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        rank: Tensor | None = None,
+        distance: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Pass messages along ``edge_index``."""
+        pair = x if isinstance(x, tuple) else (x, x)
+        source = pair[0]
+        self._check(source, edge_index, edge_weight, rank, distance)
+        if is_lazy(self.weight):
+            self.weight.materialize(self._shape(source.shape[-1]), source.device, source.dtype)
+            if self.bias is not None:
+                self.bias.data = self.bias.data.to(source)
+            self.reset_parameters()
+        if size is None:
+            targets = source.shape[0] if pair[1] is None else pair[1].shape[0]
+            size = (source.shape[0], targets)
+            if self.flow == "target_to_source":
+                size = (targets, source.shape[0])
+        i, j = (1, 0) if self.flow == "source_to_target" else (0, 1)
+        directed = torch.stack([edge_index[j], edge_index[i]]).as_subclass(Tensor)
+        if self.by_rank or distance is not None:
+            rank = self._rank(directed, rank, distance)
+        if distance is not None:
+            weight = self._weights(directed, rank, distance, size[i], size[j], source)
+            edge_weight = weight if edge_weight is None else _times(edge_weight, weight)
+        out = self.propagate(edge_index, x=source, edge_weight=edge_weight, rank=rank, size=size)
+        return out
+
+    def _rank(self, edges: Tensor, rank: Tensor | None, distance: Tensor | None) -> Tensor:
+        rank = edge_rank(edges, distance) if rank is None else rank
+        if not self.by_rank or not rank.numel():
+            return rank
+        inside = (rank < self.k).all() & (rank >= 0).all()
+        if rank.device.type != "cpu":
+            torch._assert_async(inside)  # no waiting for the device
+        elif not bool(inside):
+            raise ValueError(
+                f"NeighborConv: ranks reach {int(rank.max())}, but the layer has k={self.k} taps; "
+                "raise k, drop edges, or pass rank="
+            )
+        return rank
+
+    def _weights(
+        self, edges: Tensor, rank: Tensor, distance: Tensor, n: int, m: int, source: Tensor
+    ) -> Tensor | None:
+        """The weighting on distances of edges, ``(E,)``."""
+        hood = Neighborhood.from_edge_index(edges, n, m, rank, distance)
+        weight = self.weighting(_Slots(hood, source))
+        return None if weight is None else weight[edges[1], rank]
+
+    def message(self, x_j: Tensor, edge_weight: Tensor | None) -> Tensor:
+        """``rho_ij x_j``, head by head."""
+        if edge_weight is None:
+            return x_j
+        return _times(x_j, edge_weight)
+
+    def aggregate(
+        self,
+        inputs: Tensor,
+        index: Tensor,
+        rank: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+    ) -> Tensor:
+        """Into slots ``(target, rank)`` and through all taps at once, or PyG's aggregation."""
+        n = 0 if dim_size is None else dim_size
+        if not self.by_rank or rank is None:
+            out = super().aggregate(inputs, index, ptr=ptr, dim_size=dim_size)
+            return Taps(self.weight, self.bias, self.groups).reduce(out.unsqueeze(-2), None)
+        return Taps(self.weight, self.bias, self.groups).scatter(inputs, index, rank, (n,), self.k)
+
+    def _check(self, x: Any, edge_index: Any, *per_edge: Tensor | None) -> None:
+        check_floating("x", check_tensor("x", x, 2))
+        check_tensor("edge_index", edge_index, 2)
+        if edge_index.shape[0] != 2 or edge_index.dtype != torch.long:
+            raise ValueError(
+                f"edge_index: expected int64 of shape (2, E), got {edge_index.dtype} of shape "
+                f"{tuple(edge_index.shape)}"
+            )
+        if edge_index.device != x.device:
+            raise ValueError(f"edge_index is on {edge_index.device}, x on {x.device}")
+        if not is_lazy(self.weight):
+            wanted = self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
+            if wanted not in (-1, x.shape[-1]):
+                raise ValueError(f"x: expected {wanted} channels, got shape {tuple(x.shape)}")
+            if self.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x is {x.dtype}, the layer {self.weight.dtype}; convert one")
+        for name, value in zip(("edge_weight", "rank", "distance"), per_edge, strict=True):
+            if value is not None and value.shape[0] != edge_index.shape[1]:
+                raise ValueError(
+                    f"{name}: expected one row an edge, got {value.shape[0]} for "
+                    f"{edge_index.shape[1]} edges"
+                )
+        check_values("x", x)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, k={self.k})"
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What a weighting asks of pairs, for distances of edges put into slots ``(n, k)``."""
+
+    neighborhood: Neighborhood
+    value: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        return self.neighborhood.distance  # type: ignore[return-value]
+
+    @property
+    def similarity(self) -> Tensor:
+        return -self.distance
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.neighborhood.mask
+
+
+def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+    """``x (E, c)`` or ``(E,)`` by weights ``(E,)``, ``(E, heads)`` or ``(E, c)``."""
+    if weight is None:
+        return x
+    if x.ndim == 1:
+        return x * weight if weight.ndim == 1 else x[:, None] * weight
+    if weight.ndim == 1:
+        return x * weight[:, None]
+    if x.shape[-1] % weight.shape[-1]:
+        raise ValueError(
+            f"edge_weight: {weight.shape[-1]} heads must divide {x.shape[-1]} channels"
+        )
+    return (x.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
+
+

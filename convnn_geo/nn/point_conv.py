@@ -1,0 +1,228 @@
+"""PointConvNN: the operator on point clouds, with a graph built in each forward."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from convnn_geo.checks import (
+    check_alike,
+    check_floating,
+    check_int,
+    check_name,
+    check_tensor,
+    check_values,
+)
+from convnn_geo.candidates import All, Candidates
+from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.kernels import Kernel
+from convnn_geo.lowering import run
+from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.metrics.encoded import Encoded
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.nn.gradient import warn_without_gradient
+from convnn_geo.nn.taps import TapLayer
+from convnn_geo.operation import Operation
+from convnn_geo.points import Points
+from convnn_geo.search import check_batch
+from convnn_geo.selection import Given, KNearest, Selection
+from convnn_geo.typing import BACKENDS, ORDERS
+from convnn_geo.weighting import Weighting, as_weighting
+
+Pair: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
+
+
+class PointConvNN(TapLayer):
+    """Convolution over the ``k`` nearest points of each point, by position or by feature.
+
+    .. math:: y_i = \\sum_{j=1}^{k} W_j\\, \\rho_{ij}\\, x_{I_i(j)} + b
+
+    The graph is built in each forward: static in effect for ``metric="spatial"``, dynamic for a
+    metric over features, as in DGCNN. See https://arxiv.org/abs/2606.14725.
+
+    Args:
+        in_channels: channels of ``x``; the axes of ``pos`` where no ``x`` is given.
+        out_channels: channels of the output.
+        k: neighbours, the point itself among them unless ``self_point="excluded"``.
+        metric: how near, over ``pos``, ``x`` or both.
+        kernel: ``"standard"``, ``"depthwise"``, ``"separable"``, ``"sum"``, ``"mean"``,
+            ``"max"`` or a :class:`~convnn_geo.kernels.Kernel`.
+        weighting: how much each neighbour counts.
+        groups: groups of channels.
+        bias: learn an additive bias.
+        candidates: where to look.
+        selection: whom to keep, instead of ``k``.
+        self_point: ``"natural"``, ``"first"`` or ``"excluded"``.
+        short: clouds of fewer than k points: ``"error"``, or ``"pad"`` with empty slots.
+        order: of the taps, ``"rank"`` or ``"raster"`` (by index).
+        encoding: positional encoding or its name.
+        backend: ``"auto"``, ``"gather"`` or ``"message_passing"``.
+        search: engine that finds the neighbours.
+
+    Shapes:
+        - **x:** :math:`(N, c)`, None, or a pair (source, target) for bipartite clouds
+        - **pos:** :math:`(N, p)`, or a pair
+        - **batch:** :math:`(N)`, sorted, or a pair
+        - **edge_index:** :math:`(2, E)`, to reuse a graph; its edges' order is their rank
+        - **output:** :math:`(N, d)`, a row a target
+
+    Raises:
+        ValueError: wrong shapes, channels, batch vectors, k over the points of a cloud.
+        TypeError: wrong dtypes.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.nn import PointConvNN
+        >>> x, pos = torch.randn(12, 4), torch.rand(12, 3)
+        >>> batch = torch.tensor([0] * 5 + [1] * 7)
+        >>> PointConvNN(4, 8, k=3)(x, pos, batch).shape
+        torch.Size([12, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int | None = None,
+        metric: Metric | str = "spatial",
+        kernel: str | Kernel = "standard",
+        weighting: Weighting | str = "ones",
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        candidates: Candidates | None = None,
+        selection: Selection | None = None,
+        self_point: str = "natural",
+        short: str = "error",
+        order: str = "rank",
+        encoding: Encoding | str | None = None,
+        backend: str = "auto",
+        search: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_int("in_channels", in_channels)
+        self.out_channels = check_int("out_channels", out_channels)
+        if (k is None) == (selection is None):
+            raise ValueError("expected k or a selection, and not both")
+        self.selection = selection or KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
+        self.k: int = getattr(self.selection, "k", getattr(self.selection, "max_k", 0))
+        self.metric = as_metric(metric)
+        self.encoding = as_encoding(encoding, in_channels, 3)
+        if self.encoding is not None and self.encoding.on == "metric":
+            self.metric = Encoded(self.metric, self.encoding)
+        self.weighting = as_weighting(weighting)
+        warn_without_gradient(self.metric, self.weighting)
+        self.candidates = All() if candidates is None else candidates
+        self.order = check_name("order", order, ORDERS)
+        self.backend, self.search = check_name("backend", backend, BACKENDS), search
+        extra = 0 if self.encoding is None else self.encoding.extra_channels(3)
+        taps = (self.k,) if self.k else None
+        self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})
+        self.reset_parameters()
+
+    def operation(
+        self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
+    ) -> Operation:
+        """The layer on these clouds, as an operation."""
+        x_source, x_target = _pair(x)
+        pos_source, pos_target = _pair(pos)
+        batch_source, batch_target = _pair(batch)
+        bipartite = isinstance(x, tuple) or isinstance(pos, tuple)
+        source = self._encoded(self._points("source", x_source, pos_source))
+        target = source
+        if bipartite:
+            target = self._encoded(self._points("target", x_target, pos_target))
+        selection = self.selection
+        if edge_index is None:
+            source, target = self._dense(source, target, batch_source, batch_target)
+        else:
+            selection = Given(
+                Neighborhood.from_edge_index(
+                    edge_index, target.num_points, source.num_points, k=self.k or None
+                )
+            )
+        return Operation(
+            target=target,
+            source=source,
+            value=source.position if source.x is None else source.x,
+            metric=self.metric,
+            candidates=self.candidates,
+            selection=selection,
+            weighting=self.weighting,
+            kernel=self.bound_kernel(),
+            order=self.order if edge_index is None else "rank",
+            search=self.search,
+        )
+
+    def forward(
+        self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
+    ) -> Tensor:
+        """Build the graph and convolve; a row a target."""
+        op = self.operation(x, pos, batch, edge_index)
+        out = run(op, self.backend)
+        return out if edge_index is not None else op.target.to_rows(out)
+
+    def _encoded(self, points: Points) -> Points:
+        if self.encoding is None or self.encoding.on == "metric":
+            return points
+        return self.encoding(points)  # type: ignore[no-any-return]
+
+    def _points(self, name: str, x: Tensor | None, pos: Tensor | None) -> Points:
+        if x is None and pos is None:
+            raise ValueError(f"expected x, pos or both for the {name} points, got neither")
+        for key, tensor in (("x", x), ("pos", pos)):
+            if tensor is not None:
+                check_floating(f"{key} ({name})", check_tensor(f"{key} ({name})", tensor, 2))
+        if x is not None and pos is not None:
+            check_alike("x", x, "pos", pos)
+            if x.shape[0] != pos.shape[0]:
+                raise ValueError(
+                    f"x and pos ({name}): numbers of points differ: {x.shape[0]} and {pos.shape[0]}"
+                )
+        value = pos if x is None else x
+        if name == "source" and value.shape[-1] != self.in_channels:  # type: ignore[union-attr]
+            raise ValueError(
+                f"expected {self.in_channels} channels, got shape {tuple(value.shape)}"  # type: ignore[union-attr]
+            )
+        check_values(f"{name} points", x, pos)
+        return Points(x, pos)
+
+    def _dense(
+        self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
+    ) -> tuple[Points, Points]:
+        """Clouds of a batch as ``(b, n_max)``; a mask where they are ragged."""
+        if batch_source is None and batch is None:
+            self._check_size(source.num_points, target.num_points)
+            dense = Points.from_batch(source.x, source.pos)
+            return dense, dense if target is source else Points.from_batch(target.x, target.pos)
+        batch_source = check_batch("batch", batch_source, source)
+        alone = target is source
+        batch = batch_source if alone else check_batch("batch", batch, target)
+        counts = torch.bincount(batch_source)
+        examples = counts.numel() if alone else max(counts.numel(), int(batch.max()) + 1)
+        counts = torch.bincount(batch_source, minlength=examples)
+        self._check_size(int(counts[batch.unique()].min()) if batch.numel() else 0, batch.numel())
+        dense = Points.from_batch(source.x, source.pos, batch_source, examples)
+        if alone:
+            return dense, dense
+        return dense, Points.from_batch(target.x, target.pos, batch, examples)
+
+    def _check_size(self, smallest: int, targets: int) -> None:
+        selection = self.selection
+        if not targets or not isinstance(selection, KNearest) or selection.short == "pad":
+            return
+        available = smallest - (selection.self_point == "excluded")
+        if selection.k * selection.dilation > available:
+            raise ValueError(
+                f"k={selection.k} (dilation {selection.dilation}) is larger than the smallest "
+                f"cloud's {available} candidates; lower k, drop small clouds, or pass short='pad'"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, k={self.k}"
+
+
+def _pair(value: Pair) -> tuple[Tensor | None, Tensor | None]:
+    return value if isinstance(value, tuple) else (value, value)

@@ -1,0 +1,86 @@
+"""What layers with one tap a neighbour share: parameters by a convolution's names."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from convnn_geo.checks import check_int, check_name
+from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
+
+KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
+_PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
+
+
+class TapLayer(nn.Module):
+    """A layer that owns ``weight``, ``pointwise`` and ``bias``, and binds them to a kernel."""
+
+    def build_kernel(
+        self,
+        kernel: str | Kernel,
+        channels: tuple[int, int],
+        taps: tuple[int, ...] | None,
+        groups: int,
+        bias: bool,
+        factory: dict[str, Any],
+    ) -> None:
+        """Register the parameters that the kernel needs.
+
+        Args:
+            kernel: a name, or a kernel of the user's own, which brings its own parameters.
+            channels: in and out.
+            taps: the shape of the neighbours, ``(k,)`` or the kernel size.
+            groups: groups of channels.
+            bias: learn an additive bias.
+            factory: device and dtype.
+        """
+        c, d = channels
+        for name in ("weight", "pointwise", "bias"):
+            self.register_parameter(name, None)
+        self.kernel: str | Kernel
+        if isinstance(kernel, Kernel):
+            self.kernel, self.groups = kernel, 1  # registered where it is a module
+            return
+        self.kernel = check_name("kernel", kernel, KERNELS)
+        self.groups = c if kernel in ("depthwise", "separable") else check_int("groups", groups)
+        if kernel in _PLAIN:
+            if c != d:
+                raise ValueError(
+                    f"kernel={kernel!r} keeps channels: expected out_channels={c}, got {d}"
+                )
+            return
+        if taps is None:
+            raise ValueError(f"kernel={kernel!r} has one tap a neighbour: pass k= or kernel_size=")
+        out = c if kernel == "separable" else d
+        if c % self.groups or out % self.groups:
+            raise ValueError(
+                f"groups: {self.groups} must divide in_channels={c} and out_channels={out}"
+            )
+        self.weight = nn.Parameter(torch.empty(out, c // self.groups, *taps, **factory))
+        if kernel == "separable":
+            self.pointwise = nn.Parameter(torch.empty(d, c, **factory))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(d, **factory))
+
+    def reset_parameters(self) -> None:
+        """As :class:`torch.nn.Conv2d` does."""
+        for weight in (self.weight, self.pointwise):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        if self.bias is not None:
+            last = self.weight if self.pointwise is None else self.pointwise
+            bound = 1 / math.sqrt(last[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def bound_kernel(self) -> Kernel:
+        """The kernel with this layer's weights."""
+        if isinstance(self.kernel, Kernel):
+            return self.kernel
+        if self.kernel in _PLAIN:
+            return _PLAIN[self.kernel]()
+        if self.kernel == "separable":
+            return Separable(self.weight, self.pointwise, self.bias)
+        return Taps(self.weight, self.bias, self.groups)
