@@ -87,7 +87,8 @@ class Operation:
     def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
         """The chosen pairs."""
         chosen = self.neighborhood() if neighborhood is None else neighborhood
-        return Pairs(self.target, self.source, self.value, lambda: self.bound, chosen)
+        value = self.kernel.project(self.value)
+        return Pairs(self.target, self.source, value, lambda: self.bound, chosen)
 
 
 def show_nan(out: Tensor, pairs: Pairs, weighting: Weighting) -> Tensor:

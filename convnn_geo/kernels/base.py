@@ -27,6 +27,10 @@ class Kernel(ABC):
     needs_offset = False
     """Whether messages look at relative positions."""
 
+    def project(self, value: Tensor) -> Tensor:
+        """What is done to each source's value once, before it is sent: ``(..., m, c)``."""
+        return value
+
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """What a pair sends before weighting, ``(..., n, k, c)`` or ``(E, c)``."""
         return pairs.x_j
@@ -63,6 +67,21 @@ class Kernel(ABC):
         if weight is not None:
             messages = messages * (weight if weight.ndim == messages.ndim else weight[..., None])
         return self.finish(self.reduce(messages, pairs.mask), pairs.target.x)
+
+
+class Join(Kernel):
+    """Several reductions side by side, as channels.
+
+    Args:
+        kernels: e.g. ``Mean(), Max()``.
+    """
+
+    def __init__(self, *kernels: Kernel) -> None:
+        self.kernels = kernels
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Each reduction of the same messages."""
+        return torch.cat([kernel.reduce(messages, mask) for kernel in self.kernels], -1)
 
 
 class Sum(Kernel):

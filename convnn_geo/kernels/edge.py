@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_name
-from convnn_geo.kernels.base import Kernel, Max, Mean, Sum
+from convnn_geo.kernels.base import Join, Kernel, Max, Mean, Sum
 from convnn_geo.pairs import EdgePairs, Pairs
 
 INPUTS = ("target", "source", "difference", "offset")
@@ -122,12 +122,16 @@ class VectorAttention(nn.Module, Kernel):
         self.position = position
         self.attention = nn.Identity() if attention is None else attention
 
+    def project(self, value: Tensor) -> Tensor:
+        """Keys and values side by side, ``2 d`` channels."""
+        return torch.cat([self.key(value), self.value(value)], -1)
+
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """Scores and values side by side, ``2 d`` channels."""
-        delta = self.position(-_there(pairs.offset).to(pairs.x_j.dtype))
-        score = self.attention(self.query(_there(pairs.x_i)) - self.key(pairs.x_j) + delta)
-        value = self.value(pairs.x_j) + delta
-        return torch.cat([score.expand(value.shape), value], -1)
+        key, value = pairs.x_j.chunk(2, -1)
+        delta = self.position(-_there(pairs.offset).to(key.dtype))
+        score = self.attention(self.query(_there(pairs.x_i)) - key + delta)
+        return torch.cat([score, value + delta], -1)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over neighbours, channel by channel, and the weighted sum."""
@@ -137,6 +141,35 @@ class VectorAttention(nn.Module, Kernel):
             alone = ~mask.any(-1)[..., None, None]
             return (score.masked_fill(alone, 0.0).softmax(-2) * value).masked_fill(alone, 0).sum(-2)
         return (score.softmax(-2) * value).sum(-2)
+
+
+class GravNet(nn.Module, Kernel):
+    """Mean and maximum of projected values, and the target's own: GravNet
+    (https://arxiv.org/abs/1902.07987).
+
+    Args:
+        value: module on the sources' features.
+        own: module on the target's features.
+        update: module on mean and maximum side by side.
+    """
+
+    needs_target = True
+
+    def __init__(self, value: nn.Module, own: nn.Module, update: nn.Module) -> None:
+        super().__init__()
+        self.value, self.own, self.update = value, own, update
+
+    def project(self, value: Tensor) -> Tensor:
+        """Project the values."""
+        return self.value(value)  # type: ignore[no-any-return]
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean and maximum."""
+        return Join(Mean(), Max()).reduce(messages, mask)
+
+    def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
+        """Add both parts."""
+        return self.own(_there(x_i)) + self.update(reduced)  # type: ignore[no-any-return]
 
 
 def _there(tensor: Tensor | None) -> Tensor:

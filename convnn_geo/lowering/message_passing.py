@@ -78,7 +78,7 @@ class MessagePassingRule(Aggregation):
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """Turn the neighbourhood into edges, and propagate."""
         lead = torch.broadcast_shapes(
-            op.value.shape[:-2],
+            pairs.value.shape[:-2],
             pairs.neighborhood.index.shape[:-2],
             () if pairs.mask is None else pairs.mask.shape[:-2],
         )
@@ -86,7 +86,7 @@ class MessagePassingRule(Aggregation):
         n, k = hood.num_targets, hood.k
         edge_index, rank, slot = hood.edges()
         if weight is not None:
-            per_channel = weight.ndim == op.value.ndim + 1
+            per_channel = weight.ndim == pairs.value.ndim + 1
             trailing = weight.shape[-3:] if per_channel else weight.shape[-2:]
             weight = weight.expand(*lead, *trailing)
             weight = weight.flatten(0, -2 if per_channel else -1)[slot]
@@ -95,7 +95,7 @@ class MessagePassingRule(Aggregation):
             pos = (_rows(op.source.position, lead), _rows(op.target.position, lead))
         target = None if op.target.x is None else _rows(op.target.x, lead)
         return EdgeAggregation(op.kernel)(  # type: ignore[no-any-return]
-            (_rows(op.value, lead), target), edge_index, rank, weight, pos, (*lead, n), k
+            (_rows(pairs.value, lead), target), edge_index, rank, weight, pos, (*lead, n), k
         )
 
 

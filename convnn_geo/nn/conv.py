@@ -37,8 +37,8 @@ class _ConvNN(TapLayer):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int | None,
+        out_channels: int | None,
         kernel_size: int | tuple[int, ...] | None = None,
         stride: int | tuple[int, ...] = 1,
         padding: int | tuple[int, ...] | str = 0,
@@ -63,8 +63,9 @@ class _ConvNN(TapLayer):
         search: str = "auto",
     ) -> None:
         super().__init__()
-        self.in_channels = check_int("in_channels", in_channels)
-        self.out_channels = check_int("out_channels", out_channels)
+        free = in_channels is None and out_channels is None
+        self.in_channels = None if free else check_int("in_channels", in_channels)
+        self.out_channels = None if free else check_int("out_channels", out_channels)
         self.shuffle = check_int("shuffle", shuffle)
         self.backend = check_name("backend", backend, BACKENDS)
         self.search = search
@@ -91,7 +92,7 @@ class _ConvNN(TapLayer):
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = selection
         self.k = selection.k if isinstance(selection, KNearest) else (k or taps)
-        self.encoding = as_encoding(encoding, in_channels * shuffle**self.axes, self.axes)
+        self.encoding = as_encoding(encoding, (in_channels or 0) * shuffle**self.axes, self.axes)
         chosen = Spatial() if metric is None else as_metric(metric)
         if self.encoding is not None and self.encoding.on == "metric":
             chosen = Encoded(chosen, self.encoding)
@@ -109,7 +110,9 @@ class _ConvNN(TapLayer):
         extra = 0 if self.encoding is None else self.encoding.extra_channels(self.axes)
         whole = self.kernel_size is not None and self.k == taps
         shape = self.kernel_size if whole else None if self.k is None else (self.k,)
-        channels = (in_channels * scale + extra, out_channels * scale)
+        channels = (
+            (None, None) if free else (in_channels * scale + extra, out_channels * scale)  # type: ignore[operator]
+        )
         factory = {"device": device, "dtype": dtype}
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_parameters()
@@ -189,7 +192,7 @@ class _ConvNN(TapLayer):
         check_tensor(f"{name} input", x, (self.axes + 1, self.axes + 2))
         check_floating(f"{name} input", x)
         channels = x.shape[-self.axes - 1]
-        if channels != self.in_channels:
+        if self.in_channels not in (None, channels):
             raise ValueError(
                 f"{name}: expected {self.in_channels} channels, got {channels} "
                 f"(shape {tuple(x.shape)}, channels first)"
@@ -233,7 +236,8 @@ _DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`
     metric is ``Spatial("chebyshev")``. See https://arxiv.org/abs/2606.14725.
 
     Args:
-        in_channels: channels of the input.
+        in_channels: channels of the input; with ``out_channels`` None for any, where the kernel
+            has no weights.
         out_channels: channels of the output.
         kernel_size: the window, in pixels; one number or one an axis.
         stride: pixels between outputs.

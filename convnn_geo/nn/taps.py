@@ -21,7 +21,7 @@ class TapLayer(nn.Module):
     def build_kernel(
         self,
         kernel: str | Kernel,
-        channels: tuple[int, int],
+        channels: tuple[int | None, int | None],
         taps: tuple[int, ...] | None,
         groups: int,
         bias: bool,
@@ -31,7 +31,7 @@ class TapLayer(nn.Module):
 
         Args:
             kernel: a name, or a kernel of the user's own, which brings its own parameters.
-            channels: in and out.
+            channels: in and out; None for any, which only a kernel without weights can take.
             taps: the shape of the neighbours, ``(k,)`` or the kernel size.
             groups: groups of channels.
             bias: learn an additive bias.
@@ -45,6 +45,11 @@ class TapLayer(nn.Module):
             self.kernel, self.groups = kernel, 1  # registered where it is a module
             return
         self.kernel = check_name("kernel", kernel, KERNELS)
+        if c is None or d is None:
+            if kernel not in _PLAIN:
+                raise ValueError(f"kernel={kernel!r} has weights: pass in_channels, out_channels")
+            self.groups = 1
+            return
         self.groups = c if kernel in ("depthwise", "separable") else check_int("groups", groups)
         if kernel in _PLAIN:
             if c != d:
