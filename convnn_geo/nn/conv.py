@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
-from convnn_geo.selection import Every, KNearest, Selection
+from convnn_geo.search import engines
+from convnn_geo.selection import Every, KNearest, Radius, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
 
@@ -68,10 +70,9 @@ class _ConvNN(TapLayer):
         self.out_channels = None if free else check_int("out_channels", out_channels)
         self.shuffle = check_int("shuffle", shuffle)
         self.backend = check_name("backend", backend, BACKENDS)
-        self.search = search
+        self.search = check_name("search backend", search, ("auto", *engines()))
         self.padding_mode = padding_mode
         self.stride = check_tuple("stride", stride, self.axes)
-        self.dilation = dilation if kernel_size is None else check_tuple("dilation", dilation, self.axes)
         if kernel_size is None and k is None and selection is None:
             raise ValueError(
                 "expected kernel_size (a window), k (that many neighbours) or a selection; got none"
@@ -79,7 +80,12 @@ class _ConvNN(TapLayer):
         self.kernel_size = (
             None if kernel_size is None else check_tuple("kernel_size", kernel_size, self.axes)
         )
-        self.window = self._window(padding)
+        whole_axis = self.kernel_size is None  # then dilation is over ranks, one number
+        self.dilation = (
+            check_int("dilation", dilation) if whole_axis else check_tuple("dilation", dilation, self.axes)
+        )
+        self.window, self.margin = self._window(padding)
+        self.padding = self.margin if whole_axis or isinstance(padding, str) else self.margin
         taps = math.prod(self.kernel_size) if self.kernel_size else None
         if candidates is None:
             candidates = All() if kernel_size is None else self.window
