@@ -44,9 +44,9 @@ typecheck: $(STAMPS)/all ## mypy
 bench: $(STAMPS)/all $(STAMPS)/cluster ## every benchmark, one after the other
 	@for file in benchmarks/*.py; do \
 	  name=$$(basename "$$file" .py); \
-	  case "$$name" in _*|\*) continue ;; esac; \
-	  echo "== benchmarks.$$name"; \
-	  $(PY) -m "benchmarks.$$name" $(BENCH_ARGS) || exit 1; \
+	  case "$$name" in measure|\*) continue ;; esac; \
+	  echo "== $$file"; \
+	  $(PY) "$$file" $(BENCH_ARGS) || exit 1; \
 	done
 
 clean: ## remove build leftovers and caches, keep $(VENV)

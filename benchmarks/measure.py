@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch_geometric
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import convnn_geo
@@ -70,9 +73,7 @@ def compare(
     result = []
     for name, times in samples.items():
         tenths = statistics.quantiles(times, n=10)
-        result.append(
-            Timing(name, statistics.median(times), tenths[0], tenths[-1], memory[name])
-        )
+        result.append(Timing(name, statistics.median(times), tenths[0], tenths[-1], memory[name]))
     return result
 
 
@@ -118,3 +119,25 @@ def report(title: str, timings: list[Timing], bound: str) -> None:
             f"{t.median / base:.2f} | {t.memory:.0f} |"
         )
     print(f"\n{bound}")
+
+
+def forward_and_backward(
+    title: str,
+    functions: dict[str, Callable[[Tensor], Tensor]],
+    inputs: list[Tensor],
+    claim: str,
+    rounds: int = 15,
+) -> None:
+    """Compare functions of one tensor on inputs in turn: forward alone, then with backward."""
+    turn = itertools.cycle(inputs)
+
+    def forward(function: Callable[[Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            function(next(turn))
+
+    def both(function: Callable[[Tensor], Tensor]) -> None:
+        function(next(turn).requires_grad_()).sum().backward()
+
+    for name, run in (("forward", forward), ("forward and backward", both)):
+        timings = compare({n: partial(run, f) for n, f in functions.items()}, rounds)
+        report(f"{title}, {name}", timings, claim)

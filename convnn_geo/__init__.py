@@ -1,4 +1,4 @@
-"""convnn_geo: convolution, attention and everything between, as one choice of neighbours.
+r"""convnn_geo: convolution, attention and everything between, as one choice of neighbours.
 
 The pipeline, stage by stage; each module hands a small value to the next::
 
@@ -8,7 +8,7 @@ The pipeline, stage by stage; each module hands a small value to the next::
 A layer turns its input into points, measures how near they are, looks among candidates, keeps the
 nearest, weighs them and applies a kernel:
 
-.. math:: y_i = \\sum_j W_j\\, \\rho(s_i)_j\\, v_{I_i(j)} + b
+.. math:: y_i = \sum_j W_j\, \rho(s_i)_j\, v_{I_i(j)} + b
 
 Convolution measures positions, attention measures features; ``metrics.interpolate`` lies between.
 See "Interpolation between Convolution and Attention via K-Nearest Neighbors"
@@ -17,7 +17,8 @@ See "Interpolation between Convolution and Attention via K-Nearest Neighbors"
 Example:
     >>> import torch
     >>> import convnn_geo as cg
-    >>> layer = cg.nn.ConvNN2d(3, 8, k=9, metric=0.3 * cg.metrics.Spatial() + 0.7 * cg.metrics.Feature("cosine"))
+    >>> metric = 0.3 * cg.metrics.Spatial() + 0.7 * cg.metrics.Feature("cosine")
+    >>> layer = cg.nn.ConvNN2d(3, 8, k=9, metric=metric)
     >>> layer(torch.zeros(1, 3, 8, 8)).shape
     torch.Size([1, 8, 8, 8])
 """

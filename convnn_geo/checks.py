@@ -29,7 +29,7 @@ def checking(enabled: bool = True) -> Iterator[None]:
         >>> import torch
         >>> from convnn_geo import checking
         >>> from convnn_geo.nn import ConvNN2d
-        >>> layer = ConvNN2d(3, 4, k=2)
+        >>> layer = ConvNN2d(3, 4, k=2, metric="cosine")
         >>> with checking():
         ...     _ = layer(torch.zeros(1, 3, 4, 4))
     """
@@ -41,8 +41,8 @@ def checking(enabled: bool = True) -> Iterator[None]:
 
 
 def check_values(name: str, *tensors: Tensor | None) -> None:
-    """Refuse non-finite tensors, but only inside :func:`checking`."""
-    if _CHECK_VALUES.get():
+    """Refuse non-finite tensors, but only inside :func:`checking`, and never while compiling."""
+    if not torch.compiler.is_compiling() and _CHECK_VALUES.get():
         check_finite(name, *tensors)
 
 
@@ -91,6 +91,20 @@ def check_alike(name: str, first: Tensor, other_name: str, second: Tensor) -> No
     if first.dtype != second.dtype:
         raise TypeError(
             f"{name} is {first.dtype} but {other_name} {second.dtype}; convert one of them"
+        )
+
+
+def check_edges(edge_index: Any, device: torch.device) -> None:
+    """Raise unless ``edge_index`` is int64 of shape ``(2, E)`` on ``device``."""
+    check_tensor("edge_index", edge_index)
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.long:
+        raise ValueError(
+            f"edge_index: expected int64 of shape (2, E), got {edge_index.dtype} of shape "
+            f"{tuple(edge_index.shape)}"
+        )
+    if edge_index.device != device:
+        raise ValueError(
+            f"edge_index is on {edge_index.device}, the points on {device}; move both to one device"
         )
 
 

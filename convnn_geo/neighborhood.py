@@ -50,8 +50,8 @@ class Neighborhood:
     def to(self, device: torch.device | str) -> Neighborhood:
         """The same on another device."""
         move = lambda t: None if t is None else t.to(device)  # noqa: E731
-        return Neighborhood(
-            self.index.to(device), self.num_sources, move(self.distance), move(self.mask)
+        return replace(
+            self, index=self.index.to(device), distance=move(self.distance), mask=move(self.mask)
         )
 
     def expand(self, *lead: int) -> Neighborhood:

@@ -6,13 +6,14 @@ operation runs. The operation itself says what is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from convnn_geo.candidates import Candidates
+from convnn_geo.caching import once
+from convnn_geo.candidates import Candidates, Window
 from convnn_geo.kernels import Kernel
 from convnn_geo.metrics import Biased, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
@@ -61,9 +62,12 @@ class Operation:
         if self.source.mask is not None:
             subset = subset.restrict(self.source.mask.unsqueeze(-2))
         bound = self.bound if self.weighting.uses_distance or self.bias is not None else None
-        return Query(self.target, self.source, self.metric, 1, subset, distances=bound)
+        # The weighting asks for the distances of chosen pairs itself, with gradient.
+        return Query(
+            self.target, self.source, self.metric, 1, subset, distances=bound, exact=False
+        )
 
-    @cached_property
+    @once
     def bound(self) -> Distances:
         """The metric bound to the points, with gradient."""
         bound = self.metric.bind(self.target, self.source)
@@ -80,6 +84,9 @@ class Operation:
     def neighborhood(self) -> Neighborhood:
         """Candidates, then selection, then order."""
         found = self.selection(self.query(), self.own(), self.search)
+        if self.target.mask is not None:  # what only fills a batch up hears nobody
+            real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
+            found = replace(found, mask=real if found.mask is None else found.mask & real)
         if self.order == "raster" and not isinstance(self.selection, Every):
             return found.raster()
         return found  # type: ignore[no-any-return]
@@ -91,13 +98,18 @@ class Operation:
         return Pairs(self.target, self.source, value, lambda: self.bound, chosen)
 
 
-def show_nan(out: Tensor, pairs: Pairs, weighting: Weighting) -> Tensor:
-    """Let NaN in a target's own features reach its output.
+def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
+    """Let NaN in a target's own features or position, or in its distances, reach its output.
 
-    Where the weights look at distances it does by itself. Where they do not, a target with NaN
-    features would pass on its neighbours' finite values; its nearest distance is NaN then.
+    By itself it does where the target is its own neighbour or its weights look at its features.
+    Otherwise the finite values of its neighbours would hide it. A convolution's windows are left
+    alone: there a NaN shows where the window holds it.
     """
-    distance = pairs.neighborhood.distance
-    if weighting.uses_distance or distance is None or distance.shape[-1] == 0:
+    if isinstance(op.selection, Every) and isinstance(op.candidates, Window):
         return out
-    return out.masked_fill(distance.isnan().any(-1, keepdim=True), torch.nan)
+    own = [t.detach() for t in (op.target.x, op.target.pos) if t is not None]
+    lost = [t.sum(-1, keepdim=True).isnan() for t in own]
+    distance = pairs.neighborhood.distance
+    if distance is not None and distance.shape[-1] and not op.weighting.uses_distance:
+        lost.append(distance.isnan().any(-1, keepdim=True))
+    return out.masked_fill(reduce(torch.logical_or, lost), torch.nan) if lost else out

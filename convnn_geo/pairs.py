@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
+from convnn_geo.caching import once
 from convnn_geo.metrics import Distances, full_precision
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points, gather_rows
@@ -36,7 +36,7 @@ class Pairs:
         """``(..., n, k)``, False where a slot is empty."""
         return self.neighborhood.mask
 
-    @cached_property
+    @once
     def distance(self) -> Tensor:
         """Distances with gradient, ``(..., n, k)``, float32 or better."""
         with full_precision(self.value.device):
@@ -54,12 +54,12 @@ class Pairs:
         """Features of targets, ``(..., n, 1, c)``."""
         return self.target.features.unsqueeze(-2)
 
-    @cached_property
+    @once
     def x_j(self) -> Tensor:
         """Values of neighbours, ``(..., n, k, c)``."""
         return gather_rows(self.value, self.neighborhood.index)
 
-    @cached_property
+    @once
     def offset(self) -> Tensor:
         """Positions of neighbours relative to the target, ``p_j - p_i``, ``(..., n, k, p)``."""
         chosen = gather_rows(self.source.position, self.neighborhood.index)

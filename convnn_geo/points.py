@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnn_geo.caching import keep
 from convnn_geo.checks import check_alike, check_floating, check_tensor
 
 if TYPE_CHECKING:
@@ -70,17 +70,18 @@ class Grid:
         return None if index is None else index.to(device)
 
 
-@lru_cache(maxsize=64)
+@keep(64)
 def _index_of(grid: Grid, other: Grid) -> Tensor | None:
-    offset = other.positions(dtype=torch.float64) - torch.tensor(grid.origin, dtype=torch.float64)
-    coordinate = offset / torch.tensor(grid.step, dtype=torch.float64)
-    whole = coordinate.round()
-    size = torch.tensor(grid.size, dtype=torch.float64)
-    if not bool(((whole == coordinate) & (whole >= 0) & (whole < size)).all()):
-        return None
-    index = torch.zeros(other.num_points, dtype=torch.long)
+    index = torch.zeros(1, dtype=torch.long)
     for axis, length in enumerate(grid.size):
-        index = index * length + whole[:, axis].long()
+        count = other.size[axis]
+        start = (other.origin[axis] - grid.origin[axis]) / grid.step[axis]
+        step = other.step[axis] / grid.step[axis] if count > 1 else 0.0
+        ends = start, start + step * max(count - 1, 0)
+        if not (start.is_integer() and step.is_integer() and 0 <= min(ends) <= max(ends) < length):
+            return None
+        place = torch.arange(count) * int(step) + int(start)
+        index = (index[:, None] * length + place).flatten()
     return index
 
 
@@ -218,13 +219,18 @@ class Points:
         """A PyG ``Data`` with ``x``, ``pos`` and, for several clouds, ``batch``."""
         from torch_geometric.data import Data
 
-        x = self.features
-        if x.ndim == 2:
-            return Data(x=x, pos=self.position)
-        b, n = x.shape[:2]
-        pos = self.position.expand(b, n, -1)
-        batch = torch.arange(b, device=x.device)[:, None].expand(b, n)
-        return Data(x=self.to_rows(x), pos=self.to_rows(pos), batch=self.to_rows(batch))
+        placed = self.pos is not None or self.grid is not None
+        parts = {"x": self.x, "pos": self.position if placed else None}
+        lead = max((t.shape[:-2] for t in parts.values() if t is not None), key=len)
+        if not lead:
+            return Data(**parts)
+        (b,), n = lead, self.num_points
+        rows = {
+            name: None if t is None else self.to_rows(t.expand(b, n, t.shape[-1]))
+            for name, t in parts.items()
+        }
+        batch = torch.arange(b, device=self.device)[:, None].expand(b, n)
+        return Data(**rows, batch=self.to_rows(batch))
 
     def pad(self, pads: tuple[tuple[int, int], ...]) -> Points:
         """Points of an image with a margin of zero points around it, at true pixel offsets."""
@@ -238,6 +244,17 @@ class Points:
     def with_x(self, x: Tensor | None) -> Points:
         """The same points with other features."""
         return replace(self, x=x)
+
+
+def position_range(pos: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest position of real points on each axis, ``(..., 1, p)``."""
+    if mask is None:
+        return pos.amin(-2, keepdim=True), pos.amax(-2, keepdim=True)
+    empty = ~mask.unsqueeze(-1)
+    none = empty.all(-2, keepdim=True)
+    low = pos.masked_fill(empty, torch.inf).amin(-2, keepdim=True).masked_fill(none, 0.0)
+    high = pos.masked_fill(empty, -torch.inf).amax(-2, keepdim=True).masked_fill(none, 0.0)
+    return low, high
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:

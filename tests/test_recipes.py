@@ -37,12 +37,16 @@ def test_what_torch_has_is_lowered_to_it(name: str) -> None:
 def test_a_wrong_layer_fails() -> None:
     case = next(c for c in CASES if c.recipe == "conv2d")
     broken = Case(
-        case.recipe, case.name, case.peer, case.build, case.shapes,
+        case.recipe,
+        case.name,
+        case.peer,
+        case.build,
+        case.shapes,
         lambda layer, x: case.reference(layer, x) + 1e-3,
     )
     assert not any(row.passed for row in verify.check(broken))
 
 
 def test_unknown_recipe_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'conv9d'.*conv2d"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'conv9d'.*conv2d"):
         verify.run(["conv9d"])

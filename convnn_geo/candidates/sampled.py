@@ -70,10 +70,14 @@ class Random(Candidates):
         if self.training:
             noise = torch.rand(*lead, m, device=source.device)
         else:
-            generator = torch.Generator().manual_seed(self.seed)
-            noise = torch.rand(*lead, m, generator=generator).to(source.device)
+            noise = _fixed_noise(self.seed, (*lead, m)).to(source.device)
         index = noise.argsort(-1)[..., : self.r].sort(-1).values
         return Subset(index.unsqueeze(-2))
 
     def extra_repr(self) -> str:
         return f"r={self.r}, seed={self.seed}, per_example={self.per_example}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fixed_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

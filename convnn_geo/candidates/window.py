@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import keep
 from convnn_geo.candidates.base import Candidates, Subset, need_grid
 from convnn_geo.checks import check_name, check_tuple
 from convnn_geo.points import Grid, Points
@@ -109,10 +109,11 @@ class Window(Candidates):
                 f"of {source.size} with padding {self.padding}"
             )
         origin = tuple(
-            o - before + r / 2
-            for o, (before, _), r in zip(source.origin, pads, reach, strict=True)
+            o + s * (r / 2 - before)
+            for o, s, (before, _), r in zip(source.origin, source.step, pads, reach, strict=True)
         )
-        return Grid(size, origin, tuple(map(float, stride)))
+        step = tuple(s * t for s, t in zip(source.step, stride, strict=True))
+        return Grid(size, origin, step)
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Indices ``(n, w)`` with a mask where the window leaves the image."""
@@ -134,7 +135,7 @@ def _plain(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
-@lru_cache(maxsize=32)
+@keep(32)
 def _window(
     target: Grid,
     source: Grid,
@@ -149,10 +150,11 @@ def _window(
         axes = len(source.size)
         index = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
         inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
+        hides = False
         for axis, length in enumerate(source.size):
-            coordinate = _axis(
-                target, source, axis, kernel_size[axis], dilation[axis], mode
-            ).to(device)
+            coordinate, whole = _axis(target, source, axis, kernel_size[axis], dilation[axis], mode)
+            coordinate = coordinate.to(device)
+            hides = hides or not whole
             ok = (coordinate >= 0) & (coordinate < length)
             coordinate = _wrap(coordinate, length, max(padding[axis]), mode)
             shape = [1] * (2 * axes)
@@ -160,36 +162,45 @@ def _window(
             index = index * length + coordinate.view(shape)
             inside = inside & ok.view(shape)
         index = index.flatten(0, axes - 1).flatten(1)
-        mask = inside.expand(*target.size, *kernel_size).reshape(index.shape)
-        hides = mode in ("zeros", "causal") and not bool(mask.all())
-        return index, mask if hides else None
+        if not hides or mode not in ("zeros", "causal"):
+            return index, None
+        return index, inside.expand(*target.size, *kernel_size).reshape(index.shape)
 
 
-def _axis(target: Grid, source: Grid, axis: int, kernel: int, dilation: int, mode: str) -> Tensor:
-    """Source coordinates of every window along one axis, ``(targets, kernel)``."""
-    length = source.size[axis]
+def _axis(
+    target: Grid, source: Grid, axis: int, kernel: int, dilation: int, mode: str
+) -> tuple[Tensor, bool]:
+    """Source coordinates of every window along one axis, ``(targets, kernel)``, and whether all
+    lie inside.
+
+    What is decided here is decided on numbers, not on tensors, so that it can be traced.
+    """
+    length, count = source.size[axis], target.size[axis]
     taps = torch.arange(kernel)
-    place = torch.arange(target.size[axis], dtype=torch.float64) * target.step[axis]
-    place = place + (target.origin[axis] - source.origin[axis])
+    offset = (target.origin[axis] - source.origin[axis]) / source.step[axis]
+    stride = target.step[axis] / source.step[axis]
     if mode not in ("shift", "causal"):
-        start = place - dilation * (kernel - 1) / 2
-        if not bool((start == start.round()).all()):
+        first, step = offset - dilation * (kernel - 1) / 2, stride
+        if not (first.is_integer() and (count < 2 or step.is_integer())):
             raise ValueError(
                 f"Window: targets at {target.origin} with step {target.step} are not the centres "
                 f"of windows of {kernel} on whole pixels; use Window.targets(source.grid)"
             )
-        return start.long()[:, None] + dilation * taps
+        start = torch.arange(count) * int(step) + int(first)
+        last = first + step * max(count - 1, 0) + dilation * (kernel - 1)
+        return start[:, None] + dilation * taps, first >= 0 and last < length
+    place = torch.arange(count, dtype=torch.float64) * stride + offset
     phase, step = place.long() % dilation, place.long() // dilation
     if mode == "causal":
-        return (step[:, None] - (kernel - 1) + taps) * dilation + phase[:, None]
+        return (step[:, None] - (kernel - 1) + taps) * dilation + phase[:, None], kernel == 1
     members = (length - phase + dilation - 1) // dilation
-    if int(members.min()) < kernel:
+    if max(length // dilation, 1) < kernel:
         raise ValueError(
             f"a window of {kernel} with dilation {dilation} that shifts inward needs an axis of "
             f"at least {kernel * dilation} points, got {length}"
         )
     start = torch.minimum((step - kernel // 2).clamp_min(0), members - kernel)
-    return (start[:, None] + taps) * dilation + phase[:, None]
+    return (start[:, None] + taps) * dilation + phase[:, None], True
 
 
 def _wrap(coordinate: Tensor, length: int, padding: int, mode: str) -> Tensor:

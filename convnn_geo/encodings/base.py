@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_int, check_name, check_tuple
-from convnn_geo.points import Points
+from convnn_geo.points import Points, position_range
 
 
 class Encoding(nn.Module, ABC):
@@ -44,7 +44,7 @@ def unit_positions(points: Points) -> Tensor:
         ]
         return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)
     pos = points.position
-    low, high = pos.amin(-2, keepdim=True), pos.amax(-2, keepdim=True)
+    low, high = position_range(pos, points.mask)
     half = (high - low) / 2
     return torch.where(half > 0, (pos - (low + high) / 2) / torch.where(half > 0, half, 1), 0)
 

@@ -160,5 +160,6 @@ def flat_index(index: Tensor, lead: torch.Size, num_sources: int) -> Tensor:
     """Indices ``(..., n, k)`` into rows of all examples, ``(B n, k)``."""
     examples = math.prod(lead)
     start = torch.arange(examples, device=index.device) * num_sources
-    index = index.expand(*lead, *index.shape[-2:]).reshape(examples, -1, index.shape[-1])
+    n, k = index.shape[-2:]
+    index = index.expand(*lead, n, k).reshape(examples, n, k)
     return (index + start[:, None, None]).flatten(0, 1)

@@ -54,7 +54,7 @@ class EdgeMLP(nn.Module, Kernel):
                 x_i = _there(pairs.x_i)
                 part = x_i if name == "target" else x_j - x_i
                 parts.append(part.expand(*x_j.shape[:-1], -1))
-        return self.mlp(torch.cat(parts, -1))  # type: ignore[no-any-return]
+        return on_rows(self.mlp, torch.cat(parts, -1), pairs)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """As named."""
@@ -89,7 +89,7 @@ class MaxRelative(nn.Module, Kernel):
     def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
         """Concatenate the target's own features and update."""
         own = _there(x_i).expand(*reduced.shape[:-1], -1)
-        return self.update(torch.cat([own, reduced], -1))  # type: ignore[no-any-return]
+        return on_rows(self.update, torch.cat([own, reduced], -1))
 
 
 class VectorAttention(nn.Module, Kernel):
@@ -129,8 +129,8 @@ class VectorAttention(nn.Module, Kernel):
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """Scores and values side by side, ``2 d`` channels."""
         key, value = pairs.x_j.chunk(2, -1)
-        delta = self.position(-_there(pairs.offset).to(key.dtype))
-        score = self.attention(self.query(_there(pairs.x_i)) - key + delta)
+        delta = on_rows(self.position, -_there(pairs.offset).to(key.dtype), pairs)
+        score = on_rows(self.attention, self.query(_there(pairs.x_i)) - key + delta, pairs)
         return torch.cat([score, value + delta], -1)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
@@ -170,6 +170,22 @@ class GravNet(nn.Module, Kernel):
     def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
         """Add both parts."""
         return self.own(_there(x_i)) + self.update(reduced)  # type: ignore[no-any-return]
+
+
+def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
+    """A module on ``x (..., c)`` as rows ``(N, c)``, and only those of filled slots.
+
+    So that a module that normalises over rows, such as :class:`torch.nn.BatchNorm1d`, sees the
+    same rows whichever way the operator runs.
+    """
+    rows = x.flatten(0, -2)
+    mask = pairs.mask if isinstance(pairs, Pairs) else None
+    if mask is None:
+        return module(rows).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+    filled = mask.expand(x.shape[:-1]).flatten()
+    out = module(rows[filled])
+    every = out.new_zeros(rows.shape[0], out.shape[-1]).masked_scatter(filled.unsqueeze(-1), out)
+    return every.unflatten(0, x.shape[:-1])
 
 
 def _there(tensor: Tensor | None) -> Tensor:

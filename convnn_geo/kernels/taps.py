@@ -69,7 +69,7 @@ class Taps(Kernel):
         rho = None if weight is None else spread(weight, lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
         out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), self.groups)
-        out = out.view(*lead, hood.num_targets, -1)
+        out = out.view(*lead, hood.num_targets, out.shape[-1])
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
@@ -145,8 +145,9 @@ def _outer(grad: Tensor, x: Tensor, groups: int) -> Tensor:
     """``grad^T x``, group by group: the gradient of one tap."""
     if groups == 1:
         return grad.t() @ x
-    grouped = grad.view(grad.shape[0], groups, -1)
-    return torch.einsum("ngd,ngc->gdc", grouped, x.view(x.shape[0], groups, -1)).flatten(0, 1)
+    n = grad.shape[0]
+    grouped, x = grad.view(n, groups, grad.shape[1] // groups), x.view(n, groups, x.shape[1] // groups)
+    return torch.einsum("ngd,ngc->gdc", grouped, x).flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)

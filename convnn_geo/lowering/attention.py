@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn_geo.candidates import Causal
+from convnn_geo.candidates import All, Block, Both, Candidates, Causal, Congruent
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import Biased, BilinearForm, full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.selection import Every
 from convnn_geo.weighting import Softmax
+
+
+def _by_mask(candidates: Candidates) -> bool:
+    """Whether candidates are all sources, or a mask over them. Of others nothing is known."""
+    if type(candidates) is Both:
+        return _by_mask(candidates.first) and _by_mask(candidates.second)
+    return type(candidates) in (All, Block, Causal, Congruent)
 
 
 class Attention(Rule):
@@ -34,7 +43,7 @@ class Attention(Rule):
             return f"weights are {type(op.weighting).__name__}, not Softmax"
         if not isinstance(op.selection, Every):
             return f"{type(op.selection).__name__} keeps part of the candidates"
-        if type(op.candidates).__name__ in ("Window", "Strided", "Random", "Both"):
+        if not _by_mask(op.candidates):
             return f"candidates of {type(op.candidates).__name__} are named by index"
         if self._form(op) is None:
             return "the metric is not bilinear"
@@ -52,21 +61,30 @@ class Attention(Rule):
         weighting: Softmax = op.weighting  # type: ignore[assignment]
         scale = form.scale / weighting.temperature
         q, k, value = form.q, form.k, op.value
-        with full_precision(value.device):
-            if form.b is not None:
+        dtype = value.dtype
+        if form.b is not None:
+            with full_precision(value.device):
                 one = q.new_ones(()).expand(*q.shape[:-1], 1)
                 q = torch.cat([q, one], -1)
-                k = torch.cat([k, (form.b / -form.scale).unsqueeze(-1).expand(*k.shape[:-1], 1)], -1)
-        q, k = q.to(value.dtype), k.to(value.dtype)
+                b = (form.b / -form.scale).unsqueeze(-1)
+                k = torch.cat([k, b.expand(*k.shape[:-1], 1)], -1)
+            dtype = q.dtype  # half precision would round b, which may be large, to whole units
         plain = op.mask is None and op.source.mask is None and op.bias is None
-        causal = plain and isinstance(op.candidates, Causal)
+        causal = plain and type(op.candidates) is Causal
         mask = None if causal else op.query().subset.mask
         if op.bias is not None:
-            bias = op.bias.to(value.dtype)
+            bias = (op.bias / weighting.temperature).to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         dropout = weighting.dropout if weighting.training else 0.0
-        return F.scaled_dot_product_attention(
-            q, k, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
-        )
-
+        with nullcontext() if form.b is None else full_precision(value.device):
+            out = F.scaled_dot_product_attention(
+                q.to(dtype),
+                k.to(dtype),
+                value.to(dtype),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=scale,
+            )
+        return out.to(value.dtype)
 

@@ -36,7 +36,8 @@ def _windowed(op: Operation) -> str | None:
         return "the sources are no image"
     if len(grid.size) not in _CONV:
         return f"images of {len(grid.size)} axes"
-    if op.target.grid != window.targets(grid):
+    centred = op.target.grid == window.targets(grid)  # `!=` is not traceable for symbolic sizes
+    if not centred:
         return "the targets are not the window's centres"
     return None
 

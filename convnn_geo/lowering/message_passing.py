@@ -17,12 +17,12 @@ from convnn_geo.pairs import EdgePairs, Pairs
 class EdgeAggregation(MessagePassing):
     """A kernel as PyG message passing: ``message = rho_ij * x_j`` into slot ``(i, rank)``."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self) -> None:
         super().__init__(aggr=None)
-        self.kernel = kernel
 
     def forward(
         self,
+        kernel: Kernel,
         x: tuple[Tensor, Tensor | None],
         edge_index: Tensor,
         rank: Tensor,
@@ -33,9 +33,10 @@ class EdgeAggregation(MessagePassing):
     ) -> Tensor:
         """Messages of sources ``x[0] (M, c)`` to targets of leading shape ``(..., n)``."""
         size = (x[0].shape[0], math.prod(shape))
-        target = x[1] if self.kernel.needs_target else None
+        target = x[1] if kernel.needs_target else None
         out = self.propagate(
             edge_index,
+            kernel=kernel,
             x=(x[0], target),
             pos=pos,
             weight=weight,
@@ -45,7 +46,7 @@ class EdgeAggregation(MessagePassing):
             size=size,
         )
         own = None if x[1] is None else x[1].view(*shape, -1)
-        return self.kernel.finish(out, own)
+        return kernel.finish(out, own)
 
     def message(
         self,
@@ -54,19 +55,29 @@ class EdgeAggregation(MessagePassing):
         pos_i: Tensor | None,
         pos_j: Tensor | None,
         weight: Tensor | None,
+        kernel: Kernel,
     ) -> Tensor:
         """What a source sends along an edge."""
         offset = None if pos_i is None or pos_j is None else pos_j - pos_i
-        message = self.kernel.message(EdgePairs(x_i, x_j, offset))
+        message = kernel.message(EdgePairs(x_i, x_j, offset))
         if weight is None:
             return message
         return message * (weight if weight.ndim == message.ndim else weight.unsqueeze(-1))
 
     def aggregate(
-        self, inputs: Tensor, index: Tensor, rank: Tensor, shape: tuple[int, ...], k: int
+        self,
+        inputs: Tensor,
+        index: Tensor,
+        rank: Tensor,
+        shape: tuple[int, ...],
+        k: int,
+        kernel: Kernel,
     ) -> Tensor:
         """What a target makes of its messages."""
-        return self.kernel.scatter(inputs, index, rank, shape, k)
+        return kernel.scatter(inputs, index, rank, shape, k)
+
+
+_EDGES = EdgeAggregation()
 
 
 class MessagePassingRule(Aggregation):
@@ -94,9 +105,8 @@ class MessagePassingRule(Aggregation):
         if op.kernel.needs_offset:
             pos = (_rows(op.source.position, lead), _rows(op.target.position, lead))
         target = None if op.target.x is None else _rows(op.target.x, lead)
-        return EdgeAggregation(op.kernel)(  # type: ignore[no-any-return]
-            (_rows(pairs.value, lead), target), edge_index, rank, weight, pos, (*lead, n), k
-        )
+        x = _rows(pairs.value, lead), target
+        return _EDGES(op.kernel, x, edge_index, rank, weight, pos, (*lead, n), k)  # type: ignore[no-any-return]
 
 
 def _rows(tensor: Tensor, lead: torch.Size) -> Tensor:

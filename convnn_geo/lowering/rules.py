@@ -41,7 +41,7 @@ class Aggregation(Rule):
         pairs = op.pairs()
         weight = op.weighting(pairs)
         out = self.aggregate(op, pairs, weight)
-        return show_nan(out, pairs, op.weighting), pairs, weight
+        return show_nan(out, op, pairs), pairs, weight
 
     @abstractmethod
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:

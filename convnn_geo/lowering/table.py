@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from torch import Tensor, nn
+from torch_geometric.nn import MessagePassing
 
 from convnn_geo.checks import check_name
 from convnn_geo.lowering.attention import Attention
@@ -62,19 +64,32 @@ def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
           convolution  refused: candidates are All, not a Window
           pooling      refused: the kernel is Taps, neither Mean nor Max
           attention    refused: the kernel is Taps, not Sum
-          search       dense (grid: the metric looks at more than positions)
+          search       dense (grid: the metric looks at more than positions...)
     """
+    name = type(layer).__name__
+    branches = getattr(layer, "branches", None)
+    if branches is not None:
+        parts = [_explain_part(branch, *args, **kwargs) for branch in branches]
+        return "\n".join([f"{name} runs its branches:", *parts])
+    if isinstance(layer, MessagePassing):
+        return f"{name} runs by: message_passing (torch_geometric's propagate)"
     if not hasattr(layer, "operation"):
         raise TypeError(
-            f"explain: expected a layer of convnn_geo.nn, got {type(layer).__name__}; "
+            f"explain: expected a layer of convnn_geo.nn, got {name}; "
             "for a model, explain its layers one by one"
         )
     op = layer.operation(*args, **kwargs)
     rule, passed = choose(op, getattr(layer, "backend", "auto"))
-    lines = [f"{type(layer).__name__} runs by: {rule.name}"]
+    lines = [f"{name} runs by: {rule.name}"]
     lines += [f"  {other.name:<12} refused: {reason}" for other, reason in passed]
     lines += _search_line(op, rule)
     return "\n".join(lines)
+
+
+def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
+    ours = hasattr(branch, "operation") or hasattr(branch, "branches")
+    text = explain(branch, *args, **kwargs) if ours else f"{type(branch).__name__}: as it is"
+    return textwrap.indent(text, "  ")
 
 
 def _search_line(op: Operation, rule: Rule) -> list[str]:

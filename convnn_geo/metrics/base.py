@@ -18,6 +18,17 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def seen_by(module: object, x: Tensor) -> Tensor:
+    """Features as a module of the metric takes them, now that autocast converts nothing.
+
+    Half precision becomes float32, unless the module's own parameters are in half precision.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return x
+    parameters = module.parameters() if isinstance(module, nn.Module) else iter(())
+    return x.to(next((p.dtype for p in parameters if p.is_floating_point()), torch.float32))
+
+
 def full_precision(device: torch.device) -> torch.autocast:
     """A context in which autocast lowers nothing."""
     return torch.autocast(device.type, enabled=False)
@@ -50,11 +61,15 @@ class Metric(nn.Module, ABC):
 
     def forward(self, target: Points, source: Points | None = None) -> Tensor:
         """All distances, ``(..., n, m)``; the targets are the sources where none are given."""
-        return self.bind(target, target if source is None else source).rows()
+        bound = self.bind(target, target if source is None else source)
+        with full_precision(target.device):
+            return bound.rows()
 
     def pairs(self, target: Points, source: Points, index: Tensor) -> Tensor:
         """Distances of chosen pairs with gradient, ``(..., n, k)``."""
-        return self.bind(target, source).at(index)
+        bound = self.bind(target, source)
+        with full_precision(target.device):
+            return bound.at(index)
 
     @property
     def learnable(self) -> bool:
@@ -164,7 +179,9 @@ class Interpolation(Metric):
         )
 
     def extra_repr(self) -> str:
-        return f"lam={float(self.lam):g}" + (", learnable" if self.learnable else "")
+        if isinstance(self.lam, Tensor):
+            return f"lam={self.lam.item():g}, learnable"
+        return f"lam={self.lam:g}"
 
 
 def interpolate(

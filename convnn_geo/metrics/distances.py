@@ -7,7 +7,7 @@ and evaluated on the chosen pairs with gradient.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -43,18 +43,34 @@ class Distances(ABC):
     def select(self, index: Tensor) -> Distances:
         """The same to the sources ``index (..., 1, r)`` alone, which all targets share."""
 
+    def examples(self, start: int, stop: int) -> Distances | None:
+        """Those of examples ``start:stop`` of the first leading axis; None where it can't say."""
+        return None
+
     def bilinear(self) -> Bilinear | None:
         """The same distances as one matrix product, where they have that form."""
+        return None
+
+    @property
+    def dimension(self) -> int | None:
+        """Dimension of :meth:`coordinates`; None where there are none."""
         return None
 
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         """Points ``(..., n, d)`` and ``(..., m, d)`` whose Euclidean order is the same order."""
         return None
 
-    def ordering(self) -> Distances:
-        """Distances in the same order, and cheaper to compute, for search."""
+    def sharp(self) -> Distances:
+        """Distances in the same order, computed pair by pair: what decides between near ones."""
         return self
 
+    def ordering(self) -> Distances:
+        """Distances in the same order up to rounding, and cheaper in rows, for search."""
+        return self.sharp()
+
+    def targets(self, index: Tensor) -> Distances:
+        """The same from the targets ``index (..., 1, r)`` alone; for those with coordinates."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -71,7 +87,7 @@ class Bilinear(Distances):
         b: ``(..., m)`` or None.
         scale: of the product.
         offset: similarity is ``offset - distance``.
-        embedding: points whose Euclidean order is the same, where that is known.
+        embedding: gives points whose Euclidean order is the same, where that is known.
     """
 
     q: Tensor
@@ -80,7 +96,7 @@ class Bilinear(Distances):
     b: Tensor | None = None
     scale: float = 1.0
     offset: float | Tensor = 0.0
-    embedding: tuple[Tensor, Tensor] | None = None
+    embedding: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -89,11 +105,17 @@ class Bilinear(Distances):
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         q = self.q[..., start:stop, :]
+        if q.shape[-2] == 1:
+            # For a single row BLAS takes a path on which equal keys can get unequal products.
+            two = replace(self, q=q.expand(*q.shape[:-2], 2, -1), a=None).rows()[..., :1, :]
+            return two if self.a is None else two + self.a[..., start:stop, None]
         keys = self.k.transpose(-1, -2)
         if self.b is None:
             product = torch.matmul(q * -self.scale, keys)
         elif q.ndim == keys.ndim == 2:
             product = torch.addmm(self.b, q, keys, alpha=-self.scale)
+        elif q.ndim == keys.ndim == 3 and q.shape[0] == keys.shape[0]:
+            product = torch.baddbmm(self.b.unsqueeze(-2), q, keys, alpha=-self.scale)
         else:
             product = self.b.unsqueeze(-2) - self.scale * torch.matmul(q, keys)
         return product if self.a is None else product + self.a[..., start:stop, None]
@@ -108,20 +130,37 @@ class Bilinear(Distances):
 
     def select(self, index: Tensor) -> Bilinear:
         b = None if self.b is None else _take(self.b.unsqueeze(-1), index).squeeze(-1)
-        embedding = self.embedding
-        if embedding is not None:
-            embedding = (embedding[0], _take(embedding[1], index))
-        return replace(self, k=_take(self.k, index), b=b, embedding=embedding)
+        return replace(self, k=_take(self.k, index), b=b, embedding=None)
+
+    def examples(self, start: int, stop: int) -> Bilinear:
+        lead = len(self.shape) - 2
+        a, b = (None if t is None else _some(t, lead + 1, start, stop) for t in (self.a, self.b))
+        q, k = (_some(t, lead + 2, start, stop) for t in (self.q, self.k))
+        return replace(self, q=q, k=k, a=a, b=b, embedding=None)
 
     def bilinear(self) -> Bilinear:
         return self
 
-    def coordinates(self) -> tuple[Tensor, Tensor] | None:
-        return self.embedding
+    @property
+    def dimension(self) -> int | None:
+        return None if self.embedding is None else self.q.shape[-1] + 2
 
-    def ordering(self) -> Distances:
+    def coordinates(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.embedding is None else self.embedding()
+
+    def sharp(self) -> Bilinear:
         return replace(self, a=None)
 
+    def targets(self, index: Tensor) -> Bilinear:
+        a = None if self.a is None else _take(self.a.unsqueeze(-1), index).squeeze(-1)
+        whole, embedding = self.embedding, None
+        if whole is not None:
+
+            def embedding() -> tuple[Tensor, Tensor]:
+                q, k = whole()
+                return _take(q, index), k
+
+        return replace(self, q=_take(self.q, index), a=a, embedding=embedding)
 
 
 @dataclass
@@ -147,7 +186,7 @@ class Differences(Distances):
         lead = torch.broadcast_shapes(self.q.shape[:-2], self.k.shape[:-2])
         return torch.Size((*lead, self.q.shape[-2], self.k.shape[-2]))
 
-    def _norm(self, parts: list[Tensor]) -> Tensor:
+    def _norm(self, parts: Iterable[Tensor]) -> Tensor:
         """Combine per-axis differences, in the order of axes: the same sum on every path."""
         if self.p == torch.inf:
             return reduce(torch.maximum, (part.abs() for part in parts))
@@ -159,18 +198,41 @@ class Differences(Distances):
             total = reduce(torch.add, (part.abs().pow(self.p) for part in parts))
         return _safe_root(total, self.p) if self.root else total
 
+    def single(self, difference: Tensor) -> Tensor:
+        """The distance of points that differ on one axis alone."""
+        return self._norm([difference])
+
     def _direct(self, q: Tensor, k: Tensor) -> Tensor:
-        return self._norm([q[..., axis] - k[..., axis] for axis in range(q.shape[-1])])
+        # One axis at a time, so that one slab of memory is enough.
+        return self._norm(q[..., axis] - k[..., axis] for axis in range(q.shape[-1]))
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         q = self.q[..., start:stop, :]
         return self._direct(q.unsqueeze(-2), self.k.unsqueeze(-3))
 
     def at(self, index: Tensor) -> Tensor:
-        return self._direct(self.q.unsqueeze(-2), gather_rows(self.k, index))
+        q, k = self.q.unsqueeze(-2), gather_rows(self.k, index)
+        if q.shape[-1] <= DIRECT_DIMENSIONS:
+            return self._direct(q, k)
+        parts = q - k
+        if self.p == torch.inf:
+            return parts.abs().amax(-1)
+        if self.p == 1:
+            return parts.abs().sum(-1)
+        total = (parts.square() if self.p == 2 else parts.abs().pow(self.p)).sum(-1)
+        return _safe_root(total, self.p) if self.root else total
 
     def select(self, index: Tensor) -> Differences:
         return replace(self, k=_take(self.k, index))
+
+    def examples(self, start: int, stop: int) -> Differences:
+        axes = len(self.shape)
+        q, k = (_some(t, axes, start, stop) for t in (self.q, self.k))
+        return replace(self, q=q, k=k)
+
+    @property
+    def dimension(self) -> int | None:
+        return self.q.shape[-1] if self.p == 2 else None
 
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         return (self.q, self.k) if self.p == 2 else None
@@ -178,22 +240,41 @@ class Differences(Distances):
     def bilinear(self) -> Bilinear | None:
         if self.p != 2 or self.root:
             return None
-        # Centred, so that |q|^2 + |k|^2 - 2 <q, k> cancels as little as it can.
-        center = self.k.mean(-2, keepdim=True)
+        # Centred, so that |q|^2 + |k|^2 - 2 <q, k> cancels as little as it can. The centre is a
+        # constant: it drops out of the result, and one point's NaN must not reach all others.
+        center = _center(self.k.detach())
         q, k = self.q - center, self.k - center
         return Bilinear(q, k, q.square().sum(-1), k.square().sum(-1), 2.0, self.offset)
 
+    def sharp(self) -> Differences:
+        return replace(self, root=False) if self.root else self
+
     def ordering(self) -> Distances:
-        squared = replace(self, root=False) if self.root else self
-        if self.p == 2 and self.q.shape[-1] > DIRECT_DIMENSIONS:
-            return squared.bilinear().ordering()  # type: ignore[union-attr]
-        return squared
+        product = self.sharp().bilinear() if self.q.shape[-1] > DIRECT_DIMENSIONS else None
+        return self.sharp() if product is None else product.sharp()
+
+    def targets(self, index: Tensor) -> Differences:
+        return replace(self, q=_take(self.q, index))
+
+
+def _center(points: Tensor) -> Tensor:
+    """A point amid ``points``, on a lattice: its step is a power of two no wider than they lie.
+
+    So integers less the centre are integers, and what is equally far stays equally far.
+    """
+    if not points.shape[-2]:
+        return points.new_zeros(1, points.shape[-1])
+    finite = points.nan_to_num(0.0, 0.0, 0.0)
+    mean = finite.mean(-2, keepdim=True)
+    spread = (finite - mean).abs().amax((-2, -1), keepdim=True)
+    step = spread / torch.frexp(spread).mantissa / 2
+    return torch.where(spread > 0, (mean / step).round() * step, mean)
 
 
 def _safe_root(total: Tensor, p: float) -> Tensor:
     """The p-th root, with gradient 0 instead of infinity where points coincide."""
-    positive = total > 0
-    return torch.where(positive, torch.where(positive, total, 1).pow(1 / p), 0)
+    zero = total == 0  # a NaN is none, and stays
+    return torch.where(zero, 0, torch.where(zero, 1, total).pow(1 / p))
 
 
 @dataclass
@@ -220,15 +301,45 @@ class Combination(Distances):
     def select(self, index: Tensor) -> Combination:
         return Combination([(w, d.select(index)) for w, d in self.parts])
 
-    def coordinates(self) -> tuple[Tensor, Tensor] | None:
-        if len(self.parts) == 1 and self.parts[0][0] != 0:
-            return self.parts[0][1].coordinates()
-        queries, keys = [], []
+    @property
+    def _only(self) -> Distances | None:
+        """The one part whose order is the order of all, if there is one."""
+        (weight, part), *others = self.parts
+        return None if others or isinstance(weight, Tensor) or weight == 0 else part
+
+    def sharp(self) -> Distances:
+        return self if self._only is None else self._only.sharp()
+
+    def ordering(self) -> Distances:
+        if self._only is not None:
+            return self._only.ordering()
+        product = self.bilinear()
+        wide = product is not None and product.q.shape[-1] > DIRECT_DIMENSIONS
+        return product.sharp() if wide else self  # type: ignore[union-attr]
+
+    def targets(self, index: Tensor) -> Combination:
+        return Combination([(w, d.targets(index)) for w, d in self.parts])
+
+    @property
+    def dimension(self) -> int | None:
+        if self._only is not None:
+            return self._only.dimension
+        total = 0
         for w, d in self.parts:  # squared distances add when coordinates are laid side by side
             if not isinstance(d, Differences) or d.p != 2 or d.root or isinstance(w, Tensor):
                 return None
-            queries.append(d.q * w**0.5)
-            keys.append(d.k * w**0.5)
+            total += d.q.shape[-1]
+        return total
+
+    def coordinates(self) -> tuple[Tensor, Tensor] | None:
+        if self.dimension is None:
+            return None
+        if self._only is not None:
+            return self._only.coordinates()
+        queries, keys = [], []
+        for w, d in self.parts:
+            queries.append(d.q * w**0.5)  # type: ignore[attr-defined]
+            keys.append(d.k * w**0.5)  # type: ignore[attr-defined]
         return _cat(queries), _cat(keys)
 
     def bilinear(self) -> Bilinear | None:
@@ -255,7 +366,8 @@ class Pairwise(Distances):
 
     Args:
         size: ``(..., n, m)``.
-        fn: given ``(start, stop, None)`` the rows, given ``(0, None, index)`` the chosen pairs.
+        fn: given ``(start, stop, None)`` the rows of those targets, given ``(start, stop, index)``
+            their chosen pairs.
     """
 
     size: torch.Size
@@ -273,14 +385,16 @@ class Pairwise(Distances):
 
     def select(self, index: Tensor) -> Pairwise:
         def fn(start: int, stop: int | None, chosen: Tensor | None) -> Tensor:
-            every = index.expand(*index.shape[:-2], self.size[-2], index.shape[-1])
-            if chosen is None:
-                return self.fn(0, None, every)[..., start:stop, :]
-            lead = torch.broadcast_shapes(every.shape[:-1], chosen.shape[:-1])
-            every = every.expand(*lead, every.shape[-1])
-            return self.fn(0, None, every.gather(-1, chosen.expand(*lead, chosen.shape[-1])))
+            n = len(range(self.size[-2])[start:stop])
+            every = index.expand(*index.shape[:-2], n, index.shape[-1])
+            if chosen is not None:
+                lead = torch.broadcast_shapes(every.shape[:-1], chosen.shape[:-1])
+                every = every.expand(*lead, every.shape[-1])
+                every = every.gather(-1, chosen.expand(*lead, chosen.shape[-1]))
+            return self.fn(start, stop, every)
 
-        return Pairwise(torch.Size((*self.size[:-1], index.shape[-1])), fn)
+        lead = torch.broadcast_shapes(self.size[:-2], index.shape[:-2])
+        return Pairwise(torch.Size((*lead, self.size[-2], index.shape[-1])), fn)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -325,3 +439,8 @@ class Biased(Distances):
         bias = self.bias.expand(*lead, *self.bias.shape[-2:])
         index = index.expand(*lead, bias.shape[-2], index.shape[-1])
         return Biased(self.inner.select(index[..., :1, :]), bias.gather(-1, index))
+
+
+def _some(tensor: Tensor, axes: int, start: int, stop: int) -> Tensor:
+    """Examples ``start:stop`` of a tensor, where it has that axis and does not broadcast it."""
+    return tensor[start:stop] if tensor.ndim == axes and tensor.shape[0] > 1 else tensor

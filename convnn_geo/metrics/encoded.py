@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
-from convnn_geo.metrics.base import Metric, as_metric
+from convnn_geo.metrics.base import Metric, as_metric, precise, seen_by
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points
 
@@ -26,5 +27,10 @@ class Encoded(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Encode, then measure."""
-        seen = self.encoding(source)
-        return self.metric.distances(seen if target is source else self.encoding(target), seen)
+        seen = self._encode(source)
+        return self.metric.distances(seen if target is source else self._encode(target), seen)
+
+    def _encode(self, points: Points) -> Points:
+        x = None if points.x is None else seen_by(self.encoding, points.x)
+        pos = None if points.pos is None else precise(points.pos)
+        return self.encoding(replace(points, x=x, pos=pos))  # type: ignore[no-any-return]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_name, check_number
-from convnn_geo.metrics.base import Metric, precise, register_metric
+from convnn_geo.metrics.base import Metric, precise, register_metric, seen_by
 from convnn_geo.metrics.distances import (
     DIRECT_DIMENSIONS,
     Bilinear,
@@ -75,8 +74,8 @@ class Feature(Metric):
     def distances(self, target: Points, source: Points) -> Distances:
         """Project, then bind the kind's form."""
         q, k = target.features, source.features
-        q = precise(q if self.query is None else self.query(q))
-        k = precise(k if self.key is None else self.key(k))
+        q = precise(q if self.query is None else self.query(seen_by(self.query, q)))
+        k = precise(k if self.key is None else self.key(seen_by(self.key, k)))
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"features of targets have {q.shape[-1]} channels, of sources {k.shape[-1]}; "
@@ -94,7 +93,7 @@ def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
     if kind == "scaled_dot":
         return Bilinear(q, k, scale=q.shape[-1] ** -0.5)
     if kind == "pearson":
-        q, k = q - q.mean(-1, keepdim=True), k - k.mean(-1, keepdim=True)
+        q, k = _centred(q), _centred(k)
     if kind in ("cosine", "pearson"):
         return _cosine(q, k)
     if kind == "manhattan":
@@ -109,16 +108,34 @@ def _cosine(q: Tensor, k: Tensor) -> Distances:
     are at 1 from everything. At low dimension the difference form is exact for near vectors, where
     the product is not.
     """
-    unit_q, unit_k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    zero_q, zero_k = ((u == 0).all(-1, keepdim=True).to(u.dtype) for u in (unit_q, unit_k))
-    embedded = (
-        torch.cat([unit_q, zero_q, torch.zeros_like(zero_q)], -1),
-        torch.cat([unit_k, torch.zeros_like(zero_k), zero_k], -1),
-    )
+    unit_q = _unit(q)
+    unit_k = unit_q if q is k else _unit(k)
+
+    def embedding() -> tuple[Tensor, Tensor]:
+        zero_q, zero_k = ((u == 0).all(-1, keepdim=True).to(u.dtype) for u in (unit_q, unit_k))
+        return (
+            torch.cat([unit_q, zero_q, torch.zeros_like(zero_q)], -1),
+            torch.cat([unit_k, torch.zeros_like(zero_k), zero_k], -1),
+        )
+
     if q.shape[-1] > DIRECT_DIMENSIONS:
         ones = unit_q.new_ones(unit_q.shape[:-1])
-        return Bilinear(unit_q, unit_k, ones, offset=1.0, embedding=embedded)
-    return Combination([(0.5, Differences(*embedded, root=False, offset=2.0))])
+        return Bilinear(unit_q, unit_k, ones, offset=1.0, embedding=embedding)
+    return Combination([(0.5, Differences(*embedding(), root=False, offset=2.0))])
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit vectors; zero, and without gradient, where there is no direction."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-12, torch.inf)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Vectors less their mean; zero where only rounding is left."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    rounding = 4 * torch.finfo(x.dtype).eps * mean.detach().abs()
+    return centred.masked_fill((centred.abs() <= rounding).all(-1, keepdim=True), 0.0)
 
 
 for _kind in KINDS:

@@ -30,7 +30,7 @@ class Mahalanobis(Metric):
     def __init__(self, channels: int, rank: int | None = None) -> None:
         super().__init__()
         self.channels = check_int("channels", channels)
-        self.factor = nn.Parameter(torch.empty(rank or channels, channels))
+        self.factor = nn.Parameter(torch.empty(check_int("rank", channels if rank is None else rank), channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,7 +58,12 @@ class Bilinear(Metric):
 
     def __init__(self, target_channels: int, source_channels: int | None = None) -> None:
         super().__init__()
-        shape = (check_int("target_channels", target_channels), source_channels or target_channels)
+        if source_channels is None:
+            source_channels = target_channels
+        shape = (
+            check_int("target_channels", target_channels),
+            check_int("source_channels", source_channels),
+        )
         self.weight = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
@@ -132,7 +137,7 @@ class PositionBias(Metric):
             if index is None:
                 entry = self._lookup(k.unsqueeze(-3) - q[..., start:stop, :].unsqueeze(-2))
                 return -table[..., entry]
-            entry = self._lookup(gather_rows(k, index) - q.unsqueeze(-2))
+            entry = self._lookup(gather_rows(k, index) - q[..., start:stop, :].unsqueeze(-2))
             if table.ndim == 1 or entry.ndim == 2:
                 return -table[..., entry]
             lead = torch.broadcast_shapes(entry.shape[:-2], table.shape[:1])

@@ -8,7 +8,7 @@ from torch import Tensor
 from convnn_geo.checks import check_number
 from convnn_geo.metrics.base import Metric, precise, register_metric
 from convnn_geo.metrics.distances import Combination, Differences, Distances
-from convnn_geo.points import Points
+from convnn_geo.points import Points, position_range
 
 
 class PaperMix(Metric):
@@ -39,7 +39,7 @@ class PaperMix(Metric):
             parts.append((self.lam**2, Differences(f_q / sigma, f_k / sigma, root=False)))
         if self.lam < 1:
             p_q, p_k = precise(target.position), precise(source.position)
-            low, high = p_k.amin(-2, keepdim=True), p_k.amax(-2, keepdim=True)
+            low, high = position_range(p_k, source.mask)
             middle, half = (low + high) / 2, ((high - low) / 2).clamp_min(1e-12)
             parts.append(
                 (
@@ -56,13 +56,17 @@ class PaperMix(Metric):
 def _deviation(features: Tensor, mask: Tensor | None) -> Tensor:
     """Unbiased deviation over all real points and channels, ``(..., 1, 1)``; 1 where it is 0."""
     if mask is None:
-        sigma = features.flatten(-2).std(-1)[..., None, None] if features[0].numel() > 1 else 1.0
+        many = features.shape[-2] * features.shape[-1] > 1
+        sigma = features.flatten(-2).std(-1)[..., None, None] if many else 1.0
     else:
         real = mask.unsqueeze(-1).to(features.dtype)
         count = real.sum((-2, -1), keepdim=True) * features.shape[-1]
-        mean = (features * real).sum((-2, -1), keepdim=True) / count
-        square = ((features - mean) * real).square().sum((-2, -1), keepdim=True)
-        sigma = (square / (count - 1).clamp_min(1)).sqrt()
+        real_features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        mean = real_features.sum((-2, -1), keepdim=True) / count.clamp_min(1)
+        square = ((real_features - mean) * real).square().sum((-2, -1), keepdim=True)
+        positive = square > 0  # the root's slope at 0 is infinite
+        sigma = (torch.where(positive, square, 1.0) / (count - 1).clamp_min(1)).sqrt()
+        sigma = torch.where(positive, sigma, 0.0)
     sigma = torch.as_tensor(sigma, device=features.device, dtype=features.dtype)
     return torch.where(sigma > 0, sigma, 1.0)
 

@@ -18,8 +18,10 @@ from convnn_geo.lowering import run, run_with_weights
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.metrics.encoded import Encoded
 from convnn_geo.nn.gradient import warn_without_gradient
+from convnn_geo.nn.taps import slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
+from convnn_geo.search import engines
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Softmax, Weighting, as_weighting
@@ -120,16 +122,22 @@ class ConvNNAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} must divide embed_dim={embed_dim}")
         self.head_dim = embed_dim // num_heads
-        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        self.kdim = embed_dim if kdim is None else check_int("kdim", kdim)
+        self.vdim = embed_dim if vdim is None else check_int("vdim", vdim)
         self.dropout = check_number("dropout", dropout)
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
-        self.backend, self.search = check_name("backend", backend, BACKENDS), search
+        self.backend = check_name("backend", backend, BACKENDS)
+        self.search = check_name("search backend", search, ("auto", *engines()))
         self.candidates = All() if candidates is None else candidates
+        if k is not None and selection is not None:
+            raise ValueError("expected k or a selection, and not both")
         if selection is None:
             selection = Every() if k is None else KNearest(k, self_point=self_point)
         self.selection = selection
-        self.k = selection.k if isinstance(selection, KNearest) else k
+        self.k = slots(selection)
         self.encoding = as_encoding(encoding, embed_dim, 1)
+        if isinstance(encoding, str) and self.encoding is not None:
+            self.encoding.to(device=device, dtype=dtype)
         self.metric = as_metric(metric)
         if self.encoding is not None:
             if self.encoding.on == "metric":
@@ -139,7 +147,7 @@ class ConvNNAttention(nn.Module):
                     f"{type(self.encoding).__name__} adds channels, which the projections do not "
                     "expect; apply it before a linear layer of your own"
                 )
-        self.weighting = Softmax(dropout=dropout) if weighting is None else as_weighting(weighting)
+        self.weighting = self._weighting(weighting)
         warn_without_gradient(self.metric, self.weighting)
         self.order = check_name("order", order, ORDERS)
         self.kernel = check_name("kernel", kernel, KERNELS)
@@ -147,7 +155,18 @@ class ConvNNAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         self._build_projections(bias, add_bias_kv, factory)
         self._build_taps(factory)
-        self.reset_parameters()
+        self._reset_own_parameters()  # out_proj has drawn its own: one seed, the same as torch's
+
+    def _weighting(self, weighting: Weighting | str | None) -> Weighting:
+        if weighting is None or weighting == "softmax":
+            return Softmax(dropout=self.dropout)
+        chosen = as_weighting(weighting)
+        if self.dropout and getattr(chosen, "dropout", 0.0) != self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout:g} is that of softmax weights, but the weighting is "
+                f"{chosen}; pass weighting=Softmax(dropout=...), or leave dropout at 0"
+            )
+        return chosen
 
     def _build_projections(
         self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]
@@ -197,7 +216,11 @@ class ConvNNAttention(nn.Module):
             self.pointwise = nn.Parameter(torch.empty(self.head_dim, self.head_dim, **factory))
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does; taps start as a plain sum where they can."""
+        """As nn.MultiheadAttention does; taps start as a plain sum."""
+        self.out_proj.reset_parameters()
+        self._reset_own_parameters()
+
+    def _reset_own_parameters(self) -> None:
         for weight in (
             self.in_proj_weight,
             self.q_proj_weight,
@@ -206,7 +229,6 @@ class ConvNNAttention(nn.Module):
         ):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
-        self.out_proj.reset_parameters()
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)

@@ -80,7 +80,8 @@ class Branching(nn.Module):
             dtype: of the parameters.
             convnn: options of ConvNN: ``k=9, metric="cosine"``, ...
         """
-        check_int("in_channels", in_channels), check_int("out_channels", out_channels)
+        check_int("in_channels", in_channels)
+        check_int("out_channels", out_channels)
         if check_number("ratio", ratio) > 1:
             raise ValueError(f"ratio: expected a number in [0, 1], got {ratio}")
         if axes not in _CONVNN:
@@ -103,6 +104,11 @@ class Branching(nn.Module):
         pointwise = _POINTWISE[axes](out_channels, out_channels, 1, **factory)  # type: ignore[arg-type]
         return cls(neighbors, rest, pointwise, -axes - 1)
 
+    @property
+    def branches(self) -> list[nn.Module]:
+        """The branches that there are: both, or one where the ratio is 0 or 1."""
+        return [branch for branch in (self.neighbors, self.other) if branch is not None]
+
     def reset_parameters(self) -> None:
         """Reset every part."""
         for part in (self.neighbors, self.other, self.pointwise):
@@ -112,7 +118,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both branches, concatenated and mixed."""
-        parts = [branch(x) for branch in (self.neighbors, self.other) if branch is not None]
+        parts = [branch(x) for branch in self.branches]
         parts = [part[0] if isinstance(part, tuple) else part for part in parts]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, self.channel_axis)
         return out if self.pointwise is None else self.pointwise(out)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from convnn_geo.candidates import All, Candidates, Window
+from convnn_geo.candidates import PADDING_MODES, All, Candidates, Window
 from convnn_geo.checks import (
     check_floating,
     check_int,
@@ -23,11 +23,11 @@ from convnn_geo.metrics import Metric, Spatial, as_metric
 from convnn_geo.metrics.encoded import Encoded
 from convnn_geo.nn.gradient import warn_without_gradient
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
-from convnn_geo.nn.taps import TapLayer
+from convnn_geo.nn.taps import TapLayer, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import engines
-from convnn_geo.selection import Every, KNearest, Radius, Selection
+from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
 
@@ -80,12 +80,17 @@ class _ConvNN(TapLayer):
         self.kernel_size = (
             None if kernel_size is None else check_tuple("kernel_size", kernel_size, self.axes)
         )
-        whole_axis = self.kernel_size is None  # then dilation is over ranks, one number
-        self.dilation = (
-            check_int("dilation", dilation) if whole_axis else check_tuple("dilation", dilation, self.axes)
+        self.dilation: int | tuple[int, ...]
+        if self.kernel_size is None:  # of ranks, not of axes
+            self.dilation = check_int("dilation", dilation)
+        else:
+            self.dilation = check_tuple("dilation", dilation, self.axes)
+        self.padding: str | tuple[int, ...] = (
+            padding if isinstance(padding, str) else check_tuple("padding", padding, self.axes, 0)
         )
-        self.window, self.margin = self._window(padding)
-        self.padding = self.margin if whole_axis or isinstance(padding, str) else self.margin
+        self.window = self._window()
+        if k is not None and selection is not None:
+            raise ValueError("expected k or a selection, and not both")
         taps = math.prod(self.kernel_size) if self.kernel_size else None
         if candidates is None:
             candidates = All() if kernel_size is None else self.window
@@ -94,11 +99,13 @@ class _ConvNN(TapLayer):
             if isinstance(candidates, Window) and k is None and taps is not None:
                 selection = Every()
             else:
-                every = 1 if kernel_size is not None else check_int("dilation", dilation)  # type: ignore[arg-type]
+                every = self.dilation if isinstance(self.dilation, int) else 1
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = selection
-        self.k = selection.k if isinstance(selection, KNearest) else (k or taps)
+        self.k = slots(selection) or taps
         self.encoding = as_encoding(encoding, (in_channels or 0) * shuffle**self.axes, self.axes)
+        if isinstance(encoding, str) and self.encoding is not None:
+            self.encoding.to(device=device, dtype=dtype)
         chosen = Spatial() if metric is None else as_metric(metric)
         if self.encoding is not None and self.encoding.on == "metric":
             chosen = Encoded(chosen, self.encoding)
@@ -123,25 +130,37 @@ class _ConvNN(TapLayer):
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_parameters()
 
-    def _window(self, padding: int | tuple[int, ...] | str) -> Window:
+    def _window(self) -> Window:
         if self.kernel_size is not None:
             return Window(
-                self.kernel_size, self.stride, padding, self.dilation, self.padding_mode
+                self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode
             )
-        if self.padding_mode != "zeros" or isinstance(padding, str):
+        check_name("padding_mode", self.padding_mode, PADDING_MODES)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(
-                "without kernel_size, padding is a number of zero points around the image that "
-                f"may be chosen; got padding={padding!r}, padding_mode={self.padding_mode!r}"
+                "without kernel_size, padding is a number of zero points around the image that may "
+                f"be chosen; got padding={self.padding!r}, padding_mode={self.padding_mode!r}"
             )
-        return Window(1, self.stride, padding)
+        return Window(1, self.stride)
+
+    def _margin(self) -> tuple[tuple[int, int], ...]:
+        """Zero points before and after, axis by axis."""
+        if self.kernel_size is None and not isinstance(self.padding, str):
+            return tuple((p, p) for p in self.padding)
+        return self.window.pads(self.axes)
 
     def operation(self, x: Tensor) -> Operation:
-        """The layer on an image ``(b, c, *size)``, as an operation."""
+        """The layer on an image ``(b, c, *size)`` or ``(c, *size)``, as an operation."""
+        self._check(x)
+        if x.ndim == self.axes + 1:
+            x = x.unsqueeze(0)
         if self.shuffle > 1:
             check_divides(tuple(x.shape[2:]), self.shuffle)
             x = pixel_unshuffle(x, self.shuffle)
         source = Points.from_image(x)
         whole = source.grid
+        if not isinstance(self.selection, Every):  # rows are selected: better side by side
+            source = source.with_x(source.features.contiguous())
         if self.encoding is not None and self.encoding.on == "features":
             source = self.encoding(source)
         value = source
@@ -149,25 +168,27 @@ class _ConvNN(TapLayer):
             value = self.encoding(source)
         grid = self.window.targets(whole)  # type: ignore[arg-type]
         if not isinstance(self.candidates, Window):
-            pads = self.window.pads(self.axes)
+            pads = self._margin()
             source, value = source.pad(pads), value.pad(pads)
+        kernel = self.bound_kernel()
         return Operation(
-            target=self._target(source, grid),
+            target=self._target(source, grid, kernel),
             source=source,
             value=value.features,
             metric=self.metric,
             candidates=self.candidates,
             selection=self.selection,
             weighting=self.weighting,
-            kernel=self.bound_kernel(),
+            kernel=kernel,
             order=self.order,
             search=self.search,
         )
 
-    def _target(self, source: Points, grid: Grid) -> Points:
+    def _target(self, source: Points, grid: Grid, kernel: Kernel) -> Points:
         if grid == source.grid:
             return source
-        if isinstance(self.selection, Every) and not self.weighting.uses_distance:
+        asked = self.weighting.uses_distance or kernel.needs_target
+        if isinstance(self.selection, Every) and not asked:
             return Points(grid=grid)  # nobody asks for the targets' features
         index = source.grid.index_of(grid, source.device)  # type: ignore[union-attr]
         if index is None:
@@ -176,20 +197,17 @@ class _ConvNN(TapLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(b, c, *size)`` or ``(c, *size)``."""
-        self._check(x)
-        if x.ndim == self.axes + 1:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        if x.shape[0] == 0 or x[0].numel() == 0:
+        if isinstance(x, Tensor) and x.ndim == self.axes + 2 and x.shape[0] == 0:
             return self._empty(x)
         op = self.operation(x)
         out = run(op, self.backend)
         out = out.transpose(1, 2).unflatten(-1, op.target.grid.size)  # type: ignore[union-attr]
-        return pixel_shuffle(out, self.shuffle) if self.shuffle > 1 else out
+        if self.shuffle > 1:
+            out = pixel_shuffle(out, self.shuffle)
+        return out if x.ndim == self.axes + 2 else out.squeeze(0)
 
     def _empty(self, x: Tensor) -> Tensor:
-        """No examples: no output, of the right shape. An image without pixels is an error."""
-        if x.shape[0] or 0 in x.shape[2:]:
-            raise ValueError(f"expected an image with pixels, got shape {tuple(x.shape)}")
+        """No examples: no output, of the right shape."""
         probe = self.forward(x.new_zeros(1, *x.shape[1:]))
         return x.sum() * probe[:0]
 
@@ -198,6 +216,8 @@ class _ConvNN(TapLayer):
         check_tensor(f"{name} input", x, (self.axes + 1, self.axes + 2))
         check_floating(f"{name} input", x)
         channels = x.shape[-self.axes - 1]
+        if 0 in x.shape[-self.axes :]:
+            raise ValueError(f"{name}: expected an image with pixels, got shape {tuple(x.shape)}")
         if self.in_channels not in (None, channels):
             raise ValueError(
                 f"{name}: expected {self.in_channels} channels, got {channels} "

@@ -16,5 +16,5 @@ def warn_without_gradient(metric: Metric, weighting: Weighting) -> None:
             "do not depend on distances, and selection has no gradient: the metric will not "
             "learn. Pass weighting='softmax', say.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedParameter
+from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 
-from convnn_geo.checks import check_floating, check_int, check_tensor, check_values
+from convnn_geo.checks import check_edges, check_floating, check_int, check_tensor, check_values
 from convnn_geo.kernels import Taps
 from convnn_geo.neighborhood import Neighborhood, edge_rank
 from convnn_geo.weighting import Weighting, as_weighting
@@ -113,6 +114,13 @@ class NeighborConv(MessagePassing):
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not is_lazy(self.weight):
+            return super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.weight, weight = None, self.weight  # it has no values to detach
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.weight = destination[prefix + "weight"] = weight
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         saved = state_dict.get(prefix + "weight")
         if saved is not None and is_lazy(self.weight) and not is_lazy(saved):
@@ -143,7 +151,8 @@ class NeighborConv(MessagePassing):
             if self.flow == "target_to_source":
                 size = (targets, source.shape[0])
         i, j = (1, 0) if self.flow == "source_to_target" else (0, 1)
-        directed = torch.stack([edge_index[j], edge_index[i]]).as_subclass(Tensor)
+        directed = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
+        directed = directed if j == 0 else directed.flip(0)  # sources above targets
         if self.by_rank or distance is not None:
             rank = self._rank(directed, rank, distance)
         if distance is not None:
@@ -157,7 +166,7 @@ class NeighborConv(MessagePassing):
         if not self.by_rank or not rank.numel():
             return rank
         inside = (rank < self.k).all() & (rank >= 0).all()
-        if rank.device.type != "cpu":
+        if rank.device.type != "cpu" or torch.compiler.is_compiling():
             torch._assert_async(inside)  # no waiting for the device
         elif not bool(inside):
             raise ValueError(
@@ -197,14 +206,7 @@ class NeighborConv(MessagePassing):
 
     def _check(self, x: Any, edge_index: Any, *per_edge: Tensor | None) -> None:
         check_floating("x", check_tensor("x", x, 2))
-        check_tensor("edge_index", edge_index, 2)
-        if edge_index.shape[0] != 2 or edge_index.dtype != torch.long:
-            raise ValueError(
-                f"edge_index: expected int64 of shape (2, E), got {edge_index.dtype} of shape "
-                f"{tuple(edge_index.shape)}"
-            )
-        if edge_index.device != x.device:
-            raise ValueError(f"edge_index is on {edge_index.device}, x on {x.device}")
+        check_edges(edge_index, x.device)
         if not is_lazy(self.weight):
             wanted = self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
             if wanted not in (-1, x.shape[-1]):
@@ -221,6 +223,11 @@ class NeighborConv(MessagePassing):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, k={self.k})"
+
+
+def is_lazy(weight: Tensor) -> bool:
+    """Whether a layer still waits for its channels."""
+    return isinstance(weight, UninitializedParameter)
 
 
 @dataclass(frozen=True)

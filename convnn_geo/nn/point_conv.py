@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convnn_geo.checks import (
     check_alike,
+    check_edges,
     check_floating,
     check_int,
     check_name,
@@ -23,10 +24,10 @@ from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.metrics.encoded import Encoded
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.gradient import warn_without_gradient
-from convnn_geo.nn.taps import TapLayer
+from convnn_geo.nn.taps import TapLayer, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
-from convnn_geo.search import check_batch
+from convnn_geo.search import check_batch, engines
 from convnn_geo.selection import Given, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
@@ -107,7 +108,7 @@ class PointConvNN(TapLayer):
         if (k is None) == (selection is None):
             raise ValueError("expected k or a selection, and not both")
         self.selection = selection or KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
-        self.k: int = getattr(self.selection, "k", getattr(self.selection, "max_k", 0))
+        self.k = slots(self.selection)
         self.metric = as_metric(metric)
         self.encoding = as_encoding(encoding, in_channels, 3)
         if self.encoding is not None and self.encoding.on == "metric":
@@ -116,9 +117,10 @@ class PointConvNN(TapLayer):
         warn_without_gradient(self.metric, self.weighting)
         self.candidates = All() if candidates is None else candidates
         self.order = check_name("order", order, ORDERS)
-        self.backend, self.search = check_name("backend", backend, BACKENDS), search
+        self.backend = check_name("backend", backend, BACKENDS)
+        self.search = check_name("search backend", search, ("auto", *engines()))
         extra = 0 if self.encoding is None else self.encoding.extra_channels(3)
-        taps = (self.k,) if self.k else None
+        taps = None if self.k is None else (self.k,)
         self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})
         self.reset_parameters()
 
@@ -126,21 +128,37 @@ class PointConvNN(TapLayer):
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
     ) -> Operation:
         """The layer on these clouds, as an operation."""
+        return self._operation(*self._clouds(x, pos), batch, edge_index)
+
+    def _clouds(self, x: Pair, pos: Pair) -> tuple[Points, Points]:
+        """Sources and targets, the same object where there is one set of points."""
         x_source, x_target = _pair(x)
         pos_source, pos_target = _pair(pos)
-        batch_source, batch_target = _pair(batch)
-        bipartite = isinstance(x, tuple) or isinstance(pos, tuple)
-        source = self._encoded(self._points("source", x_source, pos_source))
-        target = source
-        if bipartite:
-            target = self._encoded(self._points("target", x_target, pos_target))
+        source = self._points("source", x_source, pos_source)
+        if not isinstance(x, tuple) and not isinstance(pos, tuple):
+            return source, source
+        target = self._points("target", x_target, pos_target)
+        for key in ("x", "pos"):
+            given = getattr(source, key), getattr(target, key)
+            if given[0] is not None and given[1] is not None:
+                check_alike(f"{key} (source)", given[0], f"{key} (target)", given[1])
+        return source, target
+
+    def _operation(
+        self, source: Points, target: Points, batch: Pair, edge_index: Tensor | None
+    ) -> Operation:
+        alone = target is source
+        batch = _pair(batch)
+        source = self._encoded(source, batch[0])
+        target = source if alone else self._encoded(target, batch[1])
         selection = self.selection
         if edge_index is None:
-            source, target = self._dense(source, target, batch_source, batch_target)
+            source, target = self._dense(source, target, *batch)
         else:
+            check_edges(edge_index, source.device)
             selection = Given(
                 Neighborhood.from_edge_index(
-                    edge_index, target.num_points, source.num_points, k=self.k or None
+                    edge_index, target.num_points, source.num_points, k=self.k
                 )
             )
         return Operation(
@@ -160,14 +178,22 @@ class PointConvNN(TapLayer):
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
     ) -> Tensor:
         """Build the graph and convolve; a row a target."""
-        op = self.operation(x, pos, batch, edge_index)
+        source, target = self._clouds(x, pos)
+        if not target.num_points:  # connected to the input, as any output
+            rows = source.position if source.x is None else source.x
+            return rows.sum() * rows.new_zeros(0, self.out_channels)
+        op = self._operation(source, target, batch, edge_index)
         out = run(op, self.backend)
         return out if edge_index is not None else op.target.to_rows(out)
 
-    def _encoded(self, points: Points) -> Points:
+    def _encoded(self, points: Points, batch: Tensor | None) -> Points:
         if self.encoding is None or self.encoding.on == "metric":
             return points
-        return self.encoding(points)  # type: ignore[no-any-return]
+        if batch is None:
+            return self.encoding(points)  # type: ignore[no-any-return]
+        check_batch("batch", batch, points)
+        dense = Points.from_batch(points.x, points.pos, batch)  # each cloud by itself
+        return points.with_x(dense.to_rows(self.encoding(dense).features))
 
     def _points(self, name: str, x: Tensor | None, pos: Tensor | None) -> Points:
         if x is None and pos is None:
@@ -186,6 +212,8 @@ class PointConvNN(TapLayer):
             raise ValueError(
                 f"expected {self.in_channels} channels, got shape {tuple(value.shape)}"  # type: ignore[union-attr]
             )
+        if self.weight is not None and not torch.is_autocast_enabled(value.device.type):  # type: ignore[union-attr]
+            check_alike(f"the {name}", value, "the layer", self.weight)  # type: ignore[arg-type]
         check_values(f"{name} points", x, pos)
         return Points(x, pos)
 

@@ -10,9 +10,17 @@ from torch import nn
 
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
+from convnn_geo.selection import Radius, Selection
 
 KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
 _PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
+
+
+def slots(selection: Selection) -> int | None:
+    """Neighbours that a selection gives each target; None where the candidates decide."""
+    if isinstance(selection, Radius):
+        return selection.max_k
+    return getattr(selection, "k", None)
 
 
 class TapLayer(nn.Module):

@@ -14,7 +14,9 @@ Size = int | tuple[int, ...]
 
 
 @recipe
-def multihead_attention(embed_dim: int, num_heads: int, *args: Any, **kwargs: Any) -> ConvNNAttention:
+def multihead_attention(
+    embed_dim: int, num_heads: int, *args: Any, **kwargs: Any
+) -> ConvNNAttention:
     """``nn.MultiheadAttention`` with ``batch_first=True``: every key, softmax, sum.
 
     Example:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 import torch.nn.functional as F
+from torch import Tensor
 
-from convnn_geo.candidates import All, Window
+from convnn_geo.candidates import All
 from convnn_geo.checks import check_int, check_number, check_tuple
 from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Mean
@@ -25,13 +25,17 @@ _LAYER = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
 @recipe
-def conv1d(in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any) -> ConvNN1d:
+def conv1d(
+    in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
+) -> ConvNN1d:
     """``nn.Conv1d``: all points of the window, weight 1, one tap a place; arguments as there."""
     return ConvNN1d(in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
 @recipe
-def conv2d(in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any) -> ConvNN2d:
+def conv2d(
+    in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
+) -> ConvNN2d:
     """``nn.Conv2d``: all points of the window, weight 1, one tap a place; arguments as there.
 
     Example:
@@ -45,7 +49,9 @@ def conv2d(in_channels: int, out_channels: int, kernel_size: Size, *args: Any, *
 
 
 @recipe
-def conv3d(in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any) -> ConvNN3d:
+def conv3d(
+    in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
+) -> ConvNN3d:
     """``nn.Conv3d``: all points of the window, weight 1, one tap a place; arguments as there."""
     return ConvNN3d(in_channels, out_channels, kernel_size, *args, **kwargs)
 
@@ -94,7 +100,8 @@ def separable_conv3d(
 
 def _nearest_in_window(kernel_size: Size, axes: int) -> Spatial:
     """The metric whose ``prod(kernel_size)`` nearest are the window: Chebyshev, each axis scaled
-    by the window's side, so that windows need not be square."""
+    by the window's side, so that windows need not be square.
+    """
     sides = check_tuple("kernel_size", kernel_size, axes)
     if any(side % 2 == 0 for side in sides):
         raise ValueError(
@@ -137,7 +144,8 @@ def conv2d_by_position(
     Example:
         >>> import torch
         >>> from convnn_geo import recipes
-        >>> layer, conv = recipes.conv2d_by_position(2, 3, 7, padding=3), torch.nn.Conv2d(2, 3, 7, padding=3)
+        >>> conv = torch.nn.Conv2d(2, 3, 7, padding=3)
+        >>> layer = recipes.conv2d_by_position(2, 3, 7, padding=3)
         >>> _ = layer.load_state_dict(conv.state_dict())
         >>> x = torch.randn(1, 2, 6, 16)
         >>> torch.allclose(layer(x), conv(x), atol=1e-5)
@@ -159,7 +167,8 @@ def feature_conv2d(
     in_channels: int, out_channels: int, k: int = 9, metric: Metric | str = "cosine", **kwargs: Any
 ) -> ConvNN2d:
     """Convolution over the ``k`` nearest by feature, taps by rank: the ConvNN layer of
-    https://arxiv.org/abs/2606.14725."""
+    https://arxiv.org/abs/2606.14725.
+    """
     return ConvNN2d(in_channels, out_channels, k=k, metric=metric, **kwargs)
 
 
@@ -195,29 +204,47 @@ def interpolated_conv2d(
 
 @recipe
 def avg_pool1d(
-    kernel_size: int, stride: int | None = None, padding: int = 0, count_include_pad: bool = True, **kwargs: Any
+    kernel_size: int,
+    stride: int | None = None,
+    padding: int = 0,
+    count_include_pad: bool = True,
+    **kwargs: Any,
 ) -> ConvNN1d:
     """``nn.AvgPool1d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN1d(None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs)
+    return ConvNN1d(
+        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+    )
 
 
 @recipe
 def avg_pool2d(
-    kernel_size: Size, stride: Size | None = None, padding: Size = 0, count_include_pad: bool = True, **kwargs: Any
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    count_include_pad: bool = True,
+    **kwargs: Any,
 ) -> ConvNN2d:
     """``nn.AvgPool2d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN2d(None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs)
+    return ConvNN2d(
+        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+    )
 
 
 @recipe
 def avg_pool3d(
-    kernel_size: Size, stride: Size | None = None, padding: Size = 0, count_include_pad: bool = True, **kwargs: Any
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    count_include_pad: bool = True,
+    **kwargs: Any,
 ) -> ConvNN3d:
     """``nn.AvgPool3d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN3d(None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs)
+    return ConvNN3d(
+        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+    )
 
 
 @recipe
@@ -225,23 +252,37 @@ def max_pool1d(
     kernel_size: int, stride: int | None = None, padding: int = 0, dilation: int = 1, **kwargs: Any
 ) -> ConvNN1d:
     """``nn.MaxPool1d``: the maximum over the window."""
-    return ConvNN1d(None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs)
+    return ConvNN1d(
+        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+    )
 
 
 @recipe
 def max_pool2d(
-    kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1, **kwargs: Any
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    **kwargs: Any,
 ) -> ConvNN2d:
     """``nn.MaxPool2d``: the maximum over the window."""
-    return ConvNN2d(None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs)
+    return ConvNN2d(
+        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+    )
 
 
 @recipe
 def max_pool3d(
-    kernel_size: Size, stride: Size | None = None, padding: Size = 0, dilation: Size = 1, **kwargs: Any
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    **kwargs: Any,
 ) -> ConvNN3d:
     """``nn.MaxPool3d``: the maximum over the window."""
-    return ConvNN3d(None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs)
+    return ConvNN3d(
+        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+    )
 
 
 class Patches(Encoding):
@@ -268,7 +309,13 @@ class Patches(Encoding):
 def _filter(metric: Metric, weighting: Gaussian, window: int | None, **kwargs: Any) -> ConvNN2d:
     if window is None:
         return ConvNN2d(
-            None, None, selection=Every(), metric=metric, weighting=weighting, kernel="sum", **kwargs
+            None,
+            None,
+            selection=Every(),
+            metric=metric,
+            weighting=weighting,
+            kernel="sum",
+            **kwargs,
         )
     if check_int("window", window) % 2 == 0:
         raise ValueError(f"window: expected an odd number, got {window}")
@@ -288,9 +335,9 @@ def _filter(metric: Metric, weighting: Gaussian, window: int | None, **kwargs: A
 def non_local_means(
     sigma: float, patch_size: int = 3, window: int | None = None, **kwargs: Any
 ) -> ConvNN2d:
-    """Non-local means (Buades et al., 2005): a mean weighted by the likeness of patches.
+    r"""Non-local means (Buades et al., 2005): a mean weighted by the likeness of patches.
 
-    .. math:: y_i = \\sum_j \\mathrm{softmax}_j(-|P_i - P_j|^2 / (2 \\sigma^2))\\, x_j
+    .. math:: y_i = \sum_j \mathrm{softmax}_j(-|P_i - P_j|^2 / (2 \sigma^2))\, x_j
 
     Args:
         sigma: deviation of patch distances.
@@ -311,10 +358,10 @@ def non_local_means(
 def bilateral_filter(
     sigma_space: float, sigma_color: float, window: int | None = None, **kwargs: Any
 ) -> ConvNN2d:
-    """The bilateral filter (Tomasi and Manduchi, 1998): near in place and in colour.
+    r"""The bilateral filter (Tomasi and Manduchi, 1998): near in place and in colour.
 
-    .. math:: y_i = \\sum_j \\mathrm{softmax}_j\\Big(-\\frac{|p_i - p_j|^2}{2 \\sigma_s^2}
-              - \\frac{|x_i - x_j|^2}{2 \\sigma_c^2}\\Big)\\, x_j
+    .. math:: y_i = \sum_j \mathrm{softmax}_j\Big(-\frac{|p_i - p_j|^2}{2 \sigma_s^2}
+              - \frac{|x_i - x_j|^2}{2 \sigma_c^2}\Big)\, x_j
 
     Args:
         sigma_space: deviation of positions, in pixels.

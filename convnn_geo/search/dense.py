@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from convnn_geo.candidates import Subset
+from convnn_geo.metrics import BilinearForm as Bilinear
 from convnn_geo.metrics import Distances
 from convnn_geo.points import gather_rows
 from convnn_geo.search.query import Engine, Query
@@ -16,7 +19,7 @@ from convnn_geo.search.smallest import k_smallest
 class Dense(Engine):
     """A matrix product (or differences, at low dimension) and the k smallest of each row.
 
-    Serves every metric, candidate set and device. Memory is bounded by ``Query.memory``, never
+    Serves every metric, candidate set and device. Memory is bounded by ``Query.slab``, never
     ``n * m``.
     """
 
@@ -35,39 +38,73 @@ class Dense(Engine):
         return search_rows(query, bound)
 
 
-def search_rows(
-    query: Query, bound: Distances, wanted: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The k smallest of each row of ``bound``, among the sources that the subset shares.
-
-    Args:
-        wanted: ``(..., n)``; slabs without a wanted row are left unsearched (and undefined).
-    """
-    ordering = bound.ordering()
+def search_rows(query: Query, bound: Distances) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k smallest of each row of ``bound``, among the sources that the subset shares."""
     shape = torch.broadcast_shapes(
-        bound.shape,
-        (1, 1) if query.subset.mask is None else query.subset.mask.shape,
+        bound.shape, (1, 1) if query.subset.mask is None else query.subset.mask.shape
     )
-    *lead, n, m = shape
-    row = math.prod(lead) * m * max(4, query.target.features.element_size() if query.target.x is not None else 4)
-    step = max(1, query.memory // max(row, 1))
-    found, empty = [], torch.zeros((*lead, 0, query.k), dtype=torch.long, device=query.target.device)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        if wanted is not None and not bool(wanted[..., start:stop].any()):
-            found.append(empty.expand(*lead, 0, query.k).new_zeros(*lead, stop - start, query.k))
-            continue
-        values = ordering.rows(start, stop).expand(*lead, stop - start, m)
-        values = _hide(query, values, start, stop)
-        best, place = k_smallest(values, query.k)
-        found.append(place)
-    place = torch.cat(found, -2) if found else empty
+    ordering = bound.ordering()
+    best, place = _by_example(query, ordering, shape)
     index = place
     if query.subset.index is not None:
         shared = query.subset.index
-        index = shared.expand(*lead, n, shared.shape[-1]).gather(-1, place)
-    distance = query.bound.at(index)
-    return index, distance, _kept(query, index, place)
+        index = shared.expand(*place.shape[:-1], shared.shape[-1]).gather(-1, place)
+    kept = _kept(query, index, place)
+    if not query.exact:
+        return index, best, kept
+    distance = bound.at(place)
+    if isinstance(ordering, Bilinear):  # the product rounds otherwise than the distances do
+        return _sort(index, distance, kept)
+    return index, distance, kept
+
+
+def _sort(
+    index: Tensor, distance: Tensor, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Neighbours by (distance, source), empty slots last."""
+    if kept is None and bool((distance[..., 1:] > distance[..., :-1]).all()):
+        return index, distance, kept
+    order = index.argsort(dim=-1)
+    order = order.gather(-1, distance.gather(-1, order).argsort(dim=-1, stable=True))
+    if kept is not None:
+        empty = (~kept.gather(-1, order)).to(torch.uint8)
+        order = order.gather(-1, empty.argsort(dim=-1, stable=True))
+        kept = kept.gather(-1, order)
+    return index.gather(-1, order), distance.gather(-1, order), kept
+
+
+def _by_example(
+    query: Query, ordering: Distances, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Whole examples where they fit into a slab: one large product beats many small ones."""
+    batch = shape[0] if len(shape) > 2 and query.plain else 1
+    fitting = max(1, query.slab // max(1, query.itemsize * math.prod(shape[1:])))
+    if fitting >= batch or ordering.examples(0, 1) is None:
+        return _by_rows(query, ordering, shape)
+    found = []
+    for start in range(0, batch, fitting):
+        stop = min(start + fitting, batch)
+        some = ordering.examples(start, stop)
+        found.append(_by_rows(query, some, torch.Size((stop - start, *shape[1:]))))  # type: ignore[arg-type]
+    best, place = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(place)
+
+
+def _by_rows(query: Query, ordering: Distances, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Slabs of rows of all examples at once: the k smallest values and their places."""
+    *lead, n, m = shape
+    step = max(1, query.slab // max(1, query.itemsize * math.prod(lead) * m))
+    best, place = [], []
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        values = ordering.rows(start, stop).expand(*lead, stop - start, m)
+        smallest, where = k_smallest(_hide(query, values, start, stop), query.k)
+        best.append(smallest)
+        place.append(where)
+    if not best:
+        values = torch.zeros(*lead, 0, query.k, device=query.target.device)
+        return values, values.long()
+    return torch.cat(best, -2), torch.cat(place, -2)
 
 
 def _hide(query: Query, values: Tensor, start: int, stop: int) -> Tensor:
@@ -105,10 +142,16 @@ def _kept(query: Query, index: Tensor, place: Tensor) -> Tensor | None:
 
 def _windowed(query: Query, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The k nearest among each target's own candidates ``(..., n, w)``."""
-    values = query.bound.at(index)
-    best, place = k_smallest(_hide(query, values, 0, values.shape[-2]), query.k)
+    mask = query.subset.mask
+    index, order = index.sort(dim=-1, stable=True)  # so that ties go to the lowest source
+    if mask is not None:
+        lead = torch.broadcast_shapes(mask.shape[:-2], order.shape[:-2])
+        mask = mask.expand(*lead, *order.shape[-2:]).gather(-1, order.expand(*lead, *order.shape[-2:]))
+    query = replace(query, subset=Subset(index, mask))
+    values = _hide(query, query.bound.sharp().at(index), 0, index.shape[-2])
+    _, place = k_smallest(values, query.k)
     chosen = index.expand(*place.shape[:-1], index.shape[-1]).gather(-1, place)
-    return chosen, values.gather(-1, place), _kept(query, chosen, place)
+    return chosen, query.bound.at(chosen), _kept(query, chosen, place)
 
 
 def all_rows(query: Query) -> Tensor:

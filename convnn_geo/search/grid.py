@@ -23,6 +23,8 @@ class GridSearch(Engine):
 
     def refuses(self, query: Query) -> str | None:
         """Needs a spatial metric, and sources on a grid."""
+        if torch.compiler.is_compiling():
+            return "how far it looks depends on what it finds, which can't be traced"
         if _spatial(query.metric) is None:
             return "the metric looks at more than positions"
         if query.source.grid is None or query.source.pos is not None:
@@ -31,23 +33,23 @@ class GridSearch(Engine):
             return "the targets lie on no grid"
         if not query.plain:
             return "candidates are restricted; it searches all sources only"
+        if not isinstance(query.bound, Differences):
+            return "a bias is added to the distances"
         return None
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Boxes, doubled until they suffice."""
-        bound = query.bound
-        if not isinstance(bound, Differences):
-            raise TypeError(f"grid search expected distances by differences, got {bound}")
+        bound: Differences = query.bound.sharp()  # type: ignore[assignment]
         source: Grid = query.source.grid  # type: ignore[assignment]
         axes = len(source.size)
         radius = math.ceil(query.k ** (1 / axes) / 2) + 1
         while True:
             index, reach = _box(query.target.grid, source, radius, bound, query.target.device)  # type: ignore[arg-type]
             if index.shape[-1] >= query.k:
-                distance = bound.at(index)
-                best, place = k_smallest(distance, query.k)
-                if bool((best[..., -1] < reach).all()) or index.shape[-1] == source.num_points:
-                    return index.gather(-1, place), best, None
+                best, place = k_smallest(bound.at(index), query.k)
+                if index.shape[-1] == source.num_points or bool((best[..., -1:] < reach).all()):
+                    index = index.gather(-1, place)
+                    return index, query.bound.at(index) if query.exact else best, None
             radius *= 2
 
 
@@ -82,17 +84,18 @@ def _box(
         box = start[:, None] + torch.arange(width, device=device)
         index = index * length + box.view(shape)
         reach = torch.minimum(reach, beyond.view([-1 if a == axis else 1 for a in range(axes)]))
-    if not bound.root and math.isfinite(bound.p):
-        reach = reach**bound.p
-    return index.flatten(0, axes - 1).flatten(1), reach.expand(target.size).flatten()
+    reach = bound.single(reach.expand(target.size).flatten()).unsqueeze(-1)
+    return index.flatten(0, axes - 1).flatten(1), reach
 
 
 def _spatial(metric: Metric) -> Spatial | None:
     """The spatial metric that this one comes down to, if it does."""
     if isinstance(metric, Spatial):
         return metric
-    if isinstance(metric, Sum) and len(metric.metrics) == 1 and metric.weights == (1.0,):
-        return _spatial(metric.metrics[0])  # type: ignore[arg-type]
+    if isinstance(metric, Sum):
+        counting = [m for w, m in zip(metric.weights, metric.metrics, strict=True) if w > 0]
+        if len(counting) == 1 and sum(metric.weights) == 1:
+            return _spatial(counting[0])  # type: ignore[arg-type]
     if isinstance(metric, Interpolation) and isinstance(metric.lam, float):
         if metric.lam in (0.0, 1.0):
             return _spatial(metric.second if metric.lam else metric.first)

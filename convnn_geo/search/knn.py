@@ -31,7 +31,7 @@ def knn(
     metric: Metric | str = "euclidean",
     backend: str = "auto",
     *,
-    memory: int = 16 * 2**20,
+    memory: int | None = None,
     check: bool = True,
 ) -> Neighborhood:
     """For each point of ``y`` its ``k`` nearest in ``x``, as ``torch_cluster.knn`` has it.
@@ -47,7 +47,7 @@ def knn(
         batch_y: ``(n,)``, likewise.
         metric: a metric or its name. A tensor serves as both features and positions.
         backend: an engine of :func:`engines`, or ``"auto"``.
-        memory: bytes that a slab of distances may take.
+        memory: bytes that a slab of distances may take; by default what suits the device.
         check: refuse non-finite values.
 
     Returns:
@@ -77,12 +77,17 @@ def knn(
         check_finite("x", source.x, source.pos)
         check_finite("y", target.x, target.pos)
     if batch_x is None and batch_y is None:
-        if k > source.num_points and target.num_points:
-            raise ValueError(_too_many(k, source.num_points))
+        available = source.num_points
+        if source.mask is not None and source.mask.numel():
+            available = int(source.mask.sum(-1).min())
+        if k > available and target.num_points:
+            raise ValueError(_too_many(k, available))
         if not target.num_points:
-            shape = (*target.features.shape[:-1], k) if target.x is not None else (0, k)
-            return _empty(shape, source)
-        return find(Query(target, source, metric, k, memory=memory), backend)
+            rows = target.features if target.x is not None else target.position
+            return _empty((*rows.shape[:-1], k), source)
+        mask = None if source.mask is None else source.mask.unsqueeze(-2)
+        query = Query(target, source, metric, k, Subset(mask=mask), memory=memory)
+        return find(query, backend)
     return _ragged(source, target, k, batch_x, batch_y, metric, backend, memory)
 
 
@@ -121,7 +126,10 @@ def _too_many(k: int, available: int) -> str:
 
 def _empty(shape: tuple[int, ...], source: Points) -> Neighborhood:
     index = torch.zeros(shape, dtype=torch.long, device=source.device)
-    return Neighborhood(index, source.num_points, torch.zeros(shape, device=source.device))
+    rows = source.features if source.x is not None else source.position
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    distance = torch.zeros(shape, dtype=dtype, device=source.device)
+    return Neighborhood(index, source.num_points, distance)
 
 
 def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
@@ -154,7 +162,7 @@ def _ragged(
     batch_y: Tensor | None,
     metric: Metric,
     backend: str,
-    memory: int,
+    memory: int | None,
 ) -> Neighborhood:
     rows = source.features if source.x is not None else source.position
     if rows.ndim != 2:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import once
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
@@ -25,8 +25,9 @@ class Query:
         k: neighbours.
         subset: where to look.
         excluded: ``(n,)``, one source for each target that is not to be found; None for none.
-        memory: bytes that a slab of distances may take.
+        memory: bytes that a slab of distances may take; by default what suits the device.
         distances: the metric bound already, to save binding it twice.
+        exact: report the chosen pairs' distances; otherwise what orders like them will do.
     """
 
     target: Points
@@ -35,16 +36,30 @@ class Query:
     k: int
     subset: Subset = field(default_factory=Subset)
     excluded: Tensor | None = None
-    memory: int = 16 * 2**20
+    memory: int | None = None
     distances: Distances | None = None
+    exact: bool = True
 
-    @cached_property
+    @once
     def bound(self) -> Distances:
         """The metric bound to the points."""
         if self.distances is not None:
             return self.distances
         with torch.no_grad():
             return self.metric.bind(self.target, self.source)
+
+    @property
+    def slab(self) -> int:
+        """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 2 to 32)."""
+        if self.memory is not None:
+            return self.memory
+        return 2**23 if self.target.device.type == "cpu" else 2**28
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a distance: float32 or better."""
+        seen = self.target.x if self.target.x is not None else self.target.pos
+        return 4 if seen is None else max(4, seen.element_size())
 
     @property
     def plain(self) -> bool:

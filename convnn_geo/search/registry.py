@@ -36,6 +36,12 @@ def explain_search(query: Query) -> list[tuple[str, str | None]]:
 
 def find(query: Query, backend: str = "auto") -> Neighborhood:
     """Run a query on the engine named, or on the first that is worthwhile."""
+    among = query.subset.index
+    available = query.source.num_points if among is None else among.shape[-1]
+    if query.k > available:
+        raise ValueError(
+            f"k={query.k} is larger than the number of candidates, {available}; lower k"
+        )
     if backend == "auto":
         engine = ENGINES[explain_search(query)[-1][0]]
     else:

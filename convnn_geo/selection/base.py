@@ -123,7 +123,7 @@ class Radius(Selection):
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """The nearest ``max_k``, masked beyond the radius."""
-        found = KNearest(self.max_k, short="pad")(query, own, search)
+        found = KNearest(self.max_k, short="pad")(replace(query, exact=True), own, search)
         near = ~(found.distance > self.r)  # a NaN stays, so that it shows
         mask = near if found.mask is None else near & found.mask
         return replace(found, mask=mask)

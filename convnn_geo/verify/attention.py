@@ -18,7 +18,9 @@ _PADDING[0, 6:] = True
 _HIDDEN = torch.ones(_TOKENS, _TOKENS, dtype=torch.bool).triu(3)
 
 
-def _multihead(name: str, *, keywords: dict[str, Any] | None = None, cross: bool = False, **kw: Any) -> None:
+def _multihead(
+    name: str, *, keywords: dict[str, Any] | None = None, cross: bool = False, **kw: Any
+) -> None:
     """Attention against ``nn.MultiheadAttention`` on the same parameters."""
     peer = nn.MultiheadAttention(_EMBED, _HEADS, batch_first=True, **kw)
     keywords = keywords or {}
@@ -55,7 +57,16 @@ def _plain(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
-def _tokens(recipe: str, name: str, allowed: list[list[int]], *args: Any, k: int | None = None, score: Any = None, batch: int = 2, **kw: Any) -> None:
+def _tokens(
+    recipe: str,
+    name: str,
+    allowed: list[list[int]],
+    *args: Any,
+    k: int | None = None,
+    score: Any = None,
+    batch: int = 2,
+    **kw: Any,
+) -> None:
     """Attention of tokens against a double loop over allowed keys."""
     add(
         recipe,
@@ -68,7 +79,9 @@ def _tokens(recipe: str, name: str, allowed: list[list[int]], *args: Any, k: int
     )
 
 
-def _grid(recipe: str, name: str, size: tuple[int, int], allowed: list[list[int]], *args: Any, **kw: Any) -> None:
+def _grid(
+    recipe: str, name: str, size: tuple[int, int], allowed: list[list[int]], *args: Any, **kw: Any
+) -> None:
     """Attention on a grid against the same."""
     add(
         recipe,
@@ -90,8 +103,21 @@ for _dilation, _causal in ((1, False), (2, False), (2, True)):
     _keys = naive.neighborhood(11, 3, _dilation, _causal)
     _name = f"dilation {_dilation}" + (", causal" if _causal else "")
     _tokens("neighborhood_attention", _name, _keys, 3, _dilation, _causal)
-_grid("neighborhood_attention", "3 on 5 x 6", (5, 6), naive.product(naive.neighborhood(5, 3, 1, False), naive.neighborhood(6, 3, 1, False)), 3)
-_grid("neighborhood_attention", "(3, 2) dilated (1, 2) on 4 x 6", (4, 6), naive.product(naive.neighborhood(4, 3, 1, False), naive.neighborhood(6, 2, 2, False)), (3, 2), (1, 2))
+_grid(
+    "neighborhood_attention",
+    "3 on 5 x 6",
+    (5, 6),
+    naive.product(naive.neighborhood(5, 3, 1, False), naive.neighborhood(6, 3, 1, False)),
+    3,
+)
+_grid(
+    "neighborhood_attention",
+    "(3, 2) dilated (1, 2) on 4 x 6",
+    (4, 6),
+    naive.product(naive.neighborhood(4, 3, 1, False), naive.neighborhood(6, 2, 2, False)),
+    (3, 2),
+    (1, 2),
+)
 
 
 def _band(length: int, reach: int, dilation: int, causal: bool = False) -> list[list[int]]:
@@ -110,8 +136,19 @@ _tokens("sliding_window_attention", "5", _band(_TOKENS, 2, 1), 5)
 _tokens("sliding_window_attention", "4, causal", _band(_TOKENS, 4, 1, True), 4, True)
 _tokens("dilated_attention", "3, dilation 2", _band(_TOKENS, 1, 2), 3, 2)
 _tokens("dilated_attention", "3, dilation 2, causal", _band(_TOKENS, 3, 2, True), 3, 2, True)
-_tokens("strided_attention", "stride 3", [[j for j in range(_TOKENS) if (i - j) % 3 == 0] for i in range(_TOKENS)], 3)
-_tokens("strided_attention", "stride 3, causal", [[j for j in range(i + 1) if (i - j) % 3 == 0] for i in range(_TOKENS)], 3, True)
+_tokens(
+    "strided_attention",
+    "stride 3",
+    [[j for j in range(_TOKENS) if (i - j) % 3 == 0] for i in range(_TOKENS)],
+    3,
+)
+_tokens(
+    "strided_attention",
+    "stride 3, causal",
+    [[j for j in range(i + 1) if (i - j) % 3 == 0] for i in range(_TOKENS)],
+    3,
+    True,
+)
 _grid("block_attention", "2 on 4 x 6", (4, 6), naive.swin((4, 6), 2, 0), 2)
 _grid("block_attention", "shifted 4 on 8 x 4", (8, 4), naive.swin((8, 4), 4, 2), 4, 2)
 
@@ -124,5 +161,9 @@ def _between(lam: float) -> Any:
 
 
 for _lam in (0.0, 0.4, 1.0):
-    _tokens("interpolated_attention", f"all, lam = {_lam:g}", _ALL, None, _lam, score=_between(_lam))
-    _tokens("interpolated_attention", f"k = 4, lam = {_lam:g}", _ALL, 4, _lam, k=4, score=_between(_lam))
+    _tokens(
+        "interpolated_attention", f"all, lam = {_lam:g}", _ALL, None, _lam, score=_between(_lam)
+    )
+    _tokens(
+        "interpolated_attention", f"k = 4, lam = {_lam:g}", _ALL, 4, _lam, k=4, score=_between(_lam)
+    )

@@ -17,7 +17,9 @@ _SIZE = {1: (11,), 2: (6, 9), 3: (4, 5, 6)}
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def _conv(recipe: str, axes: int, name: str, *, batch: int = 2, c: int = 4, d: int = 6, **kw: Any) -> None:
+def _conv(
+    recipe: str, axes: int, name: str, *, batch: int = 2, c: int = 4, d: int = 6, **kw: Any
+) -> None:
     """A convolution recipe against ``nn.Conv*d`` on the same parameters."""
     kernel_size = kw.pop("kernel_size")
     build = getattr(recipes, recipe)
@@ -37,7 +39,14 @@ def _conv(recipe: str, axes: int, name: str, *, batch: int = 2, c: int = 4, d: i
 
 for _axes in (1, 2, 3):
     for _mode in ("zeros", "reflect", "replicate", "circular"):
-        _conv(f"conv{_axes}d", _axes, f"odd, padding {_mode}", kernel_size=3, padding=1, padding_mode=_mode)
+        _conv(
+            f"conv{_axes}d",
+            _axes,
+            f"odd, padding {_mode}",
+            kernel_size=3,
+            padding=1,
+            padding_mode=_mode,
+        )
     _conv(f"conv{_axes}d", _axes, "even, stride 2", kernel_size=2, stride=2, batch=1)
     _conv(f"conv{_axes}d", _axes, "groups", kernel_size=3, padding=2, groups=2)
     _conv(f"conv{_axes}d", _axes, "k = 1, no bias", kernel_size=1, bias=False)
@@ -45,8 +54,24 @@ for _axes in (1, 2, 3):
     _conv(f"conv{_axes}d_by_position", _axes, "3, padding 1", kernel_size=3, padding=1)
     _conv(f"conv{_axes}d_by_position", _axes, "3, stride 2", kernel_size=3, padding=1, stride=2)
 _conv("conv1d", 1, "dilation, same", kernel_size=4, padding="same", dilation=3)
-_conv("conv2d", 2, "stride 2, dilation 2, reflect", kernel_size=3, padding=2, stride=2, dilation=2, padding_mode="reflect")
-_conv("conv2d", 2, "4 x 3, same, circular", kernel_size=(4, 3), padding="same", padding_mode="circular")
+_conv(
+    "conv2d",
+    2,
+    "stride 2, dilation 2, reflect",
+    kernel_size=3,
+    padding=2,
+    stride=2,
+    dilation=2,
+    padding_mode="reflect",
+)
+_conv(
+    "conv2d",
+    2,
+    "4 x 3, same, circular",
+    kernel_size=(4, 3),
+    padding="same",
+    padding_mode="circular",
+)
 _conv("conv2d", 2, "dilation (1, 2)", kernel_size=(3, 2), dilation=(1, 2), padding=(1, 0))
 _conv("conv2d", 2, "k = n", kernel_size=_SIZE[2])
 _conv("depthwise_conv2d", 2, "even, dilation", kernel_size=2, dilation=2, batch=1)
@@ -80,7 +105,9 @@ for _axes in (1, 2, 3):
     )
 
 
-def _pool(recipe: str, peer: nn.Module, name: str, *args: Any, shape: tuple[int, ...], **kw: Any) -> None:
+def _pool(
+    recipe: str, peer: nn.Module, name: str, *args: Any, shape: tuple[int, ...], **kw: Any
+) -> None:
     add(
         recipe,
         name,
@@ -115,7 +142,16 @@ for _axes in (1, 2, 3):
         1,
         shape=(1, *_shape[1:]),
     )
-_pool("max_pool2d", nn.MaxPool2d((2, 3), 2, (1, 0), (1, 2)), "2 x 3, dilation", (2, 3), 2, (1, 0), (1, 2), shape=(2, 3, 6, 9))
+_pool(
+    "max_pool2d",
+    nn.MaxPool2d((2, 3), 2, (1, 0), (1, 2)),
+    "2 x 3, dilation",
+    (2, 3),
+    2,
+    (1, 0),
+    (1, 2),
+    shape=(2, 3, 6, 9),
+)
 
 for _metric, _distance in (("cosine", naive.cosine), ("euclidean", naive.euclidean)):
     for _k in (1, 5, 20):
@@ -149,9 +185,7 @@ add(
 )
 
 
-def _smooth(
-    layer: Any, x: Tensor, radius: int | None, likeness: Any
-) -> Tensor:
+def _smooth(layer: Any, x: Tensor, radius: int | None, likeness: Any) -> Tensor:
     """A normalised mean over all pixels, or over those within ``radius``, by a double loop."""
     b, _, h, w = x.shape
     out = torch.zeros_like(x)
@@ -166,7 +200,9 @@ def _smooth(
             ]
             weights = torch.stack([likeness(x[e], (r, c), place) for place in near]).exp()
             weights = weights / weights.sum()
-            out[e, :, r, c] = sum(a * x[e, :, s, t] for a, (s, t) in zip(weights, near, strict=True))
+            out[e, :, r, c] = sum(
+                a * x[e, :, s, t] for a, (s, t) in zip(weights, near, strict=True)
+            )
     return out
 
 

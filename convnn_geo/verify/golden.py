@@ -86,7 +86,7 @@ def _metric(name: str) -> Metric:
     return Feature({"matmul": "scaled_dot", "scaled dot product": "scaled_dot"}.get(name, name))
 
 
-def _fill(parameters: dict[str, nn.Parameter], arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fill(parameters: dict[str, Any], arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(arrays[name].reshape(parameter.shape))
@@ -94,7 +94,7 @@ def _fill(parameters: dict[str, nn.Parameter], arrays: dict[str, Tensor]) -> dic
 
 
 def _convnn(meta: dict[str, Any], arrays: dict[str, Tensor], backend: str) -> Any:
-    d, c, k = arrays["weight"].shape
+    d, _, k = arrays["weight"].shape
     channels = arrays["x"].shape[1]
     padding = int(meta.get("zero_padding", 0))
     similarity = meta["similarity"]
@@ -128,7 +128,7 @@ def _attention(meta: dict[str, Any], arrays: dict[str, Tensor], backend: str) ->
     )
     packed = torch.cat([arrays[f"{part}_weight"] for part in ("query", "key", "value")])
     taps = arrays["depthwise" if kernel == "separable" else "taps"]
-    parameters = {"packed": layer.in_proj_weight, "taps": layer.taps}
+    parameters: dict[str, Any] = {"packed": layer.in_proj_weight, "taps": layer.taps}
     values = {"packed": packed, "taps": taps, "out_weight": arrays["out_weight"]}
     if kernel == "separable":
         parameters["pointwise"] = layer.pointwise
@@ -196,4 +196,6 @@ _BUILDERS = {
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.detach() - exact).abs().max()) if found.shape == exact.shape else float("nan")
+    return (
+        float((found.detach() - exact).abs().max()) if found.shape == exact.shape else float("nan")
+    )

@@ -61,7 +61,6 @@ for _k, _dilation in ((1, 1), (4, 1), (3, 2), (20, 1)):
     )
 
 
-
 def _edge_conv(layer: Any) -> EdgeConv:
     """PyG's layer around the same network, put in after construction, which would reset it."""
     peer = EdgeConv(nn.Identity())
@@ -142,10 +141,7 @@ _cloud("grav_net", "k = 4", "double loop", partial(recipes.grav_net, 4, 6, 3, 5,
 def _point_conv(layer: Any, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
     edges = naive.knn_edges(pos, batch, 4)
     out = [
-        sum(
-            layer.weighting.mlp(pos[j] - pos[i]) * x[j]
-            for j in edges[0][edges[1] == i].tolist()
-        )
+        sum(layer.weighting.mlp(pos[j] - pos[i]) * x[j] for j in edges[0][edges[1] == i].tolist())
         for i in range(x.shape[0])
     ]
     return torch.stack(out)  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 Allowed = Sequence[Sequence[int]]
 
 
-def nearest(distance: Callable[[int, int], Tensor], i: int, sources: Sequence[int], k: int) -> list[int]:
+def nearest(
+    distance: Callable[[int, int], Tensor], i: int, sources: Sequence[int], k: int
+) -> list[int]:
     """The ``k`` sources of smallest distance to ``i``, ties to the lowest index."""
     return sorted(sources, key=lambda j: (distance(i, j).item(), j))[:k]
 
@@ -106,7 +108,9 @@ def swin(size: tuple[int, int], block: int, shift: int) -> list[list[int]]:
     place = torch.arange(h * w).view(h, w).roll((-shift, -shift), (0, 1))
     region = torch.zeros(h, w, dtype=torch.long)
     count = 0
-    cuts = (slice(0, -block), slice(-block, -shift), slice(-shift, None)) if shift else (slice(None),)
+    cuts = (
+        (slice(0, -block), slice(-block, -shift), slice(-shift, None)) if shift else (slice(None),)
+    )
     for rows in cuts:
         for cols in cuts:
             region[rows, cols] = count

@@ -139,10 +139,7 @@ def _gradients(
     gradients = torch.autograd.grad(out, wanted, cotangent, allow_unused=True)
     return [
         out.detach(),
-        *(
-            torch.zeros_like(w) if g is None else g
-            for w, g in zip(wanted, gradients, strict=True)
-        ),
+        *(torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients, strict=True)),
     ]
 
 

@@ -28,4 +28,7 @@ class PositionMLP(Weighting):
         weight = self.mlp(pairs.offset.to(pairs.value.dtype))
         if pairs.mask is not None:
             weight = torch.where(pairs.mask.unsqueeze(-1), weight, 0.0)
-        return weight.squeeze(-1) if weight.shape[-1] == 1 else weight
+        if weight.shape[-1] == 1:
+            return weight.squeeze(-1)
+        # One weight a channel is told from one a pair by its axes, so none may be left out.
+        return weight.reshape((1,) * (pairs.value.ndim + 1 - weight.ndim) + tuple(weight.shape))

@@ -1,0 +1,36 @@
+"""Optional packages: imported where they are used, and named by the error where they lack."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed; the message says how to install it."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: what to import, e.g. ``"matplotlib.figure"``.
+        extra: the extra of convnn-geo that brings it, or several, e.g. ``"data,viz"``.
+
+    Raises:
+        MissingExtraError: the module is not installed.
+
+    Example:
+        >>> require("json", extra="viz").dumps([1])
+        '[1]'
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != package:
+            raise  # the package is there, and something that it needs itself is not
+        raise MissingExtraError(
+            f"{package} is not installed; install it with: pip install 'convnn-geo[{extra}]'",
+            name=package,
+        ) from error

@@ -1,0 +1,649 @@
+"""ConvNNAttention: a drop-in for nn.MultiheadAttention, and what it adds."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convnn_geo import encodings, metrics, weighting
+from convnn_geo.candidates import Block, Causal, Random, Window
+from convnn_geo.nn import ConvNNAttention
+from convnn_geo.selection import KNearest
+
+B, N, M, E, H = 2, 6, 5, 8, 2
+D = E // H
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def twins(**options: object) -> tuple[ConvNNAttention, nn.MultiheadAttention]:
+    """Ours and torch's with the same parameters, biases not zero."""
+    backend = options.pop("backend", "auto")
+    theirs = nn.MultiheadAttention(E, H, **{"batch_first": True, **options}).double()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    ours = ConvNNAttention(E, H, **options, backend=backend).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+# --- drop-in -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True, "add_zero_attn": True},
+        {"kdim": 3, "vdim": 5},
+        {"vdim": 5},
+        {"batch_first": False},
+    ],
+    ids=lambda o: "-".join(o) or "plain",
+)
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
+def test_constructor_options(options, backend, cross, need_weights):
+    if not cross and ("kdim" in options or "vdim" in options):
+        cross = True
+    ours, theirs = twins(**options, backend=backend)
+    q = tokens(B, N, E)
+    k = tokens(B, M, options.get("kdim", E), seed=1) if cross else q
+    v = tokens(B, M, options.get("vdim", E), seed=2) if cross else q
+    if options.get("batch_first") is False:
+        q, k, v = (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)) if cross else [
+            q.transpose(0, 1)
+        ] * 3
+    found, expected = ours(q, k, v, need_weights=need_weights), theirs(
+        q, k, v, need_weights=need_weights
+    )
+    equal(found[0], expected[0])
+    assert (found[1] is None) == (expected[1] is None)
+    if need_weights:
+        equal(found[1], expected[1])
+
+
+def test_positional_arguments_names_and_initialisation_are_torchs():
+    arguments = (E, H, 0.25, True, True, True, 4, 6, True, "cpu", torch.float64)
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(*arguments)
+    torch.manual_seed(0)
+    ours = ConvNNAttention(*arguments)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    for name in ("embed_dim", "num_heads", "dropout", "kdim", "vdim", "head_dim", "batch_first"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def test_key_and_value_default_to_the_query():
+    ours, theirs = twins()
+    x, y = tokens(B, N, E), tokens(B, M, E, seed=1)
+    equal(ours(x)[0], theirs(x, x, x)[0])
+    equal(ours(x, y)[0], theirs(x, y, y)[0])
+
+
+MASKS = {
+    "bool": lambda: torch.rand(N, M) < 0.4,
+    "float": lambda: torch.randn(N, M).double(),
+    "float-inf": lambda: torch.randn(N, M).double().masked_fill(torch.rand(N, M) < 0.3, -torch.inf),
+    "per-head": lambda: torch.rand(B * H, N, M) < 0.4,
+    "per-head-float": lambda: torch.randn(B * H, N, M).double(),
+}
+PADDING = {
+    "none": lambda: None,
+    "bool": lambda: torch.tensor([[False] * M, [False] * (M - 2) + [True] * 2]),
+    "float": lambda: torch.randn(B, M).double(),
+}
+
+
+@pytest.mark.parametrize("mask", ["none", *MASKS])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
+def test_masks(mask, padding, backend):
+    torch.manual_seed(0)
+    attn_mask = None if mask == "none" else MASKS[mask]()
+    key_padding_mask = PADDING[padding]()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask[..., 0] = False  # no row without keys, of which torch makes NaN
+    ours, theirs = twins(backend=backend)
+    q, k = tokens(B, N, E).requires_grad_(), tokens(B, M, E, seed=1).requires_grad_()
+    options = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+    for need_weights in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch, about masks of two dtypes
+            expected = theirs(q, k, k, **options, need_weights=need_weights)
+        found = ours(q, k, k, **options, need_weights=need_weights)
+        equal(found[0], expected[0])
+        if need_weights:
+            equal(found[1], expected[1])
+        gradients = [torch.autograd.grad(r[0].square().sum(), (q, k)) for r in (found, expected)]
+        for ours_g, theirs_g in zip(*gradients, strict=True):
+            equal(ours_g, theirs_g)
+
+
+@pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
+def test_float_masks_carry_gradients(backend):
+    ours, theirs = twins(backend=backend)
+    x = tokens(B, N, E)
+    mask = tokens(N, N, seed=3).requires_grad_()
+    grads = [
+        torch.autograd.grad(
+            layer(x, x, x, attn_mask=mask, need_weights=False)[0].square().sum(), mask
+        )[0]
+        for layer in (ours, theirs)
+    ]
+    equal(*grads)
+    assert bool((grads[0] != 0).all())
+
+
+@pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("extra", [False, True], ids=["", "bias_kv"])
+def test_is_causal(backend, need_weights, padding, extra):
+    ours, theirs = twins(backend=backend, add_bias_kv=extra)
+    q, k = tokens(B, N, E), tokens(B, M, E, seed=1)
+    causal = torch.ones(N, M, dtype=torch.bool).triu(1)
+    pad = PADDING[padding]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs(
+            q, k, k, attn_mask=causal, key_padding_mask=pad, need_weights=need_weights
+        )[0]
+    options = {"key_padding_mask": pad, "need_weights": need_weights, "is_causal": True}
+    equal(ours(q, k, k, **options)[0], expected)
+    equal(ours(q, k, k, attn_mask=causal, **options)[0], expected)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("k", [None, 3])
+def test_shapes_of_weights(average, k):
+    layer, x = ConvNNAttention(E, H, k=k).double(), tokens(B, N, E)
+    weights = layer(x, x, x, average_attn_weights=average)[1]
+    assert weights.shape == ((B, N, N) if average else (B, H, N, N))
+    unbatched = layer(x[0], x[0], x[0], average_attn_weights=average)
+    assert unbatched[0].shape == (N, E)
+    equal(unbatched[1], weights[0])
+
+
+def test_unbatched_with_masks():
+    ours, theirs = twins()
+    q, k = tokens(N, E), tokens(M, E, seed=1)
+    torch.manual_seed(0)
+    padding = torch.tensor([False] * (M - 1) + [True])
+    mask = torch.rand(H, N, M) < 0.3
+    mask[..., 0] = False
+    for need_weights in (False, True):
+        options = {"attn_mask": mask, "key_padding_mask": padding, "need_weights": need_weights}
+        found, expected = ours(q, k, k, **options), theirs(q, k, k, **options)
+        equal(found[0], expected[0])
+        if need_weights:
+            equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_is_drawn_as_torch_draws_it(need_weights):
+    ours, theirs = twins(dropout=0.4)
+    ours.train(), theirs.train()
+    x = tokens(B, N, E)
+    results = []
+    for layer in (ours, theirs):
+        torch.manual_seed(5)
+        results.append(layer(x, x, x, need_weights=need_weights))
+    equal(results[0][0], results[1][0])
+    if need_weights:
+        equal(results[0][1], results[1][1])
+        assert bool((results[0][1] == 0).any())
+
+
+@pytest.mark.parametrize("weighting_", [None, "softmax"])
+def test_dropout_reaches_the_weights(weighting_):
+    layer = ConvNNAttention(E, H, dropout=0.5, k=3, weighting=weighting_).double()
+    x = tokens(B, N, E)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+
+
+def test_rows_without_keys_give_the_projection_of_zero():
+    """Torch gives NaN; masked candidates here weigh nothing, so nothing is summed."""
+    layer = twins()[0]
+    x = tokens(B, N, E)
+    mask = torch.zeros(N, N, dtype=torch.bool)
+    mask[2] = True
+    for backend in ("native", "gather", "message_passing"):
+        for k in (None, 2):
+            if k and backend == "native":
+                continue
+            tested = ConvNNAttention(E, H, k=k, backend=backend).double()
+            tested.load_state_dict(layer.state_dict())
+            out = tested(x, x, x, attn_mask=mask, need_weights=False)[0]
+            equal(out[:, 2], layer.out_proj.bias.expand(B, E))
+            assert bool(out.isfinite().all())
+
+
+# --- inside torch's transformers -----------------------------------------------------------
+
+
+class Swap(nn.TransformerEncoderLayer):
+    """An encoder layer whose attention is ours."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(E, H, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+        attention = ConvNNAttention(E, H, **options).double()
+        attention.load_state_dict(self.self_attn.state_dict(), strict=True)
+        self.self_attn = attention
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding"])
+@pytest.mark.parametrize("stack", [False, True], ids=["layer", "encoder"])
+def test_encoder_layer_with_plain_attention_is_torchs(mask, stack):
+    torch.manual_seed(0)
+    ours = Swap()
+    theirs = nn.TransformerEncoderLayer(E, H, 16, 0.0, batch_first=True, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    if stack:
+        ours, theirs = (
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for layer in (ours, theirs)
+        )
+    x = tokens(B, N, E)
+    name = "mask" if stack else "src_mask"
+    options = {
+        "none": {},
+        "causal": {name: nn.Transformer.generate_square_subsequent_mask(N).double(), "is_causal": True},
+        "padding": {
+            "src_key_padding_mask": torch.tensor([[False] * N, [False] * (N - 2) + [True] * 2])
+        },
+    }[mask]
+    for train in (True, False):
+        ours.train(train), theirs.train(train)
+        found, expected = ours(x, **options), theirs(x, **options)
+        real = slice(None) if mask != "padding" else slice(0, N - 2)
+        equal(found[:, real], expected[:, real])
+
+
+@pytest.mark.parametrize("options", [{"k": 2}, {"k": 3, "kernel": "standard"}], ids=["k", "taps"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_the_fast_path_of_eval_does_not_bypass_the_neighbours(options, grad):
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(E, H, 16, 0.0, batch_first=True, dtype=torch.float64)
+    layer = Swap(k=options["k"])
+    if "kernel" in options:
+        layer.self_attn = ConvNNAttention(E, H, **options).double()
+        with torch.no_grad():
+            layer.self_attn.taps.normal_()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    for module in (
+        layer,
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+    ):
+        x = tokens(B, N, E)
+        with torch.set_grad_enabled(grad):
+            trained, evaluated = module.train()(x), module.eval()(x)
+        equal(evaluated, trained)
+    assert not torch.allclose(layer(x), plain.eval()(x))
+
+
+def test_decoder_layer():
+    torch.manual_seed(0)
+    theirs = nn.TransformerDecoderLayer(E, H, 16, 0.0, batch_first=True, dtype=torch.float64)
+    ours = copy.deepcopy(theirs)
+    for name in ("self_attn", "multihead_attn"):
+        attention = ConvNNAttention(E, H).double()
+        attention.load_state_dict(getattr(theirs, name).state_dict())
+        setattr(ours, name, attention)
+    x, memory = tokens(B, N, E), tokens(B, M, E, seed=1)
+    causal = nn.Transformer.generate_square_subsequent_mask(N).double()
+    options = {"tgt_mask": causal, "tgt_is_causal": True}
+    equal(ours(x, memory, **options), theirs(x, memory, **options))
+
+
+# --- k nearest keys ------------------------------------------------------------------------
+
+
+def heads(layer: ConvNNAttention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Projected ``(b, heads, n, head_dim)``."""
+    weights, biases = layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3)
+    return tuple(
+        nn.functional.linear(x, w, b).unflatten(-1, (H, D)).transpose(1, 2)
+        for x, w, b in zip((q, k, v), weights, biases, strict=True)
+    )
+
+
+def naive(
+    layer: ConvNNAttention,
+    q: Tensor,
+    k: Tensor,
+    hidden: Tensor | None = None,
+    added: Tensor | None = None,
+    order: str = "rank",
+) -> tuple[Tensor, Tensor]:
+    """k-NN attention with taps by double loop: output and weights ``(b, heads, n, m)``."""
+    q, k, v = heads(layer, q, k, k)
+    b, h, n, m = *q.shape[:3], k.shape[2]
+    out = torch.zeros(b, h, n, D, dtype=q.dtype)
+    weights = torch.zeros(b, h, n, m, dtype=q.dtype)
+    for e in range(b):
+        for head in range(h):
+            for i in range(n):
+                score = k[e, head] @ q[e, head, i] / D**0.5
+                if added is not None:
+                    score = score + added[i]
+                open_ = [j for j in range(m) if hidden is None or not hidden[e, i, j]]
+                best = sorted(open_, key=lambda j: (-score[j].item(), j))[: layer.k]
+                rho = score[best].softmax(-1)
+                weights[e, head, i, best] = rho
+                if order == "raster":
+                    rho = torch.stack([rho[best.index(j)] for j in sorted(best)])
+                    best = sorted(best)
+                for slot, j in enumerate(best):
+                    message = rho[slot] * v[e, head, j]
+                    if layer.taps is None:
+                        out[e, head, i] += message
+                        continue
+                    taps = layer.taps[head] if layer.taps_per_head else layer.taps
+                    tap = taps[..., slot]
+                    if layer.kernel == "standard":
+                        out[e, head, i] += tap @ message
+                    else:
+                        out[e, head, i] += tap[:, 0] * message
+    if layer.pointwise is not None:
+        out = out @ layer.pointwise.t()
+    return layer.out_proj(out.transpose(1, 2).flatten(2)), weights
+
+
+def randomised(layer: ConvNNAttention) -> ConvNNAttention:
+    layer = layer.double()
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn_like(p))
+    return layer
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_k_nearest_keys(backend, cross):
+    layer = randomised(ConvNNAttention(E, H, k=3, backend=backend))
+    q = tokens(B, N, E)
+    k = tokens(B, M, E, seed=1) if cross else q
+    expected, weights = naive(layer, q, k)
+    equal(layer(q, k, k, need_weights=False)[0], expected)
+    out, found = layer(q, k, k, average_attn_weights=False)
+    equal(out, expected)
+    equal(found, weights)
+    equal(found.sum(-1), torch.ones(B, H, N).double())
+    assert bool(((found > 0).sum(-1) == 3).all())
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("order", ["rank", "raster"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": "standard"},
+        {"kernel": "standard", "taps_per_head": True},
+        {"kernel": "depthwise"},
+        {"kernel": "depthwise", "taps_per_head": True},
+        {"kernel": "separable"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_taps_inside_heads(options, backend, order):
+    layer = randomised(ConvNNAttention(E, H, k=3, order=order, backend=backend, **options))
+    x = tokens(B, N, E)
+    equal(layer(x, need_weights=False)[0], naive(layer, x, x, order=order)[0])
+
+
+@pytest.mark.parametrize("kernel", ["standard", "depthwise", "separable"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_fresh_taps_are_a_plain_sum(kernel, per_head):
+    if per_head and kernel == "separable":
+        with pytest.raises(ValueError, match="shared by all heads"):
+            ConvNNAttention(E, H, k=3, kernel=kernel, taps_per_head=True)
+        return
+    torch.manual_seed(0)
+    taps = ConvNNAttention(E, H, k=3, kernel=kernel, taps_per_head=per_head).double()
+    torch.manual_seed(0)
+    plain = ConvNNAttention(E, H, k=3).double()
+    x = tokens(B, N, E)
+    equal(taps(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("kernel", ["sum", "standard"])
+def test_masked_keys_are_never_chosen(backend, kernel):
+    """Some rows have fewer open keys than k."""
+    layer = randomised(ConvNNAttention(E, H, k=3, backend=backend, kernel=kernel))
+    q, k = tokens(B, N, E), tokens(B, M, E, seed=1)
+    torch.manual_seed(1)
+    mask = torch.rand(N, M) < 0.5
+    mask[0, 1:], mask[0, 0] = True, False  # one open key
+    mask[1, 2:], mask[1, :2] = True, False
+    padding = torch.zeros(B, M, dtype=torch.bool)
+    padding[1, -1] = True
+    hidden = mask | padding[:, None]
+    expected, weights = naive(layer, q, k, hidden)
+    options = {"attn_mask": mask, "key_padding_mask": padding}
+    equal(layer(q, k, k, **options, need_weights=False)[0], expected)
+    found = layer(q, k, k, **options, average_attn_weights=False)[1]
+    equal(found, weights)
+    assert bool((found.transpose(1, 2)[hidden.unsqueeze(2).expand(B, N, H, M)] == 0).all())
+    assert int((found[0, 0, 0] > 0).sum()) == 1 and int((found[0, 0, 1] > 0).sum()) == 2
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_a_float_mask_changes_who_is_chosen(backend):
+    layer = randomised(ConvNNAttention(E, H, k=2, backend=backend))
+    q, k = tokens(B, N, E), tokens(B, M, E, seed=1)
+    added = 20 * tokens(N, M, seed=4)
+    expected, weights = naive(layer, q, k, added=added)
+    assert not torch.equal(weights > 0, naive(layer, q, k)[1] > 0)
+    out, found = layer(q, k, k, attn_mask=added, average_attn_weights=False)
+    equal(out, expected)
+    equal(found, weights)
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_causal_k_nearest(backend):
+    layer = randomised(ConvNNAttention(E, H, k=3, backend=backend))
+    x = tokens(B, N, E)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1).expand(B, N, N)
+    expected = naive(layer, x, x, hidden)[0]
+    equal(layer(x, is_causal=True)[0], expected)
+    same = ConvNNAttention(E, H, k=3, candidates=Causal(), backend=backend).double()
+    same.load_state_dict(layer.state_dict())
+    equal(same(x)[0], expected)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_gradients_of_k_n_are_those_of_all(k):
+    """k = n keeps every key: the same gradients as plain attention."""
+    x = tokens(B, 4, E).requires_grad_()
+    torch.manual_seed(0)
+    layer = ConvNNAttention(E, H, k=k).double()
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(E, H, batch_first=True).double()
+    results = []
+    for module in (layer, plain):
+        out = module(x, x, x, need_weights=False)[0].square().sum()
+        results.append(torch.autograd.grad(out, (x, *module.parameters())))
+    for a, b in zip(*results, strict=True):
+        equal(a, b)
+
+
+# --- where and how -------------------------------------------------------------------------
+
+
+def test_grids_are_rows_of_tokens_with_positions():
+    image = tokens(B, 3, 4, E)
+    torch.manual_seed(0)
+    layer = ConvNNAttention(E, H, k=3).double()
+    out, weights = layer(image)
+    assert out.shape == image.shape and weights.shape == (B, 12, 12)
+    equal(out.flatten(1, 2), layer(image.flatten(1, 2))[0])  # the metric sees features alone
+    near = ConvNNAttention(
+        E, H, k=5, metric="spatial", weighting="ones", self_point="natural"
+    ).double()
+    weights = near(image)[1]
+    middle = weights[0, 5].nonzero().flatten().tolist()  # pixel (1, 1)
+    assert middle == [1, 4, 5, 6, 9]
+    volume = tokens(B, 2, 3, 2, E)
+    assert layer(volume, need_weights=False)[0].shape == volume.shape
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_window_on_a_grid_keeps_keys_inside(backend):
+    image = tokens(B, 4, 5, E)
+    layer = randomised(ConvNNAttention(E, H, candidates=Window(3, padding=1), backend=backend))
+    weights = layer(image)[1][0]
+    assert weights[6].nonzero().flatten().tolist() == [0, 1, 2, 5, 6, 7, 10, 11, 12]
+    assert weights[0].nonzero().flatten().tolist() == [0, 1, 5, 6]
+    equal(weights.sum(-1), torch.ones(20).double())
+
+
+@pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
+def test_blocks_are_attention_block_by_block(backend):
+    layer = randomised(ConvNNAttention(E, H, candidates=Block(3), backend=backend))
+    plain = nn.MultiheadAttention(E, H, batch_first=True).double()
+    plain.load_state_dict(layer.state_dict())
+    x = tokens(B, 6, E)
+    expected = torch.cat([plain(part, part, part)[0] for part in x.split(3, 1)], 1)
+    equal(layer(x, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_random_keys(per_example):
+    layer = ConvNNAttention(E, H, k=3, candidates=Random(4, per_example=per_example)).double()
+    x = tokens(B, 12, E)
+    weights = layer(x, average_attn_weights=False)[1]
+    used = (weights > 0).any(2)  # keys that any query chose, an example and head
+    assert bool((used.sum(-1) <= 4).all())
+    assert bool(((weights > 0).sum(-1) == 3).all())
+    shared = bool((used == used[:1, :1]).all())
+    assert not shared if per_example else int(used.flatten(0, 1).any(0).sum()) <= 4
+
+
+def test_the_point_itself_first_or_excluded():
+    x = tokens(B, N, E)
+    eye = torch.eye(N, dtype=torch.bool)
+    first = randomised(ConvNNAttention(E, H, k=2, self_point="first"))
+    weights = first(x, average_attn_weights=False)[1]
+    assert bool((weights[..., eye] > 0).all())
+    excluded = randomised(ConvNNAttention(E, H, k=2, self_point="excluded"))
+    weights = excluded(x, average_attn_weights=False)[1]
+    assert bool((weights[..., eye] == 0).all())
+    assert bool(((weights > 0).sum(-1) == 2).all())
+
+
+@pytest.mark.parametrize("name", ["cosine", "euclidean", "dot", "manhattan", "pearson"])
+@pytest.mark.parametrize("k", [None, 3])
+def test_metrics_agree_across_backends(name, k):
+    x = tokens(B, N, E)
+    results = []
+    for backend in ("auto", "gather", "message_passing"):
+        layer = randomised(ConvNNAttention(E, H, k=k, metric=name, backend=backend))
+        results.append(layer(x, need_weights=False)[0])
+    equal(results[0], results[1])
+    equal(results[0], results[2])
+
+
+def test_position_bias_by_head_changes_who_is_chosen():
+    bias = metrics.PositionBias((N,), heads=H)
+    layer = randomised(ConvNNAttention(E, H, k=2, metric=metrics.Feature("dot") + bias))
+    x = tokens(B, N, E)
+    with torch.no_grad():
+        bias.table.zero_()
+        bias.table[0, N - 1 + 1] = 1e3  # head 0: the key one to the right
+        bias.table[1, N - 1 - 1] = 1e3  # head 1: the key one to the left
+    weights = layer(x, average_attn_weights=False)[1]
+    assert all(weights[b, 0, i].argmax() == i + 1 for b in range(B) for i in range(N - 1))
+    assert all(weights[b, 1, i].argmax() == i - 1 for b in range(B) for i in range(1, N))
+    layer(x)[0].square().sum().backward()
+    assert bias.table.grad is not None
+
+
+def test_position_bias_with_every_key_is_an_added_mask():
+    bias = metrics.PositionBias((N,), heads=H)
+    layer = randomised(ConvNNAttention(E, H, metric=metrics.Feature("scaled_dot") + bias))
+    plain = nn.MultiheadAttention(E, H, batch_first=True).double()
+    state = layer.state_dict()
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("metric")})
+    offset = torch.arange(N)[None] - torch.arange(N)[:, None] + N - 1
+    mask = bias.table[:, offset].repeat(B, 1, 1)
+    x = tokens(B, N, E)
+    equal(layer(x)[0], plain(x, x, x, attn_mask=mask)[0])
+
+
+def test_rotary_scores_depend_on_offsets_alone():
+    layer = randomised(ConvNNAttention(E, H, encoding="rotary"))
+    x = tokens(1, 1, E).expand(1, N, E)  # the same token everywhere
+    weights = layer(x, average_attn_weights=False)[1][0]
+    scores = weights.log() - weights.log().diagonal(dim1=1, dim2=2)[..., None]
+    for step in (1, 2):
+        line = scores.diagonal(step, 1, 2)
+        equal(line, line[:, :1].expand_as(line))
+    assert not torch.allclose(scores.diagonal(1, 1, 2), scores.diagonal(2, 1, 2)[:, :1])
+
+
+def test_learned_absolute_encoding_is_added_to_the_tokens():
+    table = encodings.LearnedAbsolute(E, (N,))
+    layer = randomised(ConvNNAttention(E, H, k=3, encoding=table))
+    plain = ConvNNAttention(E, H, k=3).double()
+    state = layer.state_dict()
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("encoding")})
+    x = tokens(B, N, E)
+    equal(layer(x)[0], plain(x + table.table.t())[0])
+    longer = tokens(B, 2 * N, E)
+    assert layer(longer)[0].shape == longer.shape
+
+
+def test_any_weighting():
+    layer = randomised(
+        ConvNNAttention(E, H, k=3, metric="squared_euclidean", weighting=weighting.Gaussian(2.0))
+    )
+    x = tokens(B, N, E)
+    q, k, v = heads(layer, x, x, x)
+    distance = (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1)
+    near = distance.topk(3, largest=False)
+    rho = torch.zeros_like(distance).scatter(-1, near.indices, (-near.values / 8).exp())
+    equal(layer(x)[0], layer.out_proj((rho @ v).transpose(1, 2).flatten(2)))
+
+
+def test_selection_in_place_of_k():
+    layer = randomised(ConvNNAttention(E, H, selection=KNearest(3, dilation=2)))
+    assert layer.k == 3
+    weights = layer(tokens(B, N, E), average_attn_weights=False)[1]
+    assert bool(((weights > 0).sum(-1) == 3).all())
+
+
+def test_a_metric_that_cannot_learn_is_named_at_construction():
+    with pytest.warns(UserWarning, match="will not learn") as caught:
+        ConvNNAttention(E, H, k=3, metric=metrics.Bilinear(D), weighting="ones")
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_gradients_reach_every_parameter():
+    layer = randomised(
+        ConvNNAttention(E, H, k=3, metric=metrics.Bilinear(D), kernel="separable", add_bias_kv=True)
+    )
+    layer(tokens(B, N, E))[0].square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None and bool((p.grad != 0).any()), name

@@ -1,0 +1,122 @@
+"""Branching: ConvNN beside a convolution or attention, then a 1 x 1 mix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+OPTIONS = {"k": 3, "metric": "cosine"}
+
+
+@pytest.mark.parametrize("ratio, share", [(0.25, 2), (0.5, 4), (0.7, 6), (0.99, 8), (0.01, 0)])
+def test_shares_of_channels_are_rounded(ratio, share):
+    layer = Branching.mix(3, 8, ratio=ratio, **OPTIONS)
+    assert (layer.neighbors.out_channels if share else layer.neighbors) == (share or None)
+    assert (layer.other.out_channels if share < 8 else layer.other) == (8 - share or None)
+
+
+def test_both_branches_see_all_channels_and_are_mixed():
+    layer = Branching.mix(3, 8, 5, ratio=0.25, **OPTIONS).double()
+    x = random(2, 3, 6, 7)
+    conv = nn.Conv2d(3, 6, 5, padding=2).double()
+    conv.load_state_dict(layer.other.state_dict())
+    near = ConvNN2d(3, 2, **OPTIONS).double()
+    near.load_state_dict(layer.neighbors.state_dict())
+    expected = nn.functional.conv2d(
+        torch.cat([near(x), conv(x)], 1), layer.pointwise.weight, layer.pointwise.bias
+    )
+    equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("ratio", [0, 0.0])
+def test_ratio_zero_is_the_convolution(ratio):
+    torch.manual_seed(0)
+    layer = Branching.mix(3, 8, 3, ratio=ratio, **OPTIONS)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    assert layer.neighbors is None and layer.pointwise is None
+    x = torch.randn(1, 3, 5, 6)
+    assert torch.equal(layer(x), conv(x))
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0])
+def test_ratio_one_is_convnn(ratio):
+    torch.manual_seed(0)
+    layer = Branching.mix(3, 8, 3, ratio=ratio, **OPTIONS)
+    torch.manual_seed(0)
+    near = ConvNN2d(3, 8, **OPTIONS)
+    assert layer.other is None and layer.pointwise is None
+    x = torch.randn(1, 3, 5, 6)
+    assert torch.equal(layer(x), near(x))
+
+
+@pytest.mark.parametrize("axes, cls", [(1, ConvNN1d), (2, ConvNN2d), (3, ConvNN3d)])
+def test_every_dimension(axes, cls):
+    layer = Branching.mix(3, 8, 3, axes=axes, **OPTIONS)
+    assert isinstance(layer.neighbors, cls) and isinstance(layer.other, cls)
+    x = torch.randn(2, 3, *(4, 5, 3)[:axes])
+    assert layer(x).shape == (2, 8, *x.shape[2:])
+    assert layer(x[0]).shape == (8, *x.shape[2:])
+
+
+def test_attention_beside_attention_on_tokens():
+    near, other = ConvNNAttention(8, 2, k=3), ConvNNAttention(8, 2)
+    layer = Branching(near, other, nn.Linear(16, 8), channel_axis=-1).double()
+    x = random(2, 6, 8)
+    expected = layer.pointwise(torch.cat([near(x)[0], other(x)[0]], -1))
+    equal(layer(x), expected)
+
+
+def test_another_module_in_place_of_the_convolution():
+    other = nn.Conv2d(3, 4, 1)
+    layer = Branching.mix(3, 8, ratio=0.5, other=other, **OPTIONS)
+    assert layer.other is other
+    assert layer(torch.randn(1, 3, 4, 5)).shape == (1, 8, 4, 5)
+
+
+def test_options_reach_the_parts():
+    layer = Branching.mix(
+        4, 8, bias=False, dtype=torch.float64, k=3, metric="cosine", backend="message_passing"
+    )
+    assert layer.neighbors.backend == "message_passing"
+    assert all(p.dtype == torch.float64 for p in layer.parameters())
+    assert not any(name.endswith("bias") for name, _ in layer.named_parameters())
+
+
+def test_reset_parameters_resets_every_part():
+    layer = Branching.mix(3, 8, **OPTIONS)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(3)
+    layer.reset_parameters()
+    assert all(bool((p != 3).all()) for p in layer.parameters())
+
+
+def test_no_branch_is_an_error():
+    with pytest.raises(ValueError, match="at least one branch"):
+        Branching(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"ratio": 1.5}, r"ratio: expected a number in \[0, 1\], got 1.5"),
+        ({"ratio": -0.1}, "ratio: expected a finite number of at least 0"),
+        ({"axes": 4}, "axes: expected 1, 2 or 3, got 4"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        Branching.mix(3, 8, **OPTIONS, **options)

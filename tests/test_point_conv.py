@@ -1,0 +1,330 @@
+"""PointConvNN: a graph built in each forward, or one that is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convnn_geo import kernels, metrics
+from convnn_geo.candidates import Random
+from convnn_geo.encodings import Coordinates
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.nn import PointConvNN
+from convnn_geo.search import knn
+from convnn_geo.selection import KNearest, Radius
+
+C, D, K = 4, 5, 3
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def equal(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def taps(layer: PointConvNN, x: Tensor, index: Tensor) -> Tensor:
+    return torch.einsum("nkc,dck->nd", x[index], layer.weight) + layer.bias
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_static_by_position_dynamic_by_feature(backend):
+    x, pos = random(12, C), random(12, 3, seed=1)
+    by_position, by_feature = torch.cdist(pos, pos).argsort(-1), torch.cdist(x, x).argsort(-1)
+    static = PointConvNN(C, D, K, backend=backend).double()
+    equal(static(x, pos), taps(static, x, by_position[:, :K]))
+    dynamic = PointConvNN(C, D, K, "euclidean", backend=backend).double()
+    equal(dynamic(x, pos), taps(dynamic, x, by_feature[:, :K]))
+    equal(dynamic(x), dynamic(x, pos))
+    assert not torch.equal(by_position[:, :K], by_feature[:, :K])
+    mixed = PointConvNN(
+        C, D, K, 0.5 * metrics.Spatial() + 2 * metrics.Feature("euclidean"), backend=backend
+    ).double()
+    order = (0.5 * torch.cdist(pos, pos) + 2 * torch.cdist(x, x)).argsort(-1)
+    equal(mixed(x, pos), taps(mixed, x, order[:, :K]))
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("metric", ["spatial", "euclidean"])
+@pytest.mark.parametrize("weighting", ["ones", "softmax"])
+def test_a_ragged_batch_is_its_clouds_one_by_one(backend, metric, weighting):
+    layer = PointConvNN(C, D, K, metric, weighting=weighting, backend=backend).double()
+    sizes = [5, 3, 8]
+    x, pos = random(16, C).requires_grad_(), random(16, 3, seed=1).requires_grad_()
+    batch = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    together = layer(x, pos, batch)
+    parts = zip(x.split(sizes), pos.split(sizes), strict=True)
+    apart = torch.cat([layer(a, p) for a, p in parts])
+    equal(together, apart)
+    wanted = [x, layer.weight] + ([pos if metric == "spatial" else x] * (weighting == "softmax"))
+    for a, b in zip(
+        torch.autograd.grad(together.square().sum(), wanted),
+        torch.autograd.grad(apart.square().sum(), wanted),
+        strict=True,
+    ):
+        equal(a, b)
+
+
+def test_gaps_in_the_batch_vector_are_empty_clouds():
+    layer = PointConvNN(C, D, K).double()
+    x, pos = random(8, C), random(8, 3, seed=1)
+    dense, gaps = torch.tensor([0] * 4 + [1] * 4), torch.tensor([1] * 4 + [4] * 4)
+    equal(layer(x, pos, gaps), layer(x, pos, dense))
+
+
+def test_a_given_graph_is_the_built_one():
+    x, pos = random(12, C), random(12, 3, seed=1)
+    layer = PointConvNN(C, D, K).double()
+    edge_index, _ = knn(pos, pos, K).to_edge_index()
+    equal(layer(x, pos, edge_index=edge_index), layer(x, pos))
+    backwards = PointConvNN(C, D, K, backend="message_passing").double()
+    backwards.load_state_dict(layer.state_dict())
+    equal(backwards(x, pos, edge_index=edge_index), layer(x, pos))
+    # The order of its edges is their rank.
+    reversed_ = edge_index.view(2, 12, K).flip(-1).flatten(1)
+    index = torch.cdist(pos, pos).argsort(-1)[:, :K].flip(-1)
+    equal(layer(x, pos, edge_index=reversed_), taps(layer, x, index))
+
+
+@pytest.mark.parametrize("weighting", ["softmax", "gaussian"])
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_a_given_graph_is_weighed_by_the_metric(weighting, backend):
+    x, pos = random(12, C), random(12, 3, seed=1).requires_grad_()
+    layer = PointConvNN(C, D, K, weighting=weighting, backend=backend).double()
+    edge_index, _ = knn(pos, pos, K).to_edge_index()
+    given, built = layer(x, pos, edge_index=edge_index), layer(x, pos)
+    equal(given, built)
+    for a, b in zip(
+        torch.autograd.grad(given.square().sum(), pos),
+        torch.autograd.grad(built.square().sum(), pos),
+        strict=True,
+    ):
+        equal(a, b)
+
+
+def test_a_given_graph_with_fewer_edges_than_taps():
+    x, pos = random(4, C), random(4, 3, seed=1)
+    layer = PointConvNN(C, D, K).double()
+    edge_index = torch.tensor([[0, 1, 2], [0, 0, 1]])
+    out = layer(x, pos, edge_index=edge_index)
+    w = layer.weight
+    equal(out[0], w[..., 0] @ x[0] + w[..., 1] @ x[1] + layer.bias)
+    equal(out[1], w[..., 0] @ x[2] + layer.bias)
+    equal(out[2], layer.bias)
+
+
+def test_a_given_graph_of_a_batch():
+    layer = PointConvNN(C, D, K).double()
+    x, pos = random(9, C), random(9, 3, seed=1)
+    batch = torch.tensor([0] * 4 + [1] * 5)
+    edge_index, _ = knn(pos, pos, K, batch, batch).to_edge_index()
+    equal(layer(x, pos, batch, edge_index), layer(x, pos, batch))
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_bipartite_clouds(backend):
+    layer = PointConvNN(C, D, K, backend=backend).double()
+    x, pos, centre = random(11, C), random(11, 3, seed=1), random(5, 3, seed=2)
+    batch = torch.tensor([0] * 6 + [1] * 5), torch.tensor([0] * 2 + [1] * 3)
+    out = layer((x, None), (pos, centre), batch)
+    distance = torch.cdist(centre, pos)
+    distance[batch[1][:, None] != batch[0]] = torch.inf
+    equal(out, taps(layer, x, distance.argsort(-1)[:, :K]))
+    alone = layer((x, None), (pos, centre))
+    equal(alone, taps(layer, x, torch.cdist(centre, pos).argsort(-1)[:, :K]))
+
+
+def test_bipartite_by_feature():
+    layer = PointConvNN(C, D, K, "euclidean").double()
+    x, y = random(11, C), random(5, C, seed=1)
+    equal(layer((x, y)), taps(layer, x, torch.cdist(y, x).argsort(-1)[:, :K]))
+
+
+def test_positions_are_the_features_where_there_are_none():
+    pos = random(8, 3)
+    layer = PointConvNN(3, D, K).double()
+    equal(layer(None, pos), layer(pos, pos))
+    ragged = torch.tensor([0] * 3 + [1] * 5)
+    equal(layer(None, pos, ragged), layer(pos, pos, ragged))
+
+
+def test_short_clouds_are_padded_where_asked():
+    layer = PointConvNN(C, D, K, short="pad").double()
+    x, pos = random(6, C), random(6, 3, seed=1)
+    batch = torch.tensor([0, 0, 1, 1, 1, 1])
+    out = layer(x, pos, batch)
+    strict = PointConvNN(C, D, K).double()
+    strict.load_state_dict(layer.state_dict())
+    equal(out[2:], strict(x[2:], pos[2:]))
+    w = layer.weight
+    equal(out[0], w[..., 0] @ x[0] + w[..., 1] @ x[1] + layer.bias)
+    alone = layer(x[:1], pos[:1])
+    equal(alone[0], w[..., 0] @ x[0] + layer.bias)
+
+
+@pytest.mark.parametrize(
+    "options, sizes, available",
+    [
+        ({"k": 3}, (2, 5), 2),
+        ({"k": 3, "self_point": "excluded"}, (3, 5), 2),
+        ({"selection": KNearest(2, dilation=2)}, (3, 5), 3),
+        ({"k": 9}, (5,), 5),
+    ],
+)
+def test_small_clouds_are_an_error(options, sizes, available):
+    layer = PointConvNN(C, D, **options)
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    n = sum(sizes)
+    with pytest.raises(ValueError, match=rf"smallest cloud's {available} candidates"):
+        layer(torch.randn(n, C), torch.randn(n, 3), batch)
+
+
+def test_radius_counts_only_what_is_near():
+    layer = PointConvNN(C, D, selection=Radius(1.0, 3), kernel="standard").double()
+    assert layer.weight.shape == (D, C, 3)
+    pos = torch.tensor([[0.0], [0.5], [0.9], [5.0]]).double()
+    x = random(4, C)
+    out = layer(x, pos)
+    w = layer.weight
+    equal(out[0], w[..., 0] @ x[0] + w[..., 1] @ x[1] + w[..., 2] @ x[2] + layer.bias)
+    equal(out[3], w[..., 0] @ x[3] + layer.bias)
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("name", ["depthwise", "separable", "mean", "max", "sum"])
+def test_kernels(name, backend):
+    d = C if name in ("mean", "max", "sum") else 8
+    layer = PointConvNN(C, d, K, kernel=name, backend=backend).double()
+    x, pos = random(9, C), random(9, 3, seed=1)
+    near = x[torch.cdist(pos, pos).argsort(-1)[:, :K]]
+    expected = {
+        "mean": lambda: near.mean(1),
+        "max": lambda: near.max(1).values,
+        "sum": lambda: near.sum(1),
+        "depthwise": lambda: (
+            torch.einsum("nkc,cek->nce", near, layer.weight.view(C, 2, K)).flatten(1) + layer.bias
+        ),
+        "separable": lambda: (
+            torch.einsum("nkc,ck->nc", near, layer.weight[:, 0]) @ layer.pointwise.t() + layer.bias
+        ),
+    }[name]()
+    equal(layer(x, pos), expected)
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+def test_own_kernels_see_targets_and_offsets(backend):
+    mlp = nn.Linear(C + 3, D).double()
+    kernel = kernels.EdgeMLP(mlp, inputs=("source", "offset"), reduce="mean")
+    layer = PointConvNN(C, D, K, kernel=kernel, backend=backend)
+    x, pos = random(9, C), random(9, 3, seed=1)
+    index = torch.cdist(pos, pos).argsort(-1)[:, :K]
+    inputs = torch.cat([x[index], pos[index] - pos[:, None]], -1)
+    equal(layer(x, pos), mlp(inputs).mean(1))
+    batch = torch.tensor([0] * 4 + [1] * 5)
+    apart = torch.cat([layer(x[:4], pos[:4]), layer(x[4:], pos[4:])])
+    equal(layer(x, pos, batch), apart)
+
+
+def test_edge_networks_work_on_pygs_own_mlp():
+    """It normalises over rows of edges, and has seen no row that is only filling."""
+    from torch_geometric.nn import MLP
+
+    x, pos = random(9, C), random(9, 3, seed=1)
+    batch = torch.tensor([0] * 4 + [1] * 5)
+    results, statistics = [], []
+    for backend in ("gather", "message_passing"):
+        torch.manual_seed(0)
+        kernel = kernels.EdgeMLP(MLP([2 * C, 8, D]))
+        layer = PointConvNN(C, D, K, "euclidean", kernel, backend=backend).double()
+        results.append(layer(x, pos, batch))
+        statistics.append(layer.kernel.mlp.norms[0].module.running_mean)
+    equal(results[0], results[1])
+    equal(statistics[0], statistics[1])
+
+
+@pytest.mark.parametrize("order", ["rank", "raster"])
+def test_orders(order):
+    layer = PointConvNN(C, D, K, order=order).double()
+    x, pos = random(9, C), random(9, 3, seed=1)
+    index = torch.cdist(pos, pos).argsort(-1)[:, :K]
+    equal(layer(x, pos), taps(layer, x, index if order == "rank" else index.sort(-1).values))
+
+
+@pytest.mark.parametrize("self_point", ["first", "excluded"])
+def test_the_point_itself(self_point):
+    layer = PointConvNN(C, D, K, "dot", self_point=self_point).double()
+    x = random(9, C)
+    score = -(x @ x.t()).fill_diagonal_(-torch.inf)
+    others = score.argsort(dim=-1, stable=True)
+    own = torch.arange(9)[:, None]
+    index = {"first": torch.cat([own, others[:, : K - 1]], 1), "excluded": others[:, :K]}
+    equal(layer(x), taps(layer, x, index[self_point]))
+
+
+def test_random_candidates_follow_the_seed_in_training():
+    layer = PointConvNN(C, D, K, candidates=Random(5)).double()
+    x, pos = random(30, C), random(30, 3, seed=1)
+    torch.manual_seed(0)
+    first = layer(x, pos)
+    assert not torch.equal(layer(x, pos), first)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x, pos), first)
+    layer.eval()
+    assert torch.equal(layer(x, pos), layer(x, pos))
+
+
+def test_coordinates_as_channels():
+    layer = PointConvNN(C, D, K, encoding=Coordinates()).double()
+    assert layer.weight.shape == (D, C + 3, K)
+    x, pos = random(9, C), random(9, 3, seed=1)
+    low, high = pos.amin(0), pos.amax(0)
+    unit = (2 * (pos - low) / (high - low) - 1).flip(-1)
+    index = torch.cdist(pos, pos).argsort(-1)[:, :K]
+    equal(layer(x, pos), taps(layer, torch.cat([x, unit], -1), index))
+
+
+def test_coordinates_do_not_depend_on_the_batch():
+    """What fills a batch up takes no part in the scale."""
+    layer = PointConvNN(C, D, K, encoding=Coordinates()).double()
+    x, pos = random(9, C), random(9, 3, seed=1) + 5
+    batch = torch.tensor([0] * 4 + [1] * 5)
+    apart = torch.cat([layer(x[:4], pos[:4]), layer(x[4:], pos[4:])])
+    equal(layer(x, pos, batch), apart)
+
+
+def test_permuted_points_permute_the_output():
+    layer = PointConvNN(C, D, K).double()
+    x, pos = random(12, C), random(12, 3, seed=1)
+    perm = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    equal(layer(x[perm], pos[perm]), layer(x, pos)[perm])
+
+
+@pytest.mark.parametrize("engine", ["dense", "torch_cluster"])
+def test_engines(engine):
+    if engine == "torch_cluster":
+        pytest.importorskip("torch_cluster")
+    layer = PointConvNN(C, D, K, search=engine).double()
+    x, pos = random(40, C), random(40, 3, seed=1)
+    index = torch.cdist(pos, pos).argsort(-1)[:, :K]
+    equal(layer(x, pos), taps(layer, x, index))
+
+
+def test_no_points():
+    layer = PointConvNN(C, D, K)
+    none = torch.zeros(0, C, requires_grad=True)
+    out = layer(none, torch.zeros(0, 3))
+    assert out.shape == (0, D)
+    out.sum().backward()
+    assert none.grad.shape == (0, C)
+    assert layer(none, torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).shape == (0, D)
+    assert layer((torch.zeros(4, C), None), (torch.zeros(4, 3), torch.zeros(0, 3))).shape == (0, D)
+
+
+def test_the_graph_of_the_layer_can_be_had():
+    layer = PointConvNN(C, D, K).double()
+    x, pos = random(7, C), random(7, 3, seed=1)
+    hood = layer.operation(x, pos).neighborhood()
+    assert isinstance(hood, Neighborhood)
+    assert torch.equal(hood.index[0], torch.cdist(pos, pos).argsort(-1)[:, :K])

@@ -1,0 +1,687 @@
+"""Every search engine against the plain loop: the same neighbours, in the same order, ties too."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnn_geo import search
+from convnn_geo.candidates import Subset
+from convnn_geo.metrics import Biased, Custom, Feature, Spatial, as_metric, interpolate
+from convnn_geo.points import Grid, Points
+from convnn_geo.search import ENGINES, Query, engines, explain_search, find, k_smallest, knn
+from convnn_geo.search.dense import search_rows
+
+quick = settings(deadline=None, max_examples=60, derandomize=True)
+
+
+# -- the loop -----------------------------------------------------------------------------------
+
+
+def unit(t):
+    return torch.nn.functional.normalize(t, dim=-1)
+
+
+LOOPS = {
+    "euclidean": lambda x, y: (y.unsqueeze(1) - x).square().sum(-1).sqrt(),
+    "squared_euclidean": lambda x, y: (y.unsqueeze(1) - x).square().sum(-1),
+    "manhattan": lambda x, y: (y.unsqueeze(1) - x).abs().sum(-1),
+    "minkowski": lambda x, y: (y.unsqueeze(1) - x).abs().pow(3).sum(-1).pow(1 / 3),
+    "dot": lambda x, y: -y @ x.T,
+    "cosine": lambda x, y: 1 - unit(y) @ unit(x).T,
+}
+
+
+def loop(x, y, k, metric="euclidean", batch_x=None, batch_y=None):
+    """Index and distance in float64: a stable sort of each row, ties to the lowest index."""
+    distance = LOOPS[metric](x.double(), y.double())
+    if batch_x is not None:
+        distance = distance.masked_fill(batch_y[:, None] != batch_x, math.inf)
+    distance, index = distance.sort(dim=-1, stable=True)
+    return index[:, :k], distance[:, :k]
+
+
+def able(name, query):
+    reason = ENGINES[name].refuses(query)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+
+
+def installed():
+    """Engines whose package is there; a missing torch_cluster shows as skipped."""
+    names = [name for name in engines() if name not in ("torch_cluster", "pyg_lib")]
+    for package in ("torch_cluster", "pyg_lib"):
+        missing = importlib.util.find_spec(package) is None
+        mark = pytest.mark.skipif(missing, reason=f"{package} is not installed")
+        names.append(pytest.param(package, marks=mark))
+    return names
+
+
+def is_loop(found, x, y, k, metric="euclidean", **batch):
+    index, distance = loop(x, y, k, metric, **batch)
+    assert found.index.dtype == torch.long and found.mask is None
+    assert torch.equal(found.index, index)
+    size = max(1.0, float(distance.abs().max()))
+    torch.testing.assert_close(found.distance.double(), distance, rtol=2e-6, atol=4e-6 * size)
+
+
+def cloud(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def integers(low, high, *shape):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(4)).float()
+
+
+def twice(x):
+    order = torch.randperm(2 * len(x), generator=torch.Generator().manual_seed(5))
+    return torch.cat([x, x])[order]
+
+
+def after_relu(channels):
+    x = cloud(80, channels).relu()
+    x[::3] = 0
+    return x
+
+
+CLOUDS = {
+    "plane": cloud(90, 2),
+    "space": cloud(90, 3),
+    "wide": cloud(70, 24),
+    "integers on a line": integers(0, 9, 60, 1),
+    "integers on a plane": integers(0, 5, 80, 2),
+    "integers in space": integers(-2, 3, 90, 3),
+    "wide integers": integers(-3, 4, 90, 16),
+    "binary features": integers(0, 2, 90, 12),
+    "wide integers far away": integers(0, 9, 60, 12) + 1e6,
+    "integers a million away": integers(0, 9, 60, 2) + 1e6,
+    "coincident points": torch.full((40, 3), 0.3),
+    "constant features": torch.full((40, 20), 0.3),
+    "each point twice": twice(cloud(40, 3)),
+    "each wide point twice": twice(cloud(40, 40)),
+    "after relu": after_relu(3),
+    "wide after relu": after_relu(32),
+    "over a hundred thousand": 1e6 * cloud(70, 3),
+    "quarters": integers(0, 40, 80, 12) / 4,
+}
+
+
+@pytest.mark.parametrize("name", installed()[1:])
+@pytest.mark.parametrize("case", CLOUDS)
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean"])
+def test_engines_are_the_loop_on_clouds(name, case, metric):
+    x = CLOUDS[case]
+    points = Points(x, x)
+    able(name, Query(points, points, as_metric(metric), 1))
+    for k in (1, 4, 9, len(x) - 1, len(x)):
+        query = Query(points, points, as_metric(metric), k)
+        if k == len(x) and ENGINES[name].refuses(query):
+            continue
+        is_loop(find(query, name), x, x, k, metric)
+
+
+@pytest.mark.parametrize("case", CLOUDS)
+@pytest.mark.parametrize("metric", ["euclidean", "manhattan", "minkowski"])
+def test_slabs_of_one_row_change_nothing(case, metric):
+    x = CLOUDS[case]
+    whole = knn(x, None, 9, metric=metric, backend="dense")
+    slabs = knn(x, None, 9, metric=metric, backend="dense", memory=1)
+    assert torch.equal(whole.index, slabs.index)
+    assert torch.equal(whole.distance, slabs.distance)
+
+
+@pytest.mark.parametrize("case", ["wide", "each point twice", "each wide point twice", "space"])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "manhattan", "minkowski"])
+@pytest.mark.parametrize("name", installed()[1:])
+def test_engines_are_the_loop_for_other_metrics(name, case, metric):
+    x = CLOUDS[case]
+    able(name, Query(Points(x, x), Points(x, x), as_metric(metric), 5))
+    is_loop(knn(x, None, 5, metric=metric, backend=name), x, x, 5, metric)
+
+
+@pytest.mark.parametrize("name", installed()[1:])
+def test_bipartite_clouds(name):
+    x, y = integers(0, 6, 50, 2), integers(-3, 9, 20, 2)
+    able(name, Query(Points(y, y), Points(x, x), as_metric("euclidean"), 1))
+    for k in (1, 7, 49):
+        is_loop(knn(x, y, k, backend=name), x, y, k)
+
+
+@pytest.mark.parametrize("name", installed()[1:])
+def test_a_single_query(name):
+    x = twice(cloud(30, 33))
+    for metric in ("euclidean", "cosine", "dot"):
+        able(name, Query(Points(x, x), Points(x, x), as_metric(metric), 1))
+        for y in cloud(8, 33):
+            is_loop(knn(x, y[None], 7, metric=metric, backend=name), x, y[None], 7, metric)
+
+
+@pytest.mark.parametrize("name", installed()[1:])
+@pytest.mark.parametrize("channels", [2, 16])
+def test_dense_batches_are_their_examples(name, channels):
+    x, y = integers(0, 4, 3, 40, channels), integers(0, 4, 3, 17, channels)
+    able(name, Query(Points(y, y), Points(x, x), as_metric("euclidean"), 5))
+    for memory in (None, 1, 4 * 17 * 40):
+        found = knn(x, y, 5, backend=name, memory=memory)
+        for b in range(3):
+            index, distance = loop(x[b], y[b], 5)
+            assert torch.equal(found.index[b], index)
+            torch.testing.assert_close(found.distance[b].double(), distance)
+
+
+@pytest.mark.parametrize("name", installed()[1:])
+@pytest.mark.parametrize("channels", [2, 16])
+@pytest.mark.parametrize(
+    ("sizes_x", "sizes_y"),
+    [
+        ([9, 5, 7], [4, 1, 6]),
+        ([9, 0, 7], [4, 0, 6]),
+        ([6, 6, 6], [2, 2, 2]),
+        ([5, 12, 30], [0, 3, 3]),
+        ([40, 5, 8, 5], [3, 0, 9, 1]),
+        ([5], [1]),
+    ],
+)
+def test_ragged_batches_are_their_examples(name, channels, sizes_x, sizes_y):
+    batch_x = torch.arange(len(sizes_x)).repeat_interleave(torch.tensor(sizes_x))
+    batch_y = torch.arange(len(sizes_y)).repeat_interleave(torch.tensor(sizes_y))
+    x, y = integers(0, 4, len(batch_x), channels), integers(-1, 5, len(batch_y), channels)
+    for k in (1, 4, 5):
+        try:
+            found = knn(x, y, k, batch_x, batch_y, backend=name)
+        except ValueError as error:
+            able_message = "can't serve this query"
+            assert name != "dense" and able_message in str(error)
+            continue
+        is_loop(found, x, y, k, batch_x=batch_x, batch_y=batch_y)
+
+
+def test_ragged_search_in_itself():
+    batch = torch.tensor([0, 0, 0, 1, 1, 1, 1, 3, 3, 3])
+    x = cloud(10, 3)
+    is_loop(knn(x, None, 3, batch), x, x, 3, batch_x=batch, batch_y=batch)
+    is_loop(knn(x, x, 3, batch, batch), x, x, 3, batch_x=batch, batch_y=batch)
+
+
+def test_half_precision_is_searched_in_float32():
+    for dtype in (torch.float16, torch.bfloat16):
+        for channels in (3, 16):
+            x = (integers(0, 30, 60, channels) / 8).to(dtype)
+            found = knn(x, None, 6)
+            assert found.distance.dtype == torch.float32
+            is_loop(found, x, x, 6)
+            if "torch_cluster" in engines() and not ENGINES["torch_cluster"].refuses(
+                Query(Points(x, x), Points(x, x), as_metric("euclidean"), 6)
+            ):
+                is_loop(knn(x, None, 6, backend="torch_cluster"), x, x, 6)
+    big = torch.tensor([[300.0, 0.0], [-300.0, 0.0], [301.0, 0.0]], dtype=torch.float16)
+    assert knn(big, None, 3).index.tolist() == [[0, 2, 1], [1, 0, 2], [2, 0, 1]]
+
+
+def test_autocast_does_not_change_neighbours():
+    x = cloud(60, 24)
+    expected = knn(x, None, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = knn(x, None, 5)
+    assert torch.equal(found.index, expected.index)
+    assert torch.equal(found.distance, expected.distance)
+
+
+# -- images -------------------------------------------------------------------------------------
+
+METRICS = {
+    "l2": (Spatial(), lambda o: o.square().sum(-1).sqrt()),
+    "squared": (Spatial(squared=True), lambda o: o.square().sum(-1)),
+    "l1": (Spatial("l1"), lambda o: o.abs().sum(-1)),
+    "chebyshev": (Spatial("chebyshev"), lambda o: o.abs().amax(-1)),
+    "norm 3": (Spatial(3), lambda o: o.abs().pow(3).sum(-1)),
+    "half": (Spatial(scale=0.5), lambda o: o.square().sum(-1).sqrt() / 2),
+}
+SIZES = [(11,), (1, 7), (5, 9), (16, 3), (3, 4, 5)]
+
+
+def on_grids(target, source, formula, k):
+    offset = target.positions(dtype=torch.float64).unsqueeze(1) - source.positions(
+        dtype=torch.float64
+    )
+    return formula(offset).sort(dim=-1, stable=True).indices[:, :k]
+
+
+@pytest.mark.parametrize("name", installed())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_engines_are_the_loop_on_images(name, metric, size):
+    grid = Grid(size)
+    points = Points(torch.zeros(2, grid.num_points, 1), grid=grid)
+    spatial, formula = METRICS[metric]
+    able(name, Query(points, points, spatial, 1))
+    for k in (1, 2, 5, 9, grid.num_points - 1, grid.num_points):
+        query = Query(points, points, spatial, min(k, grid.num_points))
+        if ENGINES[name].refuses(query):
+            continue
+        found = find(query, name)
+        expected = on_grids(grid, grid, formula, k)
+        assert torch.equal(found.index, expected.expand(found.index.shape))
+        distance = spatial(points).gather(-1, expected).expand(found.index.shape)
+        torch.testing.assert_close(found.distance, distance)
+
+
+@pytest.mark.parametrize("name", ["grid", "dense"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_axes_of_unequal_scale(name, metric):
+    if metric == "half":
+        return
+    source = Grid((6, 16))
+    points = Points(grid=source)
+    formula = METRICS[metric][1]
+    plain = METRICS[metric][0]
+    scaled = Spatial(plain.p, plain.squared, scale=(2.0, 0.25))
+    for k in (1, 9, 30):
+        found = find(Query(points, points, scaled, k), name)
+        expected = on_grids(
+            source, source, lambda o: formula(o * torch.tensor([2.0, 0.25]).double()), k
+        )
+        assert torch.equal(found.index, expected)
+
+
+def test_scales_that_round_choose_alike_on_grid_and_dense():
+    points = Points(grid=Grid((9, 14)))
+    for scale in (0.1, (2 / 3, 2 / 5), (1e-3, 7.7)):
+        for p in ("l1", "l2", "chebyshev", 3):
+            for k in (5, 15):
+                query = Query(points, points, Spatial(p, scale=scale), k)
+                assert torch.equal(find(query, "grid").index, find(query, "dense").index)
+
+
+@pytest.mark.parametrize("name", installed())
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_padded_source_and_a_smaller_target(name, metric):
+    spatial, formula = METRICS[metric]
+    target = Grid((3, 5), origin=(0.5, 1.0), step=(2.0, 1.0))
+    source = Grid((6, 7)).pad(((2, 2), (0, 3)))
+    rows, columns = Points(grid=target), Points(torch.zeros(1, source.num_points, 1), grid=source)
+    able(name, Query(rows, columns, spatial, 1))
+    for k in (1, 4, 9, 16):
+        found = find(Query(rows, columns, spatial, k), name)
+        expected = on_grids(target, source, formula, k)
+        assert torch.equal(found.index, expected.expand(found.index.shape))
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_targets_far_outside_the_grid(k):
+    target, source = Grid((3, 3), origin=(-40.0, 5.0), step=(45.0, 9.0)), Grid((6, 8))
+    for spatial, formula in METRICS.values():
+        found = find(Query(Points(grid=target), Points(grid=source), spatial, k), "grid")
+        assert torch.equal(found.index, on_grids(target, source, formula, k))
+
+
+def test_grid_search_serves_the_ends_of_an_interpolation():
+    points = Points.from_image(torch.randn(1, 3, 5, 6))
+    ends = [
+        (interpolate("spatial", "cosine", 0.0), None),
+        (interpolate("cosine", "spatial", 1.0), None),
+        (1 * Spatial(), None),
+        (1 * Spatial() + 0 * Feature("cosine"), None),
+        (interpolate("spatial", "cosine", 0.5), "more than positions"),
+        (2 * Spatial(), "more than positions"),
+    ]
+    for metric, reason in ends:
+        found = ENGINES["grid"].refuses(Query(points, points, metric, 3))
+        assert found is None if reason is None else reason in found
+
+
+# -- torch_cluster ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Numbers of neighbours that torch_cluster was asked for."""
+    torch_cluster = pytest.importorskip("torch_cluster")
+    asked, plain = [], torch_cluster.knn
+
+    def spy(x, y, k, batch_x=None, batch_y=None, **kwargs):
+        asked.append((len(y), k))
+        return plain(x, y, k, batch_x, batch_y, **kwargs)
+
+    monkeypatch.setattr(torch_cluster, "knn", spy)
+    return asked
+
+
+def test_torch_cluster_is_what_runs_on_large_clouds(calls):
+    x = cloud(1500, 3)
+    found = knn(x, None, 6)
+    assert calls[0] == (1500, 7)
+    dense = knn(x, None, 6, backend="dense")
+    assert torch.equal(found.index, dense.index)
+    assert torch.equal(found.distance, dense.distance)
+    knn(cloud(100, 3), None, 6)
+    assert len(calls) == 1
+
+
+def test_torch_cluster_is_asked_again_only_where_ties_cross_the_boundary(calls):
+    grid = Grid((9, 9, 9)).positions()
+    assert torch.equal(
+        knn(grid, None, 7, backend="torch_cluster").index, knn(grid, None, 7, backend="dense").index
+    )
+    assert calls[0] == (729, 8)
+    assert calls[1][0] < 729 and calls[1][1] == 32  # the inner points' 7 nearest are certain
+
+
+def test_torch_cluster_with_every_point_coincident_ends_in_the_dense_engine(calls):
+    x = torch.full((300, 2), 7.0)
+    found = knn(x, None, 5, backend="torch_cluster")
+    assert torch.equal(found.index, torch.arange(5).expand(300, 5))
+    assert [k for _, k in calls] == [6, 24, 96]
+
+
+def test_torch_cluster_that_loses_neighbours_is_not_trusted(monkeypatch):
+    torch_cluster = pytest.importorskip("torch_cluster")
+    plain = torch_cluster.knn
+    monkeypatch.setattr(torch_cluster, "knn", lambda *args: plain(*args)[:, :-1])
+    x = cloud(50, 3)
+    is_loop(knn(x, None, 4, backend="torch_cluster"), x, x, 4)
+
+
+def test_the_tree_resolves_clusters_that_float32_coordinates_of_a_unit_box_would_not():
+    pytest.importorskip("torch_cluster")
+    x = torch.cat([cloud(200, 2) * 1e-3, cloud(5, 2) * 1e4])
+    for name in ("torch_cluster", "dense"):
+        found = knn(x, None, 6, backend=name)
+        assert torch.equal(found.index[:200], loop(x, x, 6)[0][:200])
+
+
+def test_sums_of_squares_are_searched_by_their_coordinates(calls):
+    points = Points.from_image(integers(0, 3, 2, 2, 6, 7))
+    metric = 0.5 * Spatial(squared=True) + 2 * Feature("squared_euclidean")
+    query = Query(points, points, metric, 6)
+    found, dense = find(query, "torch_cluster"), find(query, "dense")
+    assert calls
+    assert torch.equal(found.index, dense.index)
+    torch.testing.assert_close(found.distance, dense.distance)
+
+
+# -- NaN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dense", "torch_cluster"])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_a_point_of_nan_is_the_farthest_and_disturbs_no_other(name, channels):
+    x = cloud(40, channels)
+    clean = x[:-1]
+    x[-1, 0] = math.nan
+    able(name, Query(Points(x, x), Points(x, x), as_metric("euclidean"), 5))
+    found = knn(x, None, 5, backend=name, check=False)
+    is_loop_of = loop(clean, clean, 5)[0]
+    assert torch.equal(found.index[:-1], is_loop_of)
+    assert found.distance[-1].isnan().all()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        knn(x, None, 5, backend=name)
+
+
+# -- masks and exclusions -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [2, 16])
+@pytest.mark.parametrize("memory", [None, 1])
+def test_masks_and_exclusions(channels, memory):
+    x = integers(0, 4, 2, 20, channels)
+    points = Points(x, x)
+    mask = torch.rand(2, 20, 20) < 0.4
+    mask[0, 3] = False
+    own = torch.arange(20)
+    query = Query(points, points, Feature("squared_euclidean"), 6, Subset(mask=mask), own, memory)
+    found = find(query)
+    allowed = mask & (own[:, None] != own)
+    distance = (x.double().unsqueeze(2) - x.double().unsqueeze(1)).square().sum(-1)
+    key = distance.masked_fill(~allowed, math.inf)
+    values, index = key.sort(dim=-1, stable=True)
+    filled = values[..., :6].isfinite()
+    assert torch.equal(found.mask, filled)
+    assert torch.equal(found.index[filled], index[..., :6][filled])
+    assert not found.mask[0, 3].any()
+
+
+def test_a_mask_of_points_is_obeyed():
+    x = integers(0, 4, 2, 12, 3)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, 7:], mask[1, 2] = False, False
+    found = knn(Points(x, x, mask), None, 7)
+    for b in range(2):
+        kept = mask[b].nonzero().flatten()
+        assert torch.equal(found.index[b], kept[loop(x[b][kept], x[b], 7)[0]])
+    with pytest.raises(ValueError, match="larger than the number of candidates, 7"):
+        knn(Points(x, x, mask), None, 8)
+
+
+def test_each_targets_own_candidates_break_ties_by_source():
+    x = integers(0, 2, 15, 2)
+    points = Points(x, x)
+    index = torch.stack([torch.randperm(15)[:8] for _ in range(15)])
+    mask = torch.rand(3, 15, 8) < 0.7
+    found = find(Query(points, points, Feature("squared_euclidean"), 3, Subset(index, mask)))
+    assert found.index.shape == found.mask.shape == (3, 15, 3)
+    for b in range(3):
+        for i in range(15):
+            among = sorted(index[i][mask[b, i]].tolist())
+            order = sorted(among, key=lambda j, i=i: ((x[i] - x[j]).square().sum().item(), j))[:3]
+            assert found.index[b, i][found.mask[b, i]].tolist() == order
+
+
+def test_no_neighbours_at_all():
+    x = cloud(5, 3)
+    found = find(Query(Points(x, x), Points(x, x), Spatial(), 0), "dense")
+    assert found.index.shape == (5, 0)
+    own = torch.arange(5)
+    assert search.with_self_first(
+        Query(Points(x, x), Points(x, x), Spatial(), 1), "auto", own
+    ).index.tolist() == [[0], [1], [2], [3], [4]]
+
+
+def test_empty_targets_give_an_empty_answer():
+    x = cloud(5, 3).double()
+    found = knn(x, x[:0], 2)
+    assert found.index.shape == found.distance.shape == (0, 2)
+    assert found.distance.dtype == torch.float64
+    assert knn(cloud(2, 5, 3), cloud(2, 0, 3), 2).index.shape == (2, 0, 2)
+    assert knn(x, x[:0], 2, torch.zeros(5, dtype=torch.long)).index.shape == (0, 2)
+    assert find(Query(Points(x[:0], x[:0]), Points(x, x), Spatial(), 2)).index.shape == (0, 2)
+
+
+def test_distances_with_a_bias_are_not_searched_by_grid():
+    points = Points.from_image(torch.zeros(1, 1, 3, 4))
+    bound = Biased(Spatial().bind(points, points), torch.randn(12, 12))
+    query = Query(points, points, Spatial(), 3, distances=bound)
+    assert "bias" in ENGINES["grid"].refuses(query)
+    assert torch.equal(find(query).index, bound.rows().argsort(-1)[:, :3])
+
+
+def test_neighbours_alone_without_exact_distances():
+    x = cloud(30, 16)
+    points = Points(x, x)
+    query = Query(points, points, Feature(), 4, exact=False)
+    assert torch.equal(find(query).index, loop(x, x, 4)[0])
+
+
+# -- choice and errors --------------------------------------------------------------------------
+
+
+def test_the_choice_is_explained():
+    points = Points.from_image(torch.randn(1, 3, 4, 4))
+    assert explain_search(Query(points, points, Spatial(), 3)) == [("grid", None)]
+    rows = dict(explain_search(Query(points, points, Feature(), 3)))
+    assert rows["grid"] == "the metric looks at more than positions"
+    assert rows["dense"] is None
+    assert list(ENGINES) == engines()
+
+
+X = torch.zeros(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: knn(X, X, 2, backend="kd"), ValueError, "unknown search backend 'kd'.*dense"),
+        (lambda: knn(X, X, 2, backend="grid"), ValueError, "grid.*can't serve.*positions"),
+        (lambda: knn(X, X, 2, metric="cosinus"), ValueError, "unknown metric"),
+        (lambda: knn(X, X, 0), ValueError, "at least 1"),
+        (lambda: knn(X, X, 1.0), TypeError, "integer"),
+        (lambda: knn(X, X, True), TypeError, "integer"),
+        (lambda: knn(X, X, 5), ValueError, "larger than the number of candidates, 4"),
+        (lambda: knn(X[:0], X, 1), ValueError, "larger than the number of candidates, 0"),
+        (lambda: knn(X, X.double(), 1), TypeError, "float64"),
+        (lambda: knn(X.long(), X, 1), TypeError, "floating"),
+        (lambda: knn(X, X[:, :1], 1), ValueError, "dimensions differ"),
+        (lambda: knn(X[None], X, 1), ValueError, "both"),
+        (lambda: knn(X[None], X.expand(2, 4, 2), 1), ValueError, "batches differ"),
+        (lambda: knn([1.0], X, 1), TypeError, "Tensor"),
+        (lambda: knn(X[0], X, 1), ValueError, "2 or 3 dimensions"),
+        (lambda: knn(X, X * math.inf, 1), ValueError, "NaN or infinite"),
+        (lambda: knn(X, X, 1, torch.tensor([0, 1, 0, 1])), ValueError, "sorted"),
+        (lambda: knn(X, X, 1, torch.tensor([-1, 0, 0, 1])), ValueError, "from 0"),
+        (lambda: knn(X, X, 1, torch.zeros(3).long()), ValueError, "one number a point"),
+        (lambda: knn(X, X, 1, torch.zeros(4)), (TypeError, ValueError), "batch_x"),
+        (lambda: knn(X[None], X[None], 1, torch.zeros(4).long()), ValueError, "rows"),
+        (
+            lambda: knn(X, X, 2, torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, 1])),
+            ValueError,
+            "larger than the number of candidates, 1",
+        ),
+        (
+            lambda: knn(X, X, 1, torch.zeros(4).long(), torch.tensor([0, 0, 0, 1])),
+            ValueError,
+            "larger than the number of candidates, 0",
+        ),
+        (
+            lambda: find(Query(Points(X, X), Points(X, X), Spatial(), 5), "dense"),
+            ValueError,
+            "number of candidates, 4",
+        ),
+        (
+            lambda: find(Query(Points(grid=Grid((2, 2))), Points(grid=Grid((2, 2))), Spatial(), 5)),
+            ValueError,
+            "number of candidates, 4",
+        ),
+        (
+            lambda: find(
+                Query(Points(X, X), Points(X, X), Spatial(), 3, Subset(torch.tensor([[0, 2]])))
+            ),
+            ValueError,
+            "number of candidates, 2",
+        ),
+    ],
+)
+def test_bad_searches_are_refused(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+@pytest.mark.parametrize("name", ["torch_cluster", "pyg_lib"])
+def test_trees_say_what_they_refuse(name):
+    def reason(query):
+        return ENGINES[name].refuses(query)
+
+    points = Points(X, X)
+    if "not installed" in (reason(Query(points, points, Spatial(), 1)) or ""):
+        pytest.skip("not installed")
+    assert reason(Query(points, points, Spatial(), 3)) is None
+    assert "more than k=4" in reason(Query(points, points, Spatial(), 4))
+    assert "Euclidean" in reason(Query(points, points, Spatial("l1"), 1))
+    assert "Euclidean" in reason(Query(points, points, Custom(lambda i, j: i.x[..., 0]), 1))
+    masked = Query(points, points, Spatial(), 1, Subset(mask=torch.ones(4, 4).bool()))
+    assert "restricted" in reason(masked)
+
+
+def test_engines_that_are_missing_name_the_extra(monkeypatch):
+    monkeypatch.setattr("convnn_geo.search.tree._importable", lambda name: False)
+    with pytest.raises(ValueError, match=r"convnn-geo\[cluster\]"):
+        knn(X, X, 1, backend="torch_cluster")
+
+
+# -- the k smallest -----------------------------------------------------------------------------
+
+SPECIAL = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38]
+
+
+def is_stable_sort(values, k):
+    best, index = k_smallest(values, k)
+    expected = values.sort(dim=-1, stable=True)
+    assert torch.equal(index, expected.indices[..., :k])
+    assert torch.equal(best.nan_to_num(7.5), values.gather(-1, index).nan_to_num(7.5))
+
+
+@quick
+@given(
+    st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(width=32)), min_size=1, max_size=40),
+    st.data(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_k_smallest_are_those_of_a_stable_sort(row, data, dtype):
+    k = data.draw(st.integers(0, len(row)))
+    is_stable_sort(torch.tensor([row, row[::-1]], dtype=dtype), k)
+
+
+@quick
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([511, 512, 513, 640, 700, 1030]),
+    st.sampled_from([1, 2, 9, 16, 17]),
+    st.sampled_from([2, 50, 10**6]),
+    st.booleans(),
+)
+def test_the_k_smallest_of_long_rows(seed, m, k, levels, special):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(levels, (3, 2, m), generator=generator).float() - levels // 2
+    if special:
+        where = torch.randint(m, (6,), generator=generator)
+        values[0, 0, where] = torch.tensor(SPECIAL)[torch.randint(11, (6,), generator=generator)]
+        values[2, 1] = math.nan
+    is_stable_sort(values, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_k_smallest_of_half_precision(dtype):
+    is_stable_sort(torch.randint(5, (4, 30)).to(dtype), 7)
+
+
+def test_the_k_smallest_of_nothing():
+    for shape in ((0, 5), (5, 0), (2, 0, 3)):
+        k = min(2, shape[-1])
+        best, index = k_smallest(torch.zeros(shape), k)
+        assert best.shape == index.shape == (*shape[:-1], k)
+
+
+def test_the_k_smallest_leave_their_input_alone():
+    values = torch.randn(3, 600)
+    before = values.clone()
+    k_smallest(values, 5)
+    assert torch.equal(values, before)
+
+
+def test_rows_are_searched_in_bounded_memory():
+    # A slab of 64 KiB: no step may see more than a slab's share of rows.
+    x = torch.zeros(300, 3)
+    points = Points(x, x)
+    seen = []
+
+    class Spy(type(Spatial().bind(points, points))):
+        def sharp(self):
+            return self
+
+        def ordering(self):
+            return self
+
+        def rows(self, start=0, stop=None):
+            out = super().rows(start, stop)
+            seen.append(out.numel() * 4)
+            return out
+
+    bound = Spatial().bind(points, points)
+    search_rows(
+        Query(points, points, Spatial(), 2, memory=2**16), Spy(bound.q, bound.k, bound.p)
+    )
+    assert len(seen) > 1 and max(seen) <= 2**16
