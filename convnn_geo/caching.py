@@ -36,7 +36,7 @@ def once(function: Callable[[Any], Result]) -> Any:
     def get(self: Any) -> Result:
         if not hasattr(self, name):
             object.__setattr__(self, name, function(self))
-        return getattr(self, name)  # type: ignore[no-any-return]
+        return getattr(self, name)
 
     return property(get)
 

@@ -108,6 +108,16 @@ def check_edges(edge_index: Any, device: torch.device) -> None:
         )
 
 
+def check_layer(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless a layer's input is where its weights are, and of their dtype or autocast."""
+    if x.device != weight.device:
+        raise ValueError(f"{name} is on {x.device}, the layer on {weight.device}; move one of them")
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if x.dtype != weight.dtype and not casts:
+        raise TypeError(f"{name} is {x.dtype}, the layer {weight.dtype}; convert one of them")
+
+
 def check_int(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from convnn_geo.checks import check_int, check_tensor
+from convnn_geo.checks import check_edges, check_int
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,18 @@ class Neighborhood:
         """Neighbours of one target."""
         return self.index.shape[-1]
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Neighborhood:
+        """The same function on index, distance and mask, where they are there."""
+        distance, mask = (None if t is None else function(t) for t in (self.distance, self.mask))
+        return replace(self, index=function(self.index), distance=distance, mask=mask)
+
     def to(self, device: torch.device | str) -> Neighborhood:
         """The same on another device."""
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
-        return replace(
-            self, index=self.index.to(device), distance=move(self.distance), mask=move(self.mask)
-        )
+        return self.apply(lambda t: t.to(device))
 
     def expand(self, *lead: int) -> Neighborhood:
         """The same for leading axes ``lead``, as views."""
-
-        def grow(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.expand(*lead, *t.shape[-2:])
-
-        return replace(
-            self, index=grow(self.index), distance=grow(self.distance), mask=grow(self.mask)
-        )
+        return self.apply(lambda t: t.expand(*lead, *t.shape[-2:]))
 
     def raster(self) -> Neighborhood:
         """The same neighbours in raster order: by source index, empty slots last."""
@@ -70,11 +67,7 @@ class Neighborhood:
         if self.mask is not None:
             key = torch.where(self.mask, key, self.num_sources)
         order = key.argsort(dim=-1, stable=True)
-
-        def sort(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.expand(order.shape).gather(-1, order)
-
-        return replace(self, index=sort(self.index), distance=sort(self.distance), mask=sort(self.mask))
+        return self.apply(lambda t: t.expand(order.shape).gather(-1, order))
 
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(edge_index (2, E), rank (E,), slot (E,))``, sorted by target, then rank.
@@ -119,7 +112,21 @@ class Neighborhood:
             distance: ``(E,)``.
             k: slots; the largest rank + 1 by default.
         """
-        check_tensor("edge_index", edge_index, 2)
+        check_edges(edge_index, edge_index.device)
+        for name, values in (("rank", rank), ("distance", distance)):
+            if values is not None and values.shape != edge_index.shape[1:]:
+                raise ValueError(
+                    f"from_edge_index: expected a {name} for each of {edge_index.shape[1]} edges, "
+                    f"got shape {tuple(values.shape)}"
+                )
+        for name, ends, count in zip(
+            ("sources", "targets"), edge_index, (num_sources, num_targets), strict=True
+        ):
+            if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < count:
+                raise ValueError(
+                    f"from_edge_index: {name} are numbered from {int(ends.min())} to "
+                    f"{int(ends.max())}, but there are {count}"
+                )
         if rank is None:
             rank = edge_rank(edge_index, distance)
         if k is None:
@@ -133,6 +140,10 @@ class Neighborhood:
         slot = target * k + rank
         full = torch.zeros(num_targets * k, dtype=torch.bool, device=slot.device)
         full[slot] = True
+        if int(full.sum()) != slot.numel():
+            raise ValueError(
+                "from_edge_index: two edges of one target have the same rank; give each its own"
+            )
         index = torch.zeros(num_targets * k, dtype=torch.long, device=slot.device)
         index[slot] = source
         if distance is not None:

@@ -89,7 +89,7 @@ class Operation:
             found = replace(found, mask=real if found.mask is None else found.mask & real)
         if self.order == "raster" and not isinstance(self.selection, Every):
             return found.raster()
-        return found  # type: ignore[no-any-return]
+        return found
 
     def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
         """The chosen pairs."""
@@ -105,7 +105,8 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
     Otherwise the finite values of its neighbours would hide it. A convolution's windows are left
     alone: there a NaN shows where the window holds it.
     """
-    if isinstance(op.selection, Every) and isinstance(op.candidates, Window):
+    whole = isinstance(op.selection, Every) and isinstance(op.candidates, Window)
+    if whole and not op.weighting.uses_distance:
         return out
     own = [t.detach() for t in (op.target.x, op.target.pos) if t is not None]
     lost = [t.sum(-1, keepdim=True).isnan() for t in own]

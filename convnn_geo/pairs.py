@@ -56,8 +56,9 @@ class Pairs:
 
     @once
     def x_j(self) -> Tensor:
-        """Values of neighbours, ``(..., n, k, c)``."""
-        return gather_rows(self.value, self.neighborhood.index)
+        """Values of neighbours, ``(..., n, k, c)``; zeros in empty slots."""
+        rows = gather_rows(self.value, self.neighborhood.index)
+        return rows if self.mask is None else rows.masked_fill(~self.mask.unsqueeze(-1), 0.0)
 
     @once
     def offset(self) -> Tensor:

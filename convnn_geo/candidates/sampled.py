@@ -78,6 +78,6 @@ class Random(Candidates):
         return f"r={self.r}, seed={self.seed}, per_example={self.per_example}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _fixed_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

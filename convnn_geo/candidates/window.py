@@ -190,16 +190,16 @@ def _axis(
         last = first + step * max(count - 1, 0) + dilation * (kernel - 1)
         return start[:, None] + dilation * taps, first >= 0 and last < length
     place = torch.arange(count, dtype=torch.float64) * stride + offset
-    phase, step = place.long() % dilation, place.long() // dilation
+    phase, turn = place.long() % dilation, place.long() // dilation
     if mode == "causal":
-        return (step[:, None] - (kernel - 1) + taps) * dilation + phase[:, None], kernel == 1
+        return (turn[:, None] - (kernel - 1) + taps) * dilation + phase[:, None], kernel == 1
     members = (length - phase + dilation - 1) // dilation
     if max(length // dilation, 1) < kernel:
         raise ValueError(
             f"a window of {kernel} with dilation {dilation} that shifts inward needs an axis of "
             f"at least {kernel * dilation} points, got {length}"
         )
-    start = torch.minimum((step - kernel // 2).clamp_min(0), members - kernel)
+    start = torch.minimum((turn - kernel // 2).clamp_min(0), members - kernel)
     return (start[:, None] + taps) * dilation + phase[:, None], True
 
 

@@ -52,7 +52,7 @@ class CloudNet(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.relu(norm(layer(x, pos, batch)))
         pooled = torch.cat([global_max_pool(x, batch), global_mean_pool(x, batch)], 1)
-        return self.head(pooled)  # type: ignore[no-any-return]
+        return self.head(pooled)
 
 
 def _layer(width: int, k: int, lam: float) -> PointConvNN:

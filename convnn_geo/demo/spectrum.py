@@ -50,7 +50,7 @@ class DigitNet(nn.Module):
         x = self.stem(torch.cat([x, place], 1))
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = F.max_pool2d(F.relu(norm(layer(x))), 2)
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean((2, 3)))
 
 
 class PixelAttention(nn.Module):
@@ -72,7 +72,7 @@ class PixelAttention(nn.Module):
         """Every pixel attends to every pixel."""
         tokens = x.flatten(2).transpose(1, 2)
         out = self.attention(tokens, tokens, tokens, need_weights=False)[0]
-        return out.transpose(1, 2).unflatten(2, x.shape[2:])  # type: ignore[no-any-return]
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 def convolution(width: int) -> nn.Module:

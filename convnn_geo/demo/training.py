@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -53,15 +53,17 @@ class Network:
 
 @dataclass(frozen=True)
 class Settings:
-    """How networks are trained, all of them alike.
+    """How networks are trained, all of a task alike.
 
     Args:
+        seeds: one run each; the first one also tries the learning rates.
         epochs: passes over the training part.
         batch_size: examples a step.
         rates: learning rates to choose from, on the validation part with the first seed.
         train_size: examples of the training part that are used; None for all.
     """
 
+    seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 5
     batch_size: int = 50
     rates: tuple[float, ...] = (0.01, 0.03)
@@ -81,7 +83,7 @@ class Run:
         parameters: numbers that were learned.
         losses: mean loss of each epoch.
         validation: accuracy on the validation part after each epoch.
-        test: accuracy on the test part after the last epoch; None for a run that was not chosen.
+        test: accuracy on the test part after the last epoch; None for a rate that was not chosen.
     """
 
     task: str
@@ -95,36 +97,34 @@ class Run:
     test: float | None = None
 
 
-def train_all(
-    task: str,
-    networks: Sequence[Network],
-    splits: Splits,
-    seeds: Sequence[int],
-    settings: Settings,
-    tick: Callable[[str], object] = lambda name: None,
-) -> list[Run]:
-    """Train every network with every seed.
+def train(task: str, network: Network, splits: Splits, settings: Settings) -> list[Run]:
+    """Train a network with every seed, at the learning rate that validates best.
 
     Args:
         task: what the runs are called in tables.
-        networks: to be compared.
+        network: what to train.
         splits: the data.
-        seeds: one run each; the first one also tries the learning rates.
         settings: of the training.
-        tick: called with the network's name after each epoch.
+
+    Returns:
+        The runs with rates that were tried and not chosen, then one run a seed with its test
+        accuracy.
     """
-    return [
-        run for network in networks for run in _train(task, network, splits, seeds, settings, tick)
-    ]
 
+    def fit(seed: int, rate: float) -> tuple[nn.Module, Run]:
+        model, facts = _fit(network, splits, seed, rate, settings)
+        return model, Run(task, network.name, network.lam, seed, rate, **facts)
 
-def epochs_in_all(networks: int, seeds: int, settings: Settings) -> int:
-    """How often ``tick`` will be called."""
-    return networks * (len(settings.rates) + seeds - 1) * settings.epochs
+    first, *others = settings.seeds
+    tried = [fit(first, rate) for rate in settings.rates]
+    best = max(tried, key=lambda pair: pair[1].validation[-1])
+    chosen = [best, *(fit(seed, best[1].rate) for seed in others)]
+    rejected = [run for _, run in tried if run is not best[1]]
+    return rejected + [replace(run, test=accuracy(model, splits.test)) for model, run in chosen]
 
 
 def accuracy(model: nn.Module, split: Split, batch_size: int = 200) -> float:
-    """Share of examples whose class is found: right answers over examples, not a mean of batches.
+    """Right answers over examples, which a mean of batches of unequal size is not.
 
     Args:
         model: left in evaluation mode.
@@ -140,51 +140,18 @@ def accuracy(model: nn.Module, split: Split, batch_size: int = 200) -> float:
     return right / len(split)
 
 
-def _train(
-    task: str,
-    network: Network,
-    splits: Splits,
-    seeds: Sequence[int],
-    settings: Settings,
-    tick: Callable[[str], object],
-) -> list[Run]:
-    def fit(seed: int, rate: float) -> tuple[nn.Module, dict[str, Any]]:
-        model, losses, validation = _fit(network, splits, seed, rate, settings, tick)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        names = {"task": task, "network": network.name, "lam": network.lam, "seed": seed}
-        return model, {
-            **names,
-            "rate": rate,
-            "parameters": count,
-            "losses": losses,
-            "validation": validation,
-        }
-
-    tried = [fit(seeds[0], rate) for rate in settings.rates]
-    best = max(range(len(tried)), key=lambda number: tried[number][1]["validation"][-1])
-    rejected = [Run(**facts) for number, (_, facts) in enumerate(tried) if number != best]
-    chosen = [tried[best], *(fit(seed, settings.rates[best]) for seed in seeds[1:])]
-    return rejected + [Run(**facts, test=accuracy(model, splits.test)) for model, facts in chosen]
-
-
 def _fit(
-    network: Network,
-    splits: Splits,
-    seed: int,
-    rate: float,
-    settings: Settings,
-    tick: Callable[[str], object],
-) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """The model after the last epoch, and its losses and validation accuracies."""
-    with torch.random.fork_rng(devices=[]):  # weights by this seed; the caller's stream untouched
+    network: Network, splits: Splits, seed: int, rate: float, settings: Settings
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model after the last epoch, and what there is to say about it."""
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         model = network.build()
     order = torch.Generator().manual_seed(seed)
     count = min(len(splits.train), settings.train_size or len(splits.train))
+    steps = settings.epochs * -(-count // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=settings.epochs * -(-count // settings.batch_size) + 1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
     losses, validation = [], []
     for _ in range(settings.epochs):
         model.train()
@@ -196,8 +163,11 @@ def _fit(
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(index)  # the last batch is smaller, so weigh by size
+            total += loss.item() * len(index)  # the last batch is smaller
         losses.append(total / count)
         validation.append(accuracy(model, splits.validation))
-        tick(network.name)
-    return model, tuple(losses), tuple(validation)
+    return model, {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "losses": tuple(losses),
+        "validation": tuple(validation),
+    }

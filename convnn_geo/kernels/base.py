@@ -119,6 +119,8 @@ class Mean(Kernel):
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Mean over neighbours; 0 where there are none."""
+        if not messages.shape[-2]:
+            return messages.sum(-2)
         if mask is None:
             return messages.mean(-2)
         total = (messages * mask.unsqueeze(-1)).sum(-2)
@@ -130,7 +132,7 @@ class Mean(Kernel):
     ) -> Tensor:
         """Mean over edges."""
         if self.count_empty:
-            return _scatter(messages, target, shape, "sum") / k
+            return _scatter(messages, target, shape, "sum") / max(k, 1)
         return _scatter(messages, target, shape, "mean")
 
 

@@ -161,7 +161,7 @@ class GravNet(nn.Module, Kernel):
 
     def project(self, value: Tensor) -> Tensor:
         """Project the values."""
-        return self.value(value)  # type: ignore[no-any-return]
+        return self.value(value)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Mean and maximum."""
@@ -169,7 +169,7 @@ class GravNet(nn.Module, Kernel):
 
     def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
         """Add both parts."""
-        return self.own(_there(x_i)) + self.update(reduced)  # type: ignore[no-any-return]
+        return self.own(_there(x_i)) + self.update(reduced)
 
 
 def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
@@ -181,7 +181,7 @@ def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None
     rows = x.flatten(0, -2)
     mask = pairs.mask if isinstance(pairs, Pairs) else None
     if mask is None:
-        return module(rows).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+        return module(rows).unflatten(0, x.shape[:-1])
     filled = mask.expand(x.shape[:-1]).flatten()
     out = module(rows[filled])
     every = out.new_zeros(rows.shape[0], out.shape[-1]).masked_scatter(filled.unsqueeze(-1), out)

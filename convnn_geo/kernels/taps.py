@@ -62,10 +62,15 @@ class Taps(Kernel):
             value.shape[:-2],
             hood.index.shape[:-2],
             () if weight is None else weight.shape[:-2],
+            () if hood.mask is None else hood.mask.shape[:-2],
         )
         m, c = value.shape[-2:]
         rows = value.expand(*lead, m, c).reshape(-1, c)
-        index = flat_index(hood.index, lead, m).t().contiguous()
+        index = flat_index(hood.index, lead, m)
+        if hood.mask is not None:  # empty slots look at one more row, of zeros
+            index = index.where(hood.mask.expand(*lead, *hood.mask.shape[-2:]).flatten(0, -2), len(rows))
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
+        index = index.t().contiguous()
         rho = None if weight is None else spread(weight, lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
         out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), self.groups)
@@ -90,7 +95,7 @@ class _GatherTaps(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN
         rows, index, rho, taps = ctx.saved_tensors
         need_rows, _, need_rho, need_taps, _ = ctx.needs_input_grad
-        grad_rows = torch.zeros_like(rows) if need_rows else None
+        grad_rows = torch.zeros_like(rows)
         grad_taps, grad_rho = [], []
         for j in range(taps.shape[0]):
             if need_taps:
@@ -105,7 +110,7 @@ class _GatherTaps(torch.autograd.Function):
                         back = back * rho[j].unsqueeze(-1)
                     grad_rows = grad_rows.index_add(0, index[j], back)
         return (
-            grad_rows,
+            grad_rows if need_rows else None,
             None,
             torch.stack(grad_rho) if need_rho else None,
             torch.stack(grad_taps) if need_taps else None,

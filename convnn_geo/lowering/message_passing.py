@@ -106,7 +106,7 @@ class MessagePassingRule(Aggregation):
             pos = (_rows(op.source.position, lead), _rows(op.target.position, lead))
         target = None if op.target.x is None else _rows(op.target.x, lead)
         x = _rows(pairs.value, lead), target
-        return _EDGES(op.kernel, x, edge_index, rank, weight, pos, (*lead, n), k)  # type: ignore[no-any-return]
+        return _EDGES(op.kernel, x, edge_index, rank, weight, pos, (*lead, n), k)
 
 
 def _rows(tensor: Tensor, lead: torch.Size) -> Tensor:

@@ -52,7 +52,7 @@ def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pair
     return rule.run_with_weights(op)
 
 
-def explain(layer: nn.Module, *args: Any, **kwargs: Any) -> str:
+def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     """Which rule runs a layer on this input, and why the faster ones refuse.
 
     Example:

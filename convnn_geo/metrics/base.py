@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,10 @@ def seen_by(module: object, x: Tensor) -> Tensor:
     return x.to(next((p.dtype for p in parameters if p.is_floating_point()), torch.float32))
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast lowers nothing."""
+    if not torch.amp.is_autocast_available(device.type):  # tensors without values, say
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
@@ -119,7 +122,7 @@ class Sum(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """The weighted distances of the metrics that count."""
-        parts = [
+        parts: list[tuple[float | Tensor, Distances]] = [
             (w, m.distances(target, source))  # type: ignore[operator]
             for w, m in zip(self.weights, self.metrics, strict=True)
             if w > 0

@@ -290,7 +290,7 @@ class Combination(Distances):
     @property
     def offset(self) -> float | Tensor:  # type: ignore[override]
         """The weighted offsets of the parts."""
-        return sum(w * d.offset for w, d in self.parts)  # type: ignore[return-value]
+        return sum(w * d.offset for w, d in self.parts)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         return reduce(torch.add, (w * d.rows(start, stop) for w, d in self.parts))
@@ -343,11 +343,13 @@ class Combination(Distances):
         return _cat(queries), _cat(keys)
 
     def bilinear(self) -> Bilinear | None:
-        parts = [(w, d.bilinear()) for w, d in self.parts]
-        if any(d is None for _, d in parts):
-            return None
-        queries, keys, a, b = [], [], None, None
-        for w, d in parts:
+        queries: list[Tensor] = []
+        keys: list[Tensor] = []
+        a = b = None
+        for w, part in self.parts:
+            d = part.bilinear()
+            if d is None:
+                return None
             queries.append(d.q * (w * d.scale))
             keys.append(d.k)
             a = a if d.a is None else (w * d.a if a is None else a + w * d.a)

@@ -33,4 +33,4 @@ class Encoded(Metric):
     def _encode(self, points: Points) -> Points:
         x = None if points.x is None else seen_by(self.encoding, points.x)
         pos = None if points.pos is None else precise(points.pos)
-        return self.encoding(replace(points, x=x, pos=pos))  # type: ignore[no-any-return]
+        return self.encoding(replace(points, x=x, pos=pos))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from convnn_geo.candidates import All, Candidates, Causal, Window
-from convnn_geo.checks import check_int, check_name, check_number, check_tensor, check_values
+from convnn_geo.checks import check_int, check_layer, check_name, check_number, check_tensor, check_values
 from convnn_geo.encodings import Encoding, as_encoding
 from convnn_geo.kernels import HeadTaps, Kernel, Separable, Sum, Taps
 from convnn_geo.lowering import run, run_with_weights
@@ -88,6 +88,17 @@ class ConvNNAttention(nn.Module):
     # nn.TransformerEncoderLayer reads this in eval mode, and with True it would compute plain
     # attention from our weights without calling forward.
     _qkv_same_embed_dim = False
+
+    # Parameters, or None where the options have no use for them.
+    in_proj_weight: Any
+    q_proj_weight: Any
+    k_proj_weight: Any
+    v_proj_weight: Any
+    in_proj_bias: Any
+    bias_k: Any
+    bias_v: Any
+    taps: Any
+    pointwise: Any
 
     def __init__(
         self,
@@ -357,12 +368,7 @@ class ConvNNAttention(nn.Module):
                 raise ValueError(
                     f"{name}: expected {channels} channels last, got shape {tuple(tensor.shape)}"
                 )
-            if tensor.device != weight.device:
-                raise ValueError(
-                    f"{name} is on {tensor.device}, the layer on {weight.device}; move one"
-                )
-            if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
-                raise TypeError(f"{name} is {tensor.dtype}, the layer {weight.dtype}; convert one")
+            check_layer(name, tensor, weight)
             if tensor.ndim != query.ndim:
                 raise ValueError(
                     f"{name}: expected {query.ndim} dimensions like the query, got {tensor.ndim}"

@@ -11,6 +11,7 @@ from convnn_geo.candidates import PADDING_MODES, All, Candidates, Window
 from convnn_geo.checks import (
     check_floating,
     check_int,
+    check_layer,
     check_name,
     check_tensor,
     check_tuple,
@@ -124,7 +125,7 @@ class _ConvNN(TapLayer):
         whole = self.kernel_size is not None and self.k == taps
         shape = self.kernel_size if whole else None if self.k is None else (self.k,)
         channels = (
-            (None, None) if free else (in_channels * scale + extra, out_channels * scale)  # type: ignore[operator]
+            (None, None) if free else (in_channels * scale + extra, out_channels * scale)
         )
         factory = {"device": device, "dtype": dtype}
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
@@ -223,13 +224,8 @@ class _ConvNN(TapLayer):
                 f"{name}: expected {self.in_channels} channels, got {channels} "
                 f"(shape {tuple(x.shape)}, channels first)"
             )
-        if self.weight is not None and not torch.is_autocast_enabled(x.device.type):
-            if self.weight.device != x.device:
-                raise ValueError(
-                    f"{name}: the layer is on {self.weight.device}, the input on {x.device}"
-                )
-            if self.weight.dtype != x.dtype:
-                raise TypeError(f"{name}: the layer is {self.weight.dtype}, the input {x.dtype}")
+        if self.weight is not None:
+            check_layer(f"{name} input", x, self.weight)
         check_values(f"{name} input", x)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
 
-from convnn_geo.checks import check_edges, check_floating, check_int, check_tensor, check_values
+from convnn_geo.checks import (
+    check_edges,
+    check_floating,
+    check_int,
+    check_layer,
+    check_tensor,
+    check_values,
+)
 from convnn_geo.kernels import Taps
 from convnn_geo.neighborhood import Neighborhood, edge_rank
 from convnn_geo.weighting import Weighting, as_weighting
@@ -85,6 +92,7 @@ class NeighborConv(MessagePassing):
             check_int("in_channels", source)
         if out_channels % groups:
             raise ValueError(f"groups={groups} must divide out_channels={out_channels}")
+        self.weight: Any  # a parameter, uninitialized until the channels are known
         if source == -1:
             self.weight = UninitializedParameter()
         else:
@@ -155,7 +163,7 @@ class NeighborConv(MessagePassing):
         directed = directed if j == 0 else directed.flip(0)  # sources above targets
         if self.by_rank or distance is not None:
             rank = self._rank(directed, rank, distance)
-        if distance is not None:
+        if distance is not None and rank is not None:
             weight = self._weights(directed, rank, distance, size[i], size[j], source)
             edge_weight = weight if edge_weight is None else _times(edge_weight, weight)
         out = self.propagate(edge_index, x=source, edge_weight=edge_weight, rank=rank, size=size)
@@ -211,8 +219,7 @@ class NeighborConv(MessagePassing):
             wanted = self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
             if wanted not in (-1, x.shape[-1]):
                 raise ValueError(f"x: expected {wanted} channels, got shape {tuple(x.shape)}")
-            if self.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(f"x is {x.dtype}, the layer {self.weight.dtype}; convert one")
+            check_layer("x", x, self.weight)
         for name, value in zip(("edge_weight", "rank", "distance"), per_edge, strict=True):
             if value is not None and value.shape[0] != edge_index.shape[1]:
                 raise ValueError(

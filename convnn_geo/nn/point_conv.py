@@ -12,6 +12,7 @@ from convnn_geo.checks import (
     check_edges,
     check_floating,
     check_int,
+    check_layer,
     check_name,
     check_tensor,
     check_values,
@@ -190,7 +191,7 @@ class PointConvNN(TapLayer):
         if self.encoding is None or self.encoding.on == "metric":
             return points
         if batch is None:
-            return self.encoding(points)  # type: ignore[no-any-return]
+            return self.encoding(points)
         check_batch("batch", batch, points)
         dense = Points.from_batch(points.x, points.pos, batch)  # each cloud by itself
         return points.with_x(dense.to_rows(self.encoding(dense).features))
@@ -212,8 +213,8 @@ class PointConvNN(TapLayer):
             raise ValueError(
                 f"expected {self.in_channels} channels, got shape {tuple(value.shape)}"  # type: ignore[union-attr]
             )
-        if self.weight is not None and not torch.is_autocast_enabled(value.device.type):  # type: ignore[union-attr]
-            check_alike(f"the {name}", value, "the layer", self.weight)  # type: ignore[arg-type]
+        if self.weight is not None:
+            check_layer(f"the {name}", value, self.weight)  # type: ignore[arg-type]
         check_values(f"{name} points", x, pos)
         return Points(x, pos)
 

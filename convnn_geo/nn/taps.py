@@ -26,6 +26,11 @@ def slots(selection: Selection) -> int | None:
 class TapLayer(nn.Module):
     """A layer that owns ``weight``, ``pointwise`` and ``bias``, and binds them to a kernel."""
 
+    # Parameters, or None where the kernel has no use for them.
+    weight: Any
+    pointwise: Any
+    bias: Any
+
     def build_kernel(
         self,
         kernel: str | Kernel,

@@ -39,7 +39,7 @@ class GridSearch(Engine):
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Boxes, doubled until they suffice."""
-        bound: Differences = query.bound.sharp()  # type: ignore[assignment]
+        bound: Differences = query.bound.sharp()
         source: Grid = query.source.grid  # type: ignore[assignment]
         axes = len(source.size)
         radius = math.ceil(query.k ** (1 / axes) / 2) + 1

@@ -25,7 +25,7 @@ def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         >>> k_smallest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2)[1].tolist()
         [3, 1]
     """
-    return _k_smallest(values.detach(), k)  # type: ignore[no-any-return]
+    return _k_smallest(values.detach(), k)
 
 
 @torch.library.custom_op("convnn_geo::k_smallest", mutates_args=())
@@ -36,8 +36,9 @@ def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if values.dtype != torch.float32 or m >= 2**31:
         best, index = values.sort(dim=-1, stable=True)
         return best[..., :k].clone(), index[..., :k].clone()
-    index = _grouped(values, k) if values.device.type == "cpu" and k * 8 <= GROUPS <= m // 4 else None
-    if index is None:
+    if values.device.type == "cpu" and k * 8 <= GROUPS <= m // 4:
+        index = _grouped(values, k)
+    else:
         index = _first(_keys(values, torch.arange(m, device=values.device)), k)
     return values.gather(-1, index), index
 
@@ -74,12 +75,12 @@ def _first(keys: Tensor, k: int, ordered: bool = True) -> Tensor:
     return first & 0xFFFFFFFF
 
 
-def _grouped(values: Tensor, k: int) -> Tensor | None:
+def _grouped(values: Tensor, k: int) -> Tensor:
     """The same from few keys: the k smallest lie in the k groups whose smallest are smallest.
 
     Column ``j`` is in group ``j % GROUPS``, so that group minima are plain vector minima. One
-    more than k is looked for: equal values at the boundary, or a NaN, would make the choice of
-    groups unsure, and then None says so.
+    more than k is looked for: equal values at the boundary, or a NaN, make the choice of groups
+    unsure, and such rows are looked at whole.
     """
     m = values.shape[-1]
     depth = m // GROUPS

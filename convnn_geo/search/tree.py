@@ -122,7 +122,7 @@ class TorchCluster(_Tree):
         return super().refuses(query)
 
     def _knn(self) -> Callable[..., Tensor]:
-        return importlib.import_module("torch_cluster").knn  # type: ignore[no-any-return]
+        return importlib.import_module("torch_cluster").knn
 
 
 class PygLib(_Tree):
@@ -139,10 +139,10 @@ class PygLib(_Tree):
         return super().refuses(query)
 
     def _knn(self) -> Callable[..., Tensor]:
-        return importlib.import_module("torch_geometric.nn").knn  # type: ignore[no-any-return]
+        return importlib.import_module("torch_geometric.nn").knn
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _importable(name: str) -> bool:
     return _imports(name)
 

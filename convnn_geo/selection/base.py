@@ -145,15 +145,7 @@ class Given(Selection):
 
 
 def _dilate(found: Neighborhood, dilation: int) -> Neighborhood:
-    if dilation == 1:
-        return found
-
-    def step(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[..., ::dilation]
-
-    return replace(
-        found, index=step(found.index), distance=step(found.distance), mask=step(found.mask)
-    )
+    return found if dilation == 1 else found.apply(lambda t: t[..., ::dilation])
 
 
 def _pad(found: Neighborhood, k: int) -> Neighborhood:

@@ -29,7 +29,7 @@ def _multihead(
         shapes += [(2, 7, kw.get("kdim", _EMBED)), (2, 7, kw.get("vdim", _EMBED))]
 
     def forward(layer: nn.Module, q: Tensor, *rest: Tensor) -> Tensor:
-        return layer(q, *(rest or (q, q)), **keywords)[0]  # type: ignore[no-any-return]
+        return layer(q, *(rest or (q, q)), **keywords)[0]
 
     add(
         "multihead_attention",
@@ -54,7 +54,7 @@ _multihead("added key and value", add_bias_kv=True, add_zero_attn=True)
 
 
 def _plain(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer(x, need_weights=False)[0]  # type: ignore[no-any-return]
+    return layer(x, need_weights=False)[0]
 
 
 def _tokens(

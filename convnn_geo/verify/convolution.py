@@ -25,8 +25,8 @@ def _conv(
     build = getattr(recipes, recipe)
     depthwise = recipe.startswith("depthwise")
     channels = (c,) if depthwise else (c, d)
-    groups = {"groups": c} if depthwise else {}
-    peer = _CONV[axes](*((c, c) if depthwise else (c, d)), kernel_size, **groups, **kw)
+    groups: dict[str, Any] = {"groups": c} if depthwise else {}
+    peer = _CONV[axes](c, c if depthwise else d, kernel_size, **groups, **kw)
     add(
         recipe,
         name,

@@ -100,7 +100,7 @@ def _transformer(layer: Any, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
     peer = PointTransformerConv(4, 6)
     peer.pos_nn, peer.attn_nn = kernel.position, kernel.attention
     peer.lin, peer.lin_src, peer.lin_dst = kernel.value, kernel.key, kernel.query
-    return peer(x, pos, naive.knn_edges(pos, batch, 5))  # type: ignore[no-any-return]
+    return peer(x, pos, naive.knn_edges(pos, batch, 5))
 
 
 _cloud(
@@ -144,7 +144,7 @@ def _point_conv(layer: Any, x: Tensor, pos: Tensor, batch: Tensor) -> Tensor:
         sum(layer.weighting.mlp(pos[j] - pos[i]) * x[j] for j in edges[0][edges[1] == i].tolist())
         for i in range(x.shape[0])
     ]
-    return torch.stack(out)  # type: ignore[arg-type]
+    return torch.stack(out)
 
 
 _cloud(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Allowed = Sequence[Sequence[int]]
 
@@ -33,7 +34,7 @@ def knn_convolution(
         n, ys = points.shape[0], []
         for i in range(n):
             chosen = nearest(
-                lambda a, b, p=points: distance(p[a], p[b]),  # type: ignore[misc]
+                lambda a, b, p=points: distance(p[a], p[b]),
                 i,
                 range(n),
                 weight.shape[2],
@@ -55,7 +56,7 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def attention(
-    layer: nn.Module,
+    layer: Any,
     x: Tensor,
     allowed: Allowed,
     k: int | None = None,
@@ -63,11 +64,11 @@ def attention(
 ) -> Tensor:
     """Self-attention of tokens ``(b, n, c)`` by loops over heads, queries and allowed keys."""
     heads = layer.num_heads
-    q, key, v = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)  # type: ignore[arg-type]
-    d = q.shape[-1] // heads  # type: ignore[operator]
+    q, key, v = F.linear(x, layer.in_proj_weight, layer.in_proj_bias).chunk(3, -1)
+    d = q.shape[-1] // heads
     out = torch.zeros_like(q)
     for b in range(x.shape[0]):
-        for h in range(heads):  # type: ignore[arg-type]
+        for h in range(heads):
             part = slice(h * d, (h + 1) * d)
             for i in range(x.shape[1]):
                 scores = {
@@ -79,7 +80,7 @@ def attention(
                 kept = sorted(scores, key=lambda j: (-scores[j].item(), j))[:k]
                 weights = torch.stack([scores[j] for j in kept]).softmax(0)
                 out[b, i, part] = sum(w * v[b, j, part] for w, j in zip(weights, kept, strict=True))
-    return layer.out_proj(out)  # type: ignore[operator,no-any-return]
+    return layer.out_proj(out)
 
 
 def neighborhood(length: int, kernel_size: int, dilation: int, causal: bool) -> list[list[int]]:

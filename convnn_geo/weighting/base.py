@@ -53,18 +53,20 @@ class Softmax(Weighting):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Softmax in the distances' precision; a target without neighbours gets zeros."""
-        score = -pairs.distance / self.temperature
-        if pairs.mask is None:
-            weight = score.softmax(-1)
-        else:
-            weight = score.masked_fill(~pairs.mask, -torch.inf)
-            # A row of -inf alone has no softmax: subtracting from 0 keeps it, and its gradient, 0.
-            weight = weight.masked_fill(~pairs.mask.any(-1, keepdim=True), 0.0).softmax(-1)
-            weight = weight * pairs.mask
+        weight = _softmax(-pairs.distance / self.temperature, pairs.mask)
         return F.dropout(weight.to(pairs.value.dtype), self.dropout, self.training)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}, dropout={self.dropout:g}"
+
+
+def _softmax(score: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over filled slots; zeros, with zero gradient, where a target has none."""
+    if mask is None:
+        return score.softmax(-1)
+    score = score.masked_fill(~mask, -torch.inf)
+    # A row of -inf alone has no softmax: zeros in its place keep its gradient 0.
+    return score.masked_fill(~mask.any(-1, keepdim=True), 0.0).softmax(-1) * mask
 
 
 class Gaussian(Weighting):
@@ -83,14 +85,11 @@ class Gaussian(Weighting):
         """Gaussian of the squared distance."""
         exponent = -pairs.distance / (2 * self.sigma**2)
         if self.normalize:
-            if pairs.mask is not None:
-                exponent = exponent.masked_fill(~pairs.mask, -torch.inf)
-                exponent = exponent.masked_fill(~pairs.mask.any(-1, keepdim=True), 0.0)
-            weight = exponent.softmax(-1)
-        else:
+            weight = _softmax(exponent, pairs.mask)
+        elif pairs.mask is None:
             weight = exponent.exp()
-        if pairs.mask is not None:
-            weight = weight * pairs.mask
+        else:  # hidden before exp, which might overflow there
+            weight = exponent.masked_fill(~pairs.mask, -torch.inf).exp()
         return weight.to(pairs.value.dtype)
 
     def extra_repr(self) -> str:
@@ -110,9 +109,10 @@ class InverseDistance(Weighting):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Normalised inverse distances."""
-        weight = 1 / (pairs.distance + self.eps)
+        distance = pairs.distance.clamp_min(0.0)  # rounding may put 1 - <u, u> below 0
         if pairs.mask is not None:
-            weight = weight * pairs.mask
+            distance = distance.masked_fill(~pairs.mask, torch.inf)
+        weight = 1 / (distance + self.eps)
         total = weight.sum(-1, keepdim=True)
         return (weight / torch.where(total == 0, 1.0, total)).to(pairs.value.dtype)
 

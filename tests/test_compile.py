@@ -1,0 +1,214 @@
+"""torch.compile(fullgraph=True) and torch.export pass, and change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_cases import CASES, RANDOM_CASES, Case
+from torch import Tensor, nn
+
+from convnn_geo import metrics, recipes, search
+from convnn_geo.candidates import Causal, Random, Window
+from convnn_geo.nn import ConvNN2d, ConvNNAttention, NeighborConv, PointConvNN
+from convnn_geo.points import Points
+
+# Dynamo says so itself, of any autograd.Function that it traces.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+NAMES = (
+    "conv2d-window",
+    "conv2d-feature",
+    "conv2d-window-k",
+    "conv2d-mixed",
+    "conv2d-softmax",
+    "conv2d-strided",
+    "conv1d-window",
+    "conv3d-feature",
+    "attention-plain",
+    "attention-k",
+    "attention-taps",
+    "attention-taps-per-head",
+    "neighbor-rank",
+    "neighbor-mean",
+    "branching",
+)
+TRACED = [
+    pytest.param(case, backend, id=f"{case.name}-{backend}")
+    for case in CASES
+    if case.name in NAMES
+    for backend in case.backends or ("auto",)
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("case, backend", TRACED)
+def test_one_graph_without_breaks(case: Case, backend: str):
+    layer, inputs = case.layer(backend), case.sample()
+    compiled = torch.compile(lambda *t: case.call(layer, *t), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs), case.call(layer, *inputs))
+
+
+@pytest.mark.parametrize(
+    "name, backend",
+    [
+        ("conv2d-window", "native"),
+        ("conv2d-window", "gather"),
+        ("conv2d-feature", "gather"),
+        ("conv2d-softmax", "gather"),
+        ("attention-plain", "native"),
+        ("attention-k", "gather"),
+        ("attention-taps", "message_passing"),
+    ],
+)
+def test_gradients_of_a_compiled_layer(name: str, backend: str):
+    case = next(c for c in CASES if c.name == name)
+    layer = case.layer(backend)
+    compiled = torch.compile(lambda *t: case.call(layer, *t), fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, lambda *t: case.call(layer, *t)):
+        inputs = tuple(t.requires_grad_() for t in case.sample())
+        out = function(*inputs)
+        wanted = (*inputs, *layer.parameters())
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", RANDOM_CASES, ids=lambda c: c.name)
+def test_draws_of_eval_are_compiled(case: Case):
+    layer, inputs = case.layer().eval(), case.sample()
+    compiled = torch.compile(lambda *t: case.call(layer, *t), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs), case.call(layer, *inputs))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ConvNN2d(3, 4, 3, padding=1),
+        ConvNN2d(3, 4, 3, padding=1, stride=2, k=3, metric="cosine"),
+        ConvNN2d(3, 4, k=3, metric="euclidean"),
+    ],
+    ids=["window", "window-k", "k"],
+)
+def test_sizes_may_change(layer: nn.Module):
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for b, h, w in ((2, 6, 7), (2, 5, 9), (3, 8, 8), (1, 6, 7)):
+        x = torch.randn(b, 3, h, w)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "layer, inputs",
+    [
+        (ConvNN2d(3, 4, k=3, metric="spatial"), (torch.randn(1, 3, 4, 5),)),
+        (PointConvNN(3, 4, 2), (None, torch.randn(9, 3))),
+        (PointConvNN(3, 4, 2, "euclidean"), (torch.randn(9, 3),)),
+        (recipes.max_pool2d(2), (torch.randn(1, 3, 4, 6),)),
+        (recipes.vig(3, k=3), (torch.randn(1, 3, 4, 5),)),
+        (recipes.bilateral_filter(1.0, 1.0, 3), (torch.randn(1, 3, 4, 5),)),
+        (
+            ConvNNAttention(8, 2, metric="squared_euclidean", candidates=Causal()),
+            (torch.randn(1, 5, 8),),
+        ),
+    ],
+    ids=["spatial", "cloud", "cloud-feature", "pool", "vig", "bilateral", "causal"],
+)
+def test_others(layer: nn.Module, inputs: tuple[Tensor, ...]):
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    found, expected = compiled(*inputs), layer(*inputs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_clouds_of_many_points_do_without_the_tree():
+    """A compiled k-NN is no graph, so the dense search takes its place, with the same result."""
+    pos = torch.rand(1500, 3)
+    layer = PointConvNN(3, 4, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(None, pos), layer(None, pos))
+
+
+EXPORTED = {
+    "window": (ConvNN2d(3, 4, 3, padding=1), (torch.randn(2, 3, 5, 6),)),
+    "window-k": (ConvNN2d(3, 4, 3, padding=1, k=2, metric="cosine"), (torch.randn(2, 3, 5, 6),)),
+    "k": (ConvNN2d(3, 4, k=3, metric="cosine"), (torch.randn(2, 3, 5, 6),)),
+    "mixed": (
+        ConvNN2d(3, 4, k=3, metric=metrics.Spatial() + metrics.Feature("euclidean")),
+        (torch.randn(2, 3, 5, 6),),
+    ),
+    "random": (
+        ConvNN2d(3, 4, k=3, metric="cosine", candidates=Random(6)).eval(),
+        (torch.randn(2, 3, 5, 6),),
+    ),
+    "attention": (ConvNNAttention(8, 2), (torch.randn(2, 6, 8),)),
+    "attention-k": (ConvNNAttention(8, 2, k=3), (torch.randn(2, 6, 8),)),
+    "attention-window": (
+        ConvNNAttention(8, 2, candidates=Window(3, border="shift")),
+        (torch.randn(2, 6, 8),),
+    ),
+    "cloud": (PointConvNN(3, 4, 2), (None, torch.randn(9, 3))),
+    "graph": (
+        NeighborConv(3, 4, 2),
+        (torch.randn(5, 3), torch.tensor([[0, 1, 2, 3], [1, 1, 0, 4]])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_export(name: str, strict: bool):
+    layer, inputs = EXPORTED[name]
+    program = torch.export.export(layer, inputs, strict=strict)
+    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+    assert layer(*inputs) is not None  # and exporting left no trace of itself in the caches
+
+
+def test_exported_attention_is_one_call():
+    layer, (x,) = EXPORTED["attention"]
+    program = torch.export.export(Plain(layer), (x,))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("scaled_dot_product" in call for call in calls) == 1
+    assert not any("gather" in call or "softmax" in call for call in calls)
+
+
+class Plain(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("shape, k", [((4, 9), 3), ((2, 3, 600), 5), ((3, 4), 4), ((2, 5), 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_is_a_well_made_operator(shape: tuple[int, ...], k: int, dtype: torch.dtype):
+    values = torch.randn(shape).to(dtype)
+    torch.library.opcheck(torch.ops.convnn_geo.k_smallest.default, (values, k))
+
+
+def test_search_by_itself_is_one_graph():
+    x = torch.randn(2, 30, 5)
+
+    def find(x: Tensor) -> Tensor:
+        points = Points(x)
+        query = search.Query(points, points, metrics.Feature("cosine"), 4)
+        return search.find(query).index
+
+    compiled = torch.compile(find, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), find(x))
+
+
+def test_ragged_batches_are_not_one_graph():
+    """How long the longest cloud is, only the batch vector says."""
+    layer = PointConvNN(3, 4, 2)
+    pos, batch = torch.randn(9, 3), torch.tensor([0] * 4 + [1] * 5)
+    expected = layer(None, pos, batch)
+    with pytest.raises(Exception, match="data-dependent"):
+        torch.compile(layer, fullgraph=True, backend="eager")(None, pos, batch)
+    torch.compiler.reset()
+    broken = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(broken(None, pos, batch), expected)
