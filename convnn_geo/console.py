@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 
 from convnn_geo.extras import MissingExtraError, require
+
+_WIDE = 160
 
 
 def print_table(
@@ -26,7 +29,7 @@ def print_table(
     """
     try:
         table_module = require("rich.table", extra="viz")
-        console = require("rich.console", extra="viz").Console()
+        console_module = require("rich.console", extra="viz")
     except MissingExtraError:
         print(plain_table(title, columns, rows, marked))
         return
@@ -35,7 +38,8 @@ def print_table(
         table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     for number, row in enumerate(rows):
         table.add_row(*row, style="red" if number in marked else None)
-    console.print(table)
+    # A file has no width: don't fold what is written to one.
+    console_module.Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def plain_table(
@@ -52,6 +56,7 @@ def plain_table(
           recipe  error
           conv2d  1e-15
     """
+    columns = [column.replace("\n", " ") for column in columns]
     widths = [max(len(row[place]) for row in (columns, *rows)) for place in range(len(columns))]
     lines = [title]
     for number, row in enumerate((columns, *rows), start=-1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Query:
     source: Points
     metric: Metric
     k: int
-    subset: Subset = field(default_factory=Subset)
+    subset: Subset = Subset()
     excluded: Tensor | None = None
     memory: int | None = None
     distances: Distances | None = None

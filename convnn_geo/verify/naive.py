@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ def nearest(
     return sorted(sources, key=lambda j: (distance(i, j).item(), j))[:k]
 
 
+def _between(
+    distance: Callable[[Tensor, Tensor], Tensor], points: Tensor, i: int, j: int
+) -> Tensor:
+    return distance(points[i], points[j])
+
+
 def knn_convolution(
     x: Tensor,
     weight: Tensor,
@@ -33,12 +40,7 @@ def knn_convolution(
     for points in rows:
         n, ys = points.shape[0], []
         for i in range(n):
-            chosen = nearest(
-                lambda a, b, p=points: distance(p[a], p[b]),
-                i,
-                range(n),
-                weight.shape[2],
-            )
+            chosen = nearest(partial(_between, distance, points), i, range(n), weight.shape[2])
             chosen = sorted(chosen) if raster else chosen
             ys.append(sum(weight[:, :, t] @ points[j] for t, j in enumerate(chosen)) + bias)
         out.append(torch.stack(ys, -1))

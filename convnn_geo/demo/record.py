@@ -1,0 +1,72 @@
+"""What a demonstration leaves for machines: its configuration and a row for every epoch."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from convnn_geo.demo.training import Run
+
+PACKAGES = ("torch", "torch_geometric", "numpy", "scikit-learn", "scikit-image", "matplotlib")
+
+COLUMNS = (
+    "task",
+    "network",
+    "lam",
+    "seed",
+    "learning_rate",
+    "parameters",
+    "epoch",
+    "train_loss",
+    "validation_accuracy",
+    "test_accuracy",
+)
+
+
+def write_metrics(runs: Sequence[Run], path: Path) -> None:
+    """A row for each epoch of each run.
+
+    ``test_accuracy`` stands in the last row of the runs that were chosen, and nowhere else.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for run in runs:
+            facts = (run.task, run.network, run.lam, run.seed, run.rate, run.parameters)
+            last = len(run.losses)
+            history = zip(run.losses, run.validation, strict=True)
+            for epoch, (loss, validation) in enumerate(history, start=1):
+                test = run.test if epoch == last else None
+                cells = (*facts, epoch, f"{loss:.6f}", f"{validation:.6f}")
+                writer.writerow(
+                    ["" if c is None else c for c in cells]
+                    + ["" if test is None else f"{test:.6f}"]
+                )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers may depend on."""
+    from convnn_geo import __version__
+
+    found = {"python": platform.python_version(), "convnn_geo": __version__}
+    for package in PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it.
+
+    Example:
+        >>> isinstance(processor(), str)
+        True
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
