@@ -194,9 +194,7 @@ class Points:
         if rows is None:
             raise ValueError("from_batch: expected features x, positions pos or both, got neither")
         if batch is None:
-            return cls(
-                None if x is None else x[None], None if pos is None else pos[None]
-            )
+            return cls(None if x is None else x[None], None if pos is None else pos[None])
         if batch.numel() > 1 and bool((batch[1:] < batch[:-1]).any()):
             raise ValueError("batch: expected sorted cloud numbers; sort the points by batch first")
         dense = {}

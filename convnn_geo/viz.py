@@ -43,6 +43,7 @@ def draw_neighbors(
     neighborhoods: Sequence[Neighborhood],
     titles: Sequence[str],
     *,
+    names: Sequence[str] | None = None,
     backdrop: Tensor | None = None,
     columns: int = 3,
 ) -> Figure:
@@ -54,6 +55,7 @@ def draw_neighbors(
         pixels: targets, as (row, column).
         neighborhoods: one a panel, ``index (number of pixels, k)``.
         titles: one a panel.
+        names: of the pixels in the legend; their row and column by default.
         backdrop: the same photograph at a higher resolution, to draw on.
         columns: panels beside one another.
 
@@ -63,6 +65,7 @@ def draw_neighbors(
     """
     height, width = _check_neighbors(image, pixels, neighborhoods, titles)
     photo = image if backdrop is None else backdrop
+    names = [f"pixel ({r}, {c})" for r, c in pixels] if names is None else names
     panels = 1 + len(neighborhoods)
     columns = max(1, min(columns, panels))
     figure, axes = _grid(panels, columns, height / width)
@@ -75,7 +78,7 @@ def draw_neighbors(
         axis.set_title(title, fontsize=13, fontweight="normal" if place == 0 else "bold")
         if place:
             _scatter(axis, neighborhoods[place - 1], (height, width))
-        for number, (row, column) in enumerate(pixels):
+        for number, (name, (row, column)) in enumerate(zip(names, pixels, strict=True)):
             axis.plot(
                 column,
                 row,
@@ -85,12 +88,11 @@ def draw_neighbors(
                 markeredgecolor="white",
                 markeredgewidth=1.4,
                 linestyle="none",
-                label=f"pixel ({row}, {column})",
+                label=name,
             )
     k = neighborhoods[0].k if neighborhoods else 0
-    handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles,
+        axes[0].get_legend_handles_labels()[0],
         [f"{name} and its {k} neighbours" for name in names],
         loc="outside lower center",
         ncols=min(len(pixels), 3),
@@ -293,7 +295,14 @@ def draw_clouds(clouds: Sequence[Tensor], titles: Sequence[str]) -> Figure:
         size = 25 + 190 * (height - height.min()) / max(float(np.ptp(height)), 1e-6)
         axis.plot_trisurf(*_floor(cloud), color="#eef2f6", shade=False)
         axis.scatter(
-            column, row, height, c=height, s=size, cmap="viridis_r", edgecolor="white", depthshade=False
+            column,
+            row,
+            height,
+            c=height,
+            s=size,
+            cmap="viridis_r",
+            edgecolor="white",
+            depthshade=False,
         )
         axis.set_title(title, fontsize=15, y=0.92)
         axis.set_axis_off()

@@ -360,7 +360,9 @@ def test_gradients(name, kind):
 
     assert torch.autograd.gradcheck(out(kernel.gather), leaves, fast_mode=True)
     cotangent = randn(*out(kernel.gather)(*leaves).shape, seed=9)
-    gathered = torch.autograd.grad(out(kernel.gather)(*leaves), leaves, cotangent, allow_unused=True)
+    gathered = torch.autograd.grad(
+        out(kernel.gather)(*leaves), leaves, cotangent, allow_unused=True
+    )
     scattered = torch.autograd.grad(
         out(lambda p, w: by_edges(kernel, p, w))(*leaves), leaves, cotangent, allow_unused=True
     )

@@ -144,6 +144,25 @@ class Contract:
             among = torch.randint(3, (12, 2))
             self.close(part.at(among), picked.gather(-1, among.expand(*self.lead, 12, 2)))
 
+    def test_parts_of_a_batch_and_of_the_targets_agree(self):
+        metric, target, source = self.make(), self.points(), self.points((2, 5))
+        bound = metric.bind(target, source)
+        rows = bound.rows()
+        part = bound.examples(1, 2)
+        if part is not None and self.lead:
+            self.close(part.rows(), rows[1:2])
+        elif part is not None:
+            self.close(part.rows(), rows)
+        if bound.dimension is not None:
+            index = torch.randint(12, (*self.lead, 1, 4))
+            some = bound.targets(index)
+            picked = rows.gather(-2, index.transpose(-1, -2).expand(*self.lead, 4, 10))
+            self.close(some.rows(), picked)
+            q, k = some.coordinates()
+            assert q.shape[-2] == 4
+            order = (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1).argsort(-1)
+            assert torch.equal(order, picked.argsort(-1))
+
     def test_forms_keep_the_order(self):
         metric, target, source = self.make(), self.points(), self.points((2, 5))
         bound = metric.bind(target, source)
@@ -155,6 +174,7 @@ class Contract:
             return bool((steps > -1e-9).all())
 
         assert ascending(bound.ordering().rows())
+        assert ascending(bound.sharp().rows())
         form = bound.bilinear()
         if form is not None:
             self.close(form.rows(), rows)

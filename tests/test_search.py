@@ -681,7 +681,5 @@ def test_rows_are_searched_in_bounded_memory():
             return out
 
     bound = Spatial().bind(points, points)
-    search_rows(
-        Query(points, points, Spatial(), 2, memory=2**16), Spy(bound.q, bound.k, bound.p)
-    )
+    search_rows(Query(points, points, Spatial(), 2, memory=2**16), Spy(bound.q, bound.k, bound.p))
     assert len(seen) > 1 and max(seen) <= 2**16

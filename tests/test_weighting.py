@@ -108,7 +108,9 @@ def test_weights_are_those_of_the_loop(case, kind):
             expected = [0.0] * K
             slots = kept[b, i].nonzero().flatten().tolist()
             if slots:
-                for slot, weight in zip(slots, formula(distance[b, i, slots].tolist()), strict=True):
+                for slot, weight in zip(
+                    slots, formula(distance[b, i, slots].tolist()), strict=True
+                ):
                     expected[slot] = weight
             torch.testing.assert_close(found[b, i].tolist(), expected, atol=1e-12, rtol=1e-10)
 
@@ -256,7 +258,7 @@ def test_weights_of_relative_positions_learn():
     mlp = nn.Linear(2, 3).double()
     pairs = make_pairs(Feature(), *make_points(), make_mask("some"))
     assert torch.autograd.gradcheck(
-        lambda w, b: (PositionMLP(lambda p: nn.functional.linear(p, w, b).tanh())(pairs)),
+        lambda w, b: PositionMLP(lambda p: nn.functional.linear(p, w, b).tanh())(pairs),
         (mlp.weight, mlp.bias),
     )
 

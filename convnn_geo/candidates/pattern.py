@@ -37,9 +37,7 @@ class Block(Candidates):
         [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
     """
 
-    def __init__(
-        self, size: int | tuple[int, ...], shift: int | tuple[int, ...] = 0
-    ) -> None:
+    def __init__(self, size: int | tuple[int, ...], shift: int | tuple[int, ...] = 0) -> None:
         super().__init__()
         for name, value, minimum in (("size", size, 1), ("shift", shift, 0)):
             check_tuple(name, value, 1 if isinstance(value, int) else len(value), minimum)

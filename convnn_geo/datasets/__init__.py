@@ -10,7 +10,7 @@ Example:
 
 from convnn_geo.datasets.clouds import CloudSplit, CloudSplits, digit_clouds
 from convnn_geo.datasets.digits import ImageSplit, ImageSplits, digits
-from convnn_geo.datasets.photographs import photograph, photographs, read_image
+from convnn_geo.datasets.photographs import photograph, photographs, read_image, resize
 
 __all__ = [
     "CloudSplit",
@@ -22,4 +22,5 @@ __all__ = [
     "photograph",
     "photographs",
     "read_image",
+    "resize",
 ]

@@ -86,7 +86,9 @@ def digit_clouds(seed: int = 0, height: float = 4.0) -> CloudSplits:
     check_number("height", height, exclusive=True)
     splits = digits(seed)
     return CloudSplits(
-        _clouds(splits.train, height), _clouds(splits.validation, height), _clouds(splits.test, height)
+        _clouds(splits.train, height),
+        _clouds(splits.validation, height),
+        _clouds(splits.test, height),
     )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from convnn_geo.checks import check_int, check_name
+from convnn_geo.checks import check_int, check_name, check_tensor
 from convnn_geo.extras import require
 
 _FILES = {
@@ -83,18 +84,35 @@ def read_image(path: str | Path, width: int | None = None) -> Tensor:
         raise FileNotFoundError(f"expected a picture file, but there is no file {path}")
     try:
         with image_module.open(path) as image:
-            return _to_tensor(ops.exif_transpose(image), width)
+            pixels = _to_tensor(ops.exif_transpose(image))
     except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
         # What Pillow raises for files that are no pictures, cut off, or of absurd size.
         raise ValueError(f"expected a picture, but {path} can't be read as one: {error}") from error
+    return pixels if width is None else resize(pixels, width)
 
 
-def _to_tensor(image: Any, width: int | None) -> Tensor:
+def resize(image: Tensor, width: int) -> Tensor:
+    """A smoothly resized copy, the height in proportion.
+
+    Args:
+        image: ``(c, height, width)``, in [0, 1].
+        width: of the copy.
+
+    Example:
+        >>> resize(torch.rand(3, 10, 20), 10).shape
+        torch.Size([3, 5, 10])
+    """
+    check_tensor("image", image, 3)
+    height = max(1, round(image.shape[1] * check_int("width", width) / image.shape[2]))
+    if (height, width) == image.shape[1:]:
+        return image
+    copy = F.interpolate(image.unsqueeze(0), (height, width), mode="bicubic", antialias=True)
+    return copy.squeeze(0).clamp(0, 1)
+
+
+def _to_tensor(image: Any) -> Tensor:
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits instead of scaling them
         image = image.convert("I").point(lambda value: value / 257)
     image = image.convert("RGB")
-    if width is not None:
-        height = max(1, round(image.height * check_int("width", width) / image.width))
-        image = image.resize((width, height), require("PIL.Image", extra="viz").Resampling.LANCZOS)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float() / 255

@@ -14,6 +14,12 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
 from convnn_geo.search import knn
 
+PHOTOGRAPH = "astronaut"
+WIDTH = 128
+PIXELS = ((322, 274), (58, 186), (178, 66))
+"""Of the photograph as it ships: on the suit, in the hair, on a stripe of the flag."""
+NEIGHBORS = 81
+
 
 def spectrum(points: int) -> list[float]:
     """Evenly spaced points from 0 to 1.
@@ -24,6 +30,33 @@ def spectrum(points: int) -> list[float]:
     """
     check_int("spectrum", points, 2)
     return [step / (points - 1) for step in range(points)]
+
+
+def shrink(
+    pixel: tuple[int, int], size: tuple[int, int], smaller: tuple[int, int]
+) -> tuple[int, int]:
+    """Where a pixel of an image lies on a smaller copy of it.
+
+    Args:
+        pixel: (row, column).
+        size: (height, width) of the image.
+        smaller: (height, width) of the copy.
+
+    Raises:
+        ValueError: the pixel is outside the image.
+
+    Example:
+        >>> shrink((99, 40), (100, 200), (50, 100))
+        (49, 20)
+    """
+    row, column = pixel
+    height, width = size
+    if not (0 <= row < height and 0 <= column < width):
+        raise ValueError(
+            f"pixel {row},{column} is outside the picture: expected a row from 0 to {height - 1} "
+            f"and a column from 0 to {width - 1}"
+        )
+    return row * smaller[0] // height, column * smaller[1] // width
 
 
 def panel_title(lam: float) -> str:

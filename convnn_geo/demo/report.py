@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from convnn_geo.demo.errors import COLUMNS, error_table, verdict
+from convnn_geo.demo.errors import COLUMNS as ERROR_COLUMNS
+from convnn_geo.demo.errors import error_table, verdict
 from convnn_geo.demo.summary import Score, percent
 from convnn_geo.verify import Row
+
+COLUMNS = ("network", "parameters", "learning rate", "validation (%)", "test (%)")
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -81,15 +84,14 @@ def _section(section: Section) -> str:
         for file, shows in section.pictures
     ]
     if section.scores:
-        columns = ("network", "parameters", "learning rate", "validation (%)", "test (%)")
-        parts.append(_table(columns, [score_cells(score) for score in section.scores]))
+        parts.append(_table(COLUMNS, [score_cells(score) for score in section.scores]))
     if section.sentences:
         parts.append(f"<p>{escape(' '.join(section.sentences))}</p>")
     return "\n".join(parts)
 
 
 def score_cells(score: Score) -> list[str]:
-    """A score as cells: network, parameters, learning rate, validation, test."""
+    """A score as cells by :data:`COLUMNS`."""
     return [
         score.network,
         f"{score.parameters}",
@@ -101,7 +103,7 @@ def score_cells(score: Score) -> list[str]:
 
 def _errors(rows: Sequence[Row]) -> str:
     lines, failed = error_table(rows)
-    table = _table(COLUMNS, lines, failed)
+    table = _table(ERROR_COLUMNS, lines, failed)
     return (
         "<h2>Is it exact?</h2><p>Each recipe is compared with the layer that it stands for, or "
         "with a double loop where there is none: the output and all gradients, on every backend "

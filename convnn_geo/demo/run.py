@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,205 @@ from typing import Any
 from convnn_geo import datasets, verify, viz
 from convnn_geo.checks import check_int
 from convnn_geo.console import print_table
-from convnn_geo.demo import clouds, spectrum
+from convnn_geo.demo import neighbors
 from convnn_geo.demo.errors import print_errors
-from convnn_geo.demo.neighbors import PHOTOGRAPH, PIXELS, WIDTH, along_spectrum, panel_title
-from convnn_geo.demo.neighbors import spectrum as points_of_spectrum
+from convnn_geo.demo.experiments import Experiment, experiments
 from convnn_geo.demo.record import processor, versions, write_metrics
-from convnn_geo.demo.report import Section, score_cells, write_report
-from convnn_geo.demo.summary import Score, scores, sentences
-from convnn_geo.demo.training import Run, Settings
-from convnn_geo.demo.workers import Job, one_thread, run_jobs
+from convnn_geo.demo.report import COLUMNS, Section, score_cells, write_report
+from convnn_geo.demo.summary import scores, sentences
+from convnn_geo.demo.training import Run
+from convnn_geo.demo.workers import Job, run_jobs
 from convnn_geo.extras import require
-from convnn_geo.verify import Row
+
+EXTRAS = ("sklearn", "skimage", "matplotlib", "rich")
+LAMS = neighbors.spectrum(5)
+QUICK_RECIPES = ("conv2d", "conv2d_by_position", "multihead_attention", "kvt")
+
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a demonstration left.
+
+    Args:
+        report: the page to open.
+        passed: whether every recipe was within its bound.
+    """
+
+    report: Path
+    passed: bool
+
+
+def run(
+    out: str | Path = "runs/demo", seeds: int = 3, quick: bool = False, workers: int | None = None
+) -> Demonstration:
+    """Verify, draw neighbours, train along the spectrum, and write a report.
+
+    Args:
+        out: folder for the results; files of an earlier demonstration are replaced.
+        seeds: runs of each network.
+        quick: few recipes, one seed and little data: to see that it works.
+        workers: networks that train at a time; one a core by default, up to four.
+
+    Raises:
+        MissingExtraError: an extra is not installed.
+        OSError: the folder can't be written.
+    """
+    for module in EXTRAS:
+        require(module, extra="data,viz")
+    check_int("seeds", seeds)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if workers is None:
+        workers = 1 if quick else min(4, _cores())
+    seconds: dict[str, float] = {}
+
+    with _stage("verify", seconds) as tick:
+        rows = verify.run(QUICK_RECIPES if quick else None, tick)
+    print_errors(rows)
+    with _stage("neighbours", seconds):
+        sections = [_draw_neighbors(out)]
+    runs: list[Run] = []
+    for experiment in experiments(LAMS, 1 if quick else seeds, quick):
+        with _stage(experiment.name, seconds) as tick:
+            found = _train(experiment, check_int("workers", workers), tick)
+            runs += found
+            sections.append(_report(experiment, found, out))
+
+    write_metrics(runs, out / "metrics.csv")
+    config = _config(seeds, quick, workers, seconds)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_report(out / "report.html", rows, sections, _facts(config))
+    return Demonstration(out / "report.html", all(row.passed for row in rows))
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[Tick]:
+    """A progress bar, and the time that the stage took."""
+    progress = require("rich.progress", extra="viz")
+    columns = (
+        progress.TextColumn("{task.description:<34}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+    )
+    start = time.perf_counter()
+    with progress.Progress(*columns) as bar:
+        shown = bar.add_task(name, total=1)
+
+        def tick(what: str, done: int, total: int) -> None:
+            label = f"{name}: {what}" if what else name
+            bar.update(shown, description=label, completed=done, total=total)
+
+        yield tick
+        total = bar.tasks[0].total
+        bar.update(shown, description=name, completed=total)
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def _draw_neighbors(out: Path) -> Section:
+    photo = datasets.photograph(neighbors.PHOTOGRAPH)
+    image = datasets.photograph(neighbors.PHOTOGRAPH, neighbors.WIDTH)
+    size, smaller = photo.shape[1:], image.shape[1:]
+    pixels = [neighbors.shrink(pixel, size, smaller) for pixel in neighbors.PIXELS]
+    hoods = neighbors.along_spectrum(image, pixels, neighbors.NEIGHBORS, LAMS)
+    figure = viz.draw_neighbors(
+        image,
+        pixels,
+        hoods,
+        [neighbors.panel_title(lam) for lam in LAMS],
+        names=["the suit", "the hair", "the flag"],
+        backdrop=photo,
+    )
+    figure.savefig(out / "neighbors.png")
+    what = (
+        f"The {neighbors.NEIGHBORS} nearest pixels of three pixels of a photograph, by "
+        "(1 − λ) · squared distance of positions + λ · squared distance of features. A pixel's "
+        "feature is the 5 × 5 patch around it; both parts are scaled to the same variance. "
+        "At λ = 0 the neighbourhood is the window of a convolution, round here; at λ = 1 it is "
+        "wherever the photograph looks alike."
+    )
+    return Section("Who is a neighbour?", what, [("neighbors.png", "neighbours of three pixels")])
+
+
+def _train(experiment: Experiment, workers: int, tick: Tick) -> list[Run]:
+    jobs = [
+        Job(experiment.name, experiment.load, network, experiment.settings)
+        for network in experiment.networks
+    ]
+    finished = 0
+
+    def done(job: Job) -> None:
+        nonlocal finished
+        finished += 1
+        tick(job.network.name, finished, len(jobs))
+
+    tick("", 0, len(jobs))
+    return run_jobs(jobs, workers, done)
+
+
+def _report(experiment: Experiment, runs: Sequence[Run], out: Path) -> Section:
+    """Print the accuracies, draw them, and say what they show."""
+    scored = scores(runs, experiment.name)
+    print_table(experiment.title, COLUMNS, [score_cells(score) for score in scored])
+    along = [score for score in scored if score.lam is not None]
+    figure = viz.plot_spectrum(
+        [score.lam for score in along if score.lam is not None],
+        [score.test for score in along],
+        {score.network: score.test for score in scored if score.lam is None},
+        experiment.title,
+    )
+    picture = f"{experiment.name}.png"
+    figure.savefig(out / picture)
+    pictures = [(picture, f"{experiment.title}: test accuracy along the spectrum")]
+    splits = experiment.load()
+    if isinstance(splits, datasets.CloudSplits):
+        examples = [splits.train[number] for number in range(5)]
+        drawn = viz.draw_clouds(
+            [example.pos for example in examples], [str(int(example.y)) for example in examples]
+        )
+        drawn.savefig(out / "clouds_examples.png")
+        pictures.insert(0, ("clouds_examples.png", "five digits as point clouds"))
+    said = sentences(scored, len(splits.test))
+    print("\n".join(said) + "\n")
+    return Section(experiment.title, experiment.what, pictures, scored, said)
+
+
+def _config(seeds: int, quick: bool, workers: int, seconds: dict[str, float]) -> dict[str, Any]:
+    count = 1 if quick else seeds
+    return {
+        "seeds": list(range(count)),
+        "quick": quick,
+        "lams": LAMS,
+        "photograph": {
+            "name": neighbors.PHOTOGRAPH,
+            "width": neighbors.WIDTH,
+            "pixels": neighbors.PIXELS,
+            "k": neighbors.NEIGHBORS,
+        },
+        "training": {
+            experiment.name: dataclasses.asdict(experiment.settings)
+            for experiment in experiments(LAMS, count, quick)
+        },
+        "versions": versions(),
+        "processor": processor(),
+        "workers": workers,
+        "seconds": seconds,
+    }
+
+
+def _facts(config: dict[str, Any]) -> dict[str, str]:
+    return {
+        "Versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
+        "Processor": f"{config['processor']}, {config['workers']} networks at a time",
+        "Seeds": ", ".join(map(str, config["seeds"])),
+        "Seconds": ", ".join(f"{name} {value}" for name, value in config["seconds"].items()),
+    }
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -35,7 +35,7 @@ class Encoding(nn.Module, ABC):
 def unit_positions(points: Points) -> Tensor:
     """Positions scaled to [-1, 1] along each axis, ``(..., n, p)``; 0 on an axis of one pixel."""
     if points.grid is not None and points.pos is None:
-        device, dtype = points.features.device, points.features.dtype
+        device, dtype = points.device, points.position.dtype  # float32 or better
         lines = [
             torch.linspace(-1, 1, s, device=device, dtype=dtype)
             if s > 1
@@ -44,6 +44,7 @@ def unit_positions(points: Points) -> Tensor:
         ]
         return torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flatten(0, -2)
     pos = points.position
+    pos = pos.float() if pos.dtype in (torch.float16, torch.bfloat16) else pos
     low, high = position_range(pos, points.mask)
     half = (high - low) / 2
     return torch.where(half > 0, (pos - (low + high) / 2) / torch.where(half > 0, half, 1), 0)
@@ -116,6 +117,8 @@ class LearnedAbsolute(Encoding):
         super().__init__()
         size = (size,) if isinstance(size, int) else size
         self.size = check_tuple("size", size, len(size))
+        if len(self.size) > 3:
+            raise ValueError(f"size: expected 1, 2 or 3 axes, got {self.size}")
         self.table = nn.Parameter(torch.empty(check_int("channels", channels), *self.size))
         self.reset_parameters()
 
@@ -131,7 +134,8 @@ class LearnedAbsolute(Encoding):
         if points.grid.size != self.size:
             mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(self.size)]
             table = F.interpolate(table, points.grid.size, mode=mode, align_corners=False)
-        return points.with_x(points.features + table.flatten(2).transpose(1, 2).squeeze(0))
+        rows = table.flatten(2).transpose(1, 2).squeeze(0)
+        return points.with_x(points.features + rows.to(points.features.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.table.shape[0]}, size={self.size}"
@@ -150,8 +154,12 @@ class Conditional(Encoding):
         super().__init__()
         if check_int("kernel_size", kernel_size) % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
-        self.conv = conv(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+        convolutions = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+        if axes not in convolutions:
+            raise ValueError(f"axes: expected 1, 2 or 3, got {axes!r}")
+        self.conv = convolutions[axes](
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
+        )
 
     def reset_parameters(self) -> None:
         """Reset the convolution."""
@@ -160,7 +168,8 @@ class Conditional(Encoding):
     def forward(self, points: Points) -> Points:
         """Convolve and add."""
         image = points.to_image()
-        return points.with_x((image + self.conv(image)).flatten(2).transpose(1, 2))
+        encoded = image + self.conv(image).to(image.dtype)
+        return points.with_x(encoded.flatten(2).transpose(1, 2))
 
 
 def _known() -> tuple[str, ...]:
@@ -181,7 +190,9 @@ def as_encoding(
     name = check_name("encoding", encoding, _known())
     if name == "learned":
         if size is None:
-            raise ValueError("encoding='learned' needs a size: pass LearnedAbsolute(channels, size)")
+            raise ValueError(
+                "encoding='learned' needs a size: pass LearnedAbsolute(channels, size)"
+            )
         return LearnedAbsolute(channels, size)
     if name == "conditional":
         return Conditional(channels, axes)

@@ -34,6 +34,8 @@ class Rotary(Encoding):
     def forward(self, points: Points) -> Points:
         """Rotate features ``(..., n, d)``; d must be a multiple of twice the number of axes."""
         x, pos = points.features, points.position
+        if pos.dtype in (torch.float16, torch.bfloat16):
+            pos = pos.float()  # an angle needs more digits than these have
         axes, d = pos.shape[-1], x.shape[-1]
         if d % (2 * axes):
             raise ValueError(

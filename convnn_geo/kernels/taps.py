@@ -68,7 +68,9 @@ class Taps(Kernel):
         rows = value.expand(*lead, m, c).reshape(-1, c)
         index = flat_index(hood.index, lead, m)
         if hood.mask is not None:  # empty slots look at one more row, of zeros
-            index = index.where(hood.mask.expand(*lead, *hood.mask.shape[-2:]).flatten(0, -2), len(rows))
+            index = index.where(
+                hood.mask.expand(*lead, *hood.mask.shape[-2:]).flatten(0, -2), len(rows)
+            )
             rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
         index = index.t().contiguous()
         rho = None if weight is None else spread(weight, lead).t()
@@ -151,7 +153,10 @@ def _outer(grad: Tensor, x: Tensor, groups: int) -> Tensor:
     if groups == 1:
         return grad.t() @ x
     n = grad.shape[0]
-    grouped, x = grad.view(n, groups, grad.shape[1] // groups), x.view(n, groups, x.shape[1] // groups)
+    grouped, x = (
+        grad.view(n, groups, grad.shape[1] // groups),
+        x.view(n, groups, x.shape[1] // groups),
+    )
     return torch.einsum("ngd,ngc->gdc", grouped, x).flatten(0, 1)
 
 

@@ -30,7 +30,9 @@ class Mahalanobis(Metric):
     def __init__(self, channels: int, rank: int | None = None) -> None:
         super().__init__()
         self.channels = check_int("channels", channels)
-        self.factor = nn.Parameter(torch.empty(check_int("rank", channels if rank is None else rank), channels))
+        self.factor = nn.Parameter(
+            torch.empty(check_int("rank", channels if rank is None else rank), channels)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -73,9 +73,7 @@ def _sort(
     return index.gather(-1, order), distance.gather(-1, order), kept
 
 
-def _by_example(
-    query: Query, ordering: Distances, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
+def _by_example(query: Query, ordering: Distances, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Whole examples where they fit into a slab: one large product beats many small ones."""
     batch = shape[0] if len(shape) > 2 and query.plain else 1
     fitting = max(1, query.slab // max(1, query.itemsize * math.prod(shape[1:])))
@@ -146,7 +144,9 @@ def _windowed(query: Query, index: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     index, order = index.sort(dim=-1, stable=True)  # so that ties go to the lowest source
     if mask is not None:
         lead = torch.broadcast_shapes(mask.shape[:-2], order.shape[:-2])
-        mask = mask.expand(*lead, *order.shape[-2:]).gather(-1, order.expand(*lead, *order.shape[-2:]))
+        mask = mask.expand(*lead, *order.shape[-2:]).gather(
+            -1, order.expand(*lead, *order.shape[-2:])
+        )
     query = replace(query, subset=Subset(index, mask))
     values = _hide(query, query.bound.sharp().at(index), 0, index.shape[-2])
     _, place = k_smallest(values, query.k)

@@ -110,9 +110,7 @@ def _check_pair(source: Points, target: Points) -> None:
                 f"got shapes {tuple(s.shape)} and {tuple(t.shape)}"
             )
         if s.shape[-1] != t.shape[-1]:
-            raise ValueError(
-                f"x and y: dimensions differ: {s.shape[-1]} in x, {t.shape[-1]} in y"
-            )
+            raise ValueError(f"x and y: dimensions differ: {s.shape[-1]} in x, {t.shape[-1]} in y")
         if s.ndim == 3 and s.shape[0] != t.shape[0]:
             raise ValueError(f"x and y: batches differ: {s.shape[0]} in x, {t.shape[0]} in y")
 

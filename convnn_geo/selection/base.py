@@ -154,7 +154,9 @@ def _pad(found: Neighborhood, k: int) -> Neighborhood:
         return found
     pad = torch.nn.functional.pad
     mask = torch.ones_like(found.index, dtype=torch.bool) if found.mask is None else found.mask
-    distance = None if found.distance is None else pad(found.distance, (0, missing), value=torch.inf)
+    distance = (
+        None if found.distance is None else pad(found.distance, (0, missing), value=torch.inf)
+    )
     return replace(
         found,
         index=pad(found.index, (0, missing)),
