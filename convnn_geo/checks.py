@@ -139,6 +139,13 @@ def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool
     return float(value)
 
 
+def check_instance(name: str, value: Any, kind: type) -> Any:
+    """Return ``value`` if it is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected an instance of {kind.__name__}, got {value!r}")
+    return value
+
+
 def check_name(what: str, name: Any, known: Iterable[str]) -> str:
     """Return ``name`` if it is known; the error lists what is."""
     names = list(known)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(arguments)  # type: ignore[no-any-return]
+        return int(arguments.command(arguments))
     except (InputError, MissingExtraError, OSError) as error:
         print(f"convnn-geo {arguments.name}: error: {_one_line(error)}", file=sys.stderr)
         return 2

@@ -63,9 +63,7 @@ class Operation:
             subset = subset.restrict(self.source.mask.unsqueeze(-2))
         bound = self.bound if self.weighting.uses_distance or self.bias is not None else None
         # The weighting asks for the distances of chosen pairs itself, with gradient.
-        return Query(
-            self.target, self.source, self.metric, 1, subset, distances=bound, exact=False
-        )
+        return Query(self.target, self.source, self.metric, 1, subset, distances=bound, exact=False)
 
     @once
     def bound(self) -> Distances:

@@ -50,7 +50,9 @@ class Case:
     points: int
     vary: Callable[[int], nn.Module] | None = None
 
-    def layer(self, backend: str = "auto", seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    def layer(
+        self, backend: str = "auto", seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> Any:
         """The layer with reproducible parameters."""
         torch.manual_seed(seed)
         options = {"backend": backend} if self.backends else {}
@@ -184,7 +186,7 @@ CASES: list[Case] = [
     _neighbor("mean", aggr="mean"),
     Case(
         "branching",
-        lambda **more: Branching.mix(4, 6, 3, ratio=0.5, k=4, metric="cosine", **more),
+        lambda **more: Branching(4, 6, 3, ratio=0.5, k=4, metric="cosine", **more),
         lambda b, variant: (torch.randn(b, 4, *SIZES[2][variant], dtype=torch.float64),),
         _image,
         SLOW,
@@ -199,7 +201,7 @@ RANDOM_CASES: list[Case] = [
     _attention("dropout", ALL, dropout=0.3),
     Case(
         "branching-random",
-        lambda **more: Branching.mix(4, 6, 3, k=3, metric="cosine", candidates=Random(5), **more),
+        lambda **more: Branching(4, 6, 3, k=3, metric="cosine", candidates=Random(5), **more),
         lambda b, variant: (torch.randn(b, 4, *SIZES[2][variant], dtype=torch.float64),),
         _image,
         SLOW,

@@ -66,11 +66,14 @@ def test_constructor_options(options, backend, cross, need_weights):
     k = tokens(B, M, options.get("kdim", E), seed=1) if cross else q
     v = tokens(B, M, options.get("vdim", E), seed=2) if cross else q
     if options.get("batch_first") is False:
-        q, k, v = (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)) if cross else [
-            q.transpose(0, 1)
-        ] * 3
-    found, expected = ours(q, k, v, need_weights=need_weights), theirs(
-        q, k, v, need_weights=need_weights
+        q, k, v = (
+            (q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1))
+            if cross
+            else [q.transpose(0, 1)] * 3
+        )
+    found, expected = (
+        ours(q, k, v, need_weights=need_weights),
+        theirs(q, k, v, need_weights=need_weights),
     )
     equal(found[0], expected[0])
     assert (found[1] is None) == (expected[1] is None)
@@ -267,7 +270,10 @@ def test_encoder_layer_with_plain_attention_is_torchs(mask, stack):
     name = "mask" if stack else "src_mask"
     options = {
         "none": {},
-        "causal": {name: nn.Transformer.generate_square_subsequent_mask(N).double(), "is_causal": True},
+        "causal": {
+            name: nn.Transformer.generate_square_subsequent_mask(N).double(),
+            "is_causal": True,
+        },
         "padding": {
             "src_key_padding_mask": torch.tensor([[False] * N, [False] * (N - 2) + [True] * 2])
         },
@@ -647,3 +653,29 @@ def test_gradients_reach_every_parameter():
     layer(tokens(B, N, E))[0].square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None and bool((p.grad != 0).any()), name
+
+
+@pytest.mark.parametrize("name", ["coordinates", "fourier", "conditional", "rotary"])
+@pytest.mark.parametrize("k", [None, 3])
+def test_every_encoding_is_an_option_of_attention(name: str, k: int | None) -> None:
+    torch.manual_seed(0)
+    layer = ConvNNAttention(8, 2, k=k, encoding=name, axes=2)
+    x = torch.randn(2, 3, 4, 8, requires_grad=True)
+    out = layer(x, need_weights=False)[0]
+    assert out.shape == x.shape
+    moved = layer(x.flip(1), need_weights=False)[0].flip(1)
+    assert not torch.allclose(out, moved, atol=1e-5)  # positions matter
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_coordinates_are_seen_by_values_alone() -> None:
+    layer = ConvNNAttention(8, 2, encoding="coordinates", axes=2)
+    assert layer.q_proj_weight.shape == layer.k_proj_weight.shape == (8, 8)
+    assert layer.v_proj_weight.shape == (8, 10)
+
+
+def test_encoding_for_another_grid_is_an_error() -> None:
+    layer = ConvNNAttention(8, 2, encoding="fourier", axes=2)
+    with pytest.raises(ValueError, match="made for axes=2"):
+        layer(torch.randn(1, 5, 8))

@@ -22,13 +22,13 @@ OPTIONS = {"k": 3, "metric": "cosine"}
 
 @pytest.mark.parametrize("ratio, share", [(0.25, 2), (0.5, 4), (0.7, 6), (0.99, 8), (0.01, 0)])
 def test_shares_of_channels_are_rounded(ratio, share):
-    layer = Branching.mix(3, 8, ratio=ratio, **OPTIONS)
+    layer = Branching(3, 8, ratio=ratio, **OPTIONS)
     assert (layer.neighbors.out_channels if share else layer.neighbors) == (share or None)
     assert (layer.other.out_channels if share < 8 else layer.other) == (8 - share or None)
 
 
 def test_both_branches_see_all_channels_and_are_mixed():
-    layer = Branching.mix(3, 8, 5, ratio=0.25, **OPTIONS).double()
+    layer = Branching(3, 8, 5, ratio=0.25, **OPTIONS).double()
     x = random(2, 3, 6, 7)
     conv = nn.Conv2d(3, 6, 5, padding=2).double()
     conv.load_state_dict(layer.other.state_dict())
@@ -43,7 +43,7 @@ def test_both_branches_see_all_channels_and_are_mixed():
 @pytest.mark.parametrize("ratio", [0, 0.0])
 def test_ratio_zero_is_the_convolution(ratio):
     torch.manual_seed(0)
-    layer = Branching.mix(3, 8, 3, ratio=ratio, **OPTIONS)
+    layer = Branching(3, 8, 3, ratio=ratio, **OPTIONS)
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, padding=1)
     assert layer.neighbors is None and layer.pointwise is None
@@ -54,7 +54,7 @@ def test_ratio_zero_is_the_convolution(ratio):
 @pytest.mark.parametrize("ratio", [1, 1.0])
 def test_ratio_one_is_convnn(ratio):
     torch.manual_seed(0)
-    layer = Branching.mix(3, 8, 3, ratio=ratio, **OPTIONS)
+    layer = Branching(3, 8, 3, ratio=ratio, **OPTIONS)
     torch.manual_seed(0)
     near = ConvNN2d(3, 8, **OPTIONS)
     assert layer.other is None and layer.pointwise is None
@@ -64,7 +64,7 @@ def test_ratio_one_is_convnn(ratio):
 
 @pytest.mark.parametrize("axes, cls", [(1, ConvNN1d), (2, ConvNN2d), (3, ConvNN3d)])
 def test_every_dimension(axes, cls):
-    layer = Branching.mix(3, 8, 3, axes=axes, **OPTIONS)
+    layer = Branching(3, 8, 3, axes=axes, **OPTIONS)
     assert isinstance(layer.neighbors, cls) and isinstance(layer.other, cls)
     x = torch.randn(2, 3, *(4, 5, 3)[:axes])
     assert layer(x).shape == (2, 8, *x.shape[2:])
@@ -73,7 +73,7 @@ def test_every_dimension(axes, cls):
 
 def test_attention_beside_attention_on_tokens():
     near, other = ConvNNAttention(8, 2, k=3), ConvNNAttention(8, 2)
-    layer = Branching(near, other, nn.Linear(16, 8), channel_axis=-1).double()
+    layer = Branching.of(near, other, nn.Linear(16, 8), channel_axis=-1).double()
     x = random(2, 6, 8)
     expected = layer.pointwise(torch.cat([near(x)[0], other(x)[0]], -1))
     equal(layer(x), expected)
@@ -81,13 +81,13 @@ def test_attention_beside_attention_on_tokens():
 
 def test_another_module_in_place_of_the_convolution():
     other = nn.Conv2d(3, 4, 1)
-    layer = Branching.mix(3, 8, ratio=0.5, other=other, **OPTIONS)
+    layer = Branching(3, 8, ratio=0.5, other=other, **OPTIONS)
     assert layer.other is other
     assert layer(torch.randn(1, 3, 4, 5)).shape == (1, 8, 4, 5)
 
 
 def test_options_reach_the_parts():
-    layer = Branching.mix(
+    layer = Branching(
         4, 8, bias=False, dtype=torch.float64, k=3, metric="cosine", backend="message_passing"
     )
     assert layer.neighbors.backend == "message_passing"
@@ -96,7 +96,7 @@ def test_options_reach_the_parts():
 
 
 def test_reset_parameters_resets_every_part():
-    layer = Branching.mix(3, 8, **OPTIONS)
+    layer = Branching(3, 8, **OPTIONS)
     with torch.no_grad():
         for p in layer.parameters():
             p.fill_(3)
@@ -106,7 +106,7 @@ def test_reset_parameters_resets_every_part():
 
 def test_no_branch_is_an_error():
     with pytest.raises(ValueError, match="at least one branch"):
-        Branching(None, None, None)
+        Branching.of(None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -119,4 +119,18 @@ def test_no_branch_is_an_error():
 )
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
-        Branching.mix(3, 8, **OPTIONS, **options)
+        Branching(3, 8, **OPTIONS, **options)
+
+
+def test_attention_branch_attends_among_all_pixels() -> None:
+    layer = Branching(4, 6, ratio=0.5, other="attention", num_heads=2, **OPTIONS).double()
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    tokens = x.flatten(2).transpose(1, 2)
+    attended = layer.other.linear(layer.other.attention(tokens)[0]).transpose(1, 2)
+    both = torch.cat([layer.neighbors(x), attended.unflatten(2, (3, 5))], 1)
+    torch.testing.assert_close(layer(x), layer.pointwise(both))
+
+
+def test_unknown_other_branch_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown other branch 'conv'.*convolution, attention"):
+        Branching(4, 6, other="conv", **OPTIONS)

@@ -16,13 +16,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 DAILY = {
     "conv2d-window-native",
-    "conv2d-window-k-gather",
     "conv2d-softmax-gather",
-    "attention-plain-native",
     "attention-k-gather",
     "attention-taps-message_passing",
     "neighbor-rank-auto",
-    "neighbor-mean-auto",
 }
 
 
@@ -130,6 +127,7 @@ def test_clouds_of_many_points_do_without_the_tree():
     torch.testing.assert_close(compiled(None, pos), layer(None, pos))
 
 
+EXPORTED_DAILY = {"window", "k", "random", "attention", "attention-k", "cloud", "graph"}
 EXPORTED = {
     "window": (ConvNN2d(3, 4, 3, padding=1), (torch.randn(2, 3, 5, 6),)),
     "window-k": (ConvNN2d(3, 4, 3, padding=1, k=2, metric="cosine"), (torch.randn(2, 3, 5, 6),)),
@@ -156,9 +154,13 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTED)
 @pytest.mark.parametrize(
-    "strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"]
+    "name, strict",
+    [
+        daily(name, strict, name=f"{name}-strict" if strict else name, names=EXPORTED_DAILY)
+        for strict in (False, True)
+        for name in EXPORTED
+    ],
 )
 def test_export(name: str, strict: bool):
     layer, inputs = EXPORTED[name]

@@ -114,7 +114,7 @@ def test_unequal_axes(backend):
 def test_torch_refuses_at_construction_and_so_do_we(arguments, options):
     with pytest.raises(ValueError):
         nn.Conv2d(*arguments, **options)
-    with pytest.raises(ValueError, match="groups|stride|padding"):
+    with pytest.raises(ValueError, match=r"groups|stride|padding"):
         ConvNN2d(*arguments, **options)
 
 
@@ -123,7 +123,7 @@ def test_torch_refuses_at_call_and_so_do_we(shape):
     x = torch.zeros(shape)
     with pytest.raises(RuntimeError):
         nn.Conv2d(4, 6, 3)(x)
-    with pytest.raises(ValueError, match="expected|does not fit"):
+    with pytest.raises(ValueError, match=r"expected|does not fit"):
         ConvNN2d(4, 6, 3)(x)
 
 
@@ -288,9 +288,7 @@ def test_the_point_itself_excluded():
 
 
 def test_one_neighbour_that_is_the_point_itself_is_a_pointwise_convolution():
-    layer = ConvNN2d(
-        3, 5, k=1, metric="cosine", candidates=Random(4), self_point="first"
-    ).double()
+    layer = ConvNN2d(3, 5, k=1, metric="cosine", candidates=Random(4), self_point="first").double()
     x = image(2, 3, 4, 5)
     equal(layer(x), F.conv2d(x, layer.weight.unsqueeze(-1), layer.bias))
 

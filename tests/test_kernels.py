@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def randn(*shape, seed=0):
 def mlp(*sizes):
     """A network of its own random numbers, the same at each call."""
     torch.manual_seed(sum(sizes))
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())]).double()
 
 

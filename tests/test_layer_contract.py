@@ -6,13 +6,14 @@ import copy
 import dataclasses
 import io
 
-import convnn_geo.nn.attention
-import convnn_geo.nn.conv
-import convnn_geo.nn.point_conv
 import pytest
 import torch
 from layer_cases import CASES, NAMES, RANDOM_CASES, Case
 from torch import Tensor, nn
+
+import convnn_geo.nn.attention
+import convnn_geo.nn.conv
+import convnn_geo.nn.point_conv
 
 each = pytest.mark.parametrize("case", CASES, ids=NAMES)
 each_random = pytest.mark.parametrize("case", RANDOM_CASES, ids=[c.name for c in RANDOM_CASES])

@@ -274,15 +274,15 @@ def test_explain_other_layers():
     assert explain(NeighborConv(3, 4, k=2)) == (
         "NeighborConv runs by: message_passing (torch_geometric's propagate)"
     )
-    text = explain(Branching.mix(4, 6, k=3, metric="cosine"), IMAGE)
+    text = explain(Branching(4, 6, k=3, metric="cosine"), IMAGE)
     assert text.splitlines()[0] == "Branching runs its branches:"
     assert "  ConvNN2d runs by: gather" in text and "  ConvNN2d runs by: convolution" in text
-    mixed = Branching(ConvNN2d(4, 6, k=3, metric="cosine"), nn.Conv2d(4, 6, 1), None)
+    mixed = Branching.of(ConvNN2d(4, 6, k=3, metric="cosine"), nn.Conv2d(4, 6, 1), None)
     assert "  Conv2d: as it is" in explain(mixed, IMAGE)
 
 
 def test_explain_needs_a_layer():
-    with pytest.raises(TypeError, match="expected a layer of convnn_geo.nn, got Conv2d"):
+    with pytest.raises(TypeError, match=r"expected a layer of .*, got Conv2d"):
         explain(nn.Conv2d(4, 6, 3), IMAGE)
 
 
@@ -332,14 +332,12 @@ def test_mixtures_lower_to_one_attention_call(name, masked, temperature):
             patch.setattr(
                 torch.nn.functional,
                 "scaled_dot_product_attention",
-                lambda *a, calls=calls, **k: calls.append(1) or sdpa(*a, **k),
+                lambda *a, calls=calls, sdpa=sdpa, **k: calls.append(1) or sdpa(*a, **k),
             )
             out = layer(x, need_weights=False, **options)[0]
         assert len(calls) == (layer is native)
         wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        results.append(
-            (out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True))
-        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)))
     for a, b in zip(*results, strict=True):
         a, b = (torch.zeros(()).double() if t is None else t for t in (a, b))
         torch.testing.assert_close(a, b.expand_as(a), rtol=1e-10, atol=1e-10)
@@ -421,7 +419,9 @@ POOLS = [
 ]
 
 
-@pytest.mark.parametrize("ours, theirs, args, shape", POOLS, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "ours, theirs, args, shape", POOLS, ids=lambda v: getattr(v, "__name__", "")
+)
 @pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
 def test_pooling_of_negative_values(ours, theirs, args, shape, backend):
     """Where what is padded must not win a maximum."""

@@ -871,7 +871,7 @@ def test_names_resolve():
     assert isinstance(metrics.as_metric(Spatial), Spatial)
     metric = Spatial()
     assert metrics.as_metric(metric) is metric
-    with pytest.raises(ValueError, match="cosine.*spatial"):
+    with pytest.raises(ValueError, match=r"cosine.*spatial"):
         metrics.as_metric("cosinus")
     metrics.register_metric("mine", lambda: Spatial("l1"))
     try:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_cases import CASES, Case
-from torch import Tensor, nn
+from layer_cases import CASES
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from convnn_geo import checking, metrics
@@ -260,7 +260,7 @@ LAYERS = {
         NeighborConv(3, 5, 2),
         lambda: [torch.zeros(6, 3), torch.zeros(2, 0, dtype=torch.long)],
     ),
-    "branching": (Branching.mix(3, 5, k=2, metric="cosine"), lambda: [IMAGE.clone()]),
+    "branching": (Branching(3, 5, k=2, metric="cosine"), lambda: [IMAGE.clone()]),
 }
 
 
@@ -299,7 +299,9 @@ def test_checking_is_undone_after_an_error_and_nests():
 BLIND = [c for c in CASES if not c.name.startswith("point")]
 
 
-@pytest.mark.parametrize("case", [c for c in BLIND if "neighbor" not in c.name], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in BLIND if "neighbor" not in c.name], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_forward_runs_on_tensors_without_values(case, train):
     """On the meta device ``.item()``, ``bool(tensor)`` and ``nonzero`` are errors."""

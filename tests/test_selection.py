@@ -106,7 +106,7 @@ def test_too_few_candidates_are_an_error_or_padded(points, self_point, dilation)
     most = {"natural": 20, "first": 20, "excluded": 19}[self_point] // dilation
     full = KNearest(most, dilation, self_point)(query, own)
     assert full.mask is None or full.mask.all()
-    with pytest.raises(ValueError, match="needs .* candidates, but there are"):
+    with pytest.raises(ValueError, match=r"needs .* candidates, but there are"):
         KNearest(most + 1, dilation, self_point)(query, own)
     padded = KNearest(30, dilation, self_point, short="pad")(query, own)
     assert padded.k == 30

@@ -108,6 +108,8 @@ class Window(Candidates):
                 f"a window of {kernel_size} with dilation {dilation} does not fit into an image "
                 f"of {source.size} with padding {self.padding}"
             )
+        for length, pad in zip(source.size, pads, strict=True):
+            _check_fold(length, max(pad), self.padding_mode)
         origin = tuple(
             o + s * (r / 2 - before)
             for o, s, (before, _), r in zip(source.origin, source.step, pads, reach, strict=True)
@@ -203,17 +205,20 @@ def _axis(
     return (start[:, None] + taps) * dilation + phase[:, None], True
 
 
+def _check_fold(length: int, padding: int, mode: str) -> None:
+    """Raise where an axis is too short to be folded over."""
+    if mode == "circular" and padding > length:
+        raise ValueError(f"circular padding of {padding} is over the axis of {length} points")
+    if mode == "reflect" and padding >= length:
+        raise ValueError(f"reflect padding of {padding} must be under the axis of {length} points")
+
+
 def _wrap(coordinate: Tensor, length: int, padding: int, mode: str) -> Tensor:
     """Fold coordinates outside ``[0, length)`` back inside, as the padding mode does."""
+    _check_fold(length, padding, mode)
     if mode == "circular":
-        if padding > length:
-            raise ValueError(f"circular padding of {padding} is over the axis of {length} points")
         return coordinate % length
     if mode == "reflect":
-        if padding >= length:
-            raise ValueError(
-                f"reflect padding of {padding} must be under the axis of {length} points"
-            )
         period = max(2 * (length - 1), 1)
         coordinate = coordinate % period
         return torch.where(coordinate >= length, period - coordinate, coordinate)

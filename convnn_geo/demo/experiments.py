@@ -42,12 +42,12 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
     Args:
         lams: points of the spectrum.
         seeds: runs of each network.
-        quick: train on little data, for one epoch.
+        quick: train on little data, for two epochs.
     """
     images = Settings(seeds=tuple(range(seeds)))
     points = replace(images, epochs=4)
     if quick:
-        images = points = replace(images, epochs=1, rates=(0.03,), train_size=150)
+        images = points = replace(images, epochs=2, rates=(0.03,), train_size=400)
     return [
         Experiment(
             "spectrum",

@@ -32,31 +32,29 @@ def spectrum(points: int) -> list[float]:
     return [step / (points - 1) for step in range(points)]
 
 
-def shrink(
-    pixel: tuple[int, int], size: tuple[int, int], smaller: tuple[int, int]
-) -> tuple[int, int]:
-    """Where a pixel of an image lies on a smaller copy of it.
+def shrink(pixel: tuple[int, int], image: Tensor, copy: Tensor) -> tuple[int, int]:
+    """Where a pixel of an image lies on a resized copy of it.
 
     Args:
         pixel: (row, column).
-        size: (height, width) of the image.
-        smaller: (height, width) of the copy.
+        image: ``(c, height, width)``.
+        copy: the same at another size.
 
     Raises:
         ValueError: the pixel is outside the image.
 
     Example:
-        >>> shrink((99, 40), (100, 200), (50, 100))
+        >>> shrink((99, 40), torch.zeros(3, 100, 200), torch.zeros(3, 50, 100))
         (49, 20)
     """
     row, column = pixel
-    height, width = size
+    height, width = image.shape[1:]
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(
             f"pixel {row},{column} is outside the picture: expected a row from 0 to {height - 1} "
             f"and a column from 0 to {width - 1}"
         )
-    return row * smaller[0] // height, column * smaller[1] // width
+    return row * copy.shape[1] // height, column * copy.shape[2] // width
 
 
 def panel_title(lam: float) -> str:
@@ -70,7 +68,7 @@ def panel_title(lam: float) -> str:
 
 
 def patches(image: Tensor, size: int = 5) -> Tensor:
-    """The square around each pixel as its feature, of total variance 1.
+    r"""The square around each pixel as its feature, of total variance 1.
 
     A patch says more than one pixel's colour: stripes find stripes, and edges find edges.
 
@@ -79,7 +77,7 @@ def patches(image: Tensor, size: int = 5) -> Tensor:
         size: of the square in pixels, odd.
 
     Shapes:
-        - **output:** :math:`(height \\cdot width, c)` or more channels, in raster order
+        - **output:** :math:`(height \cdot width, c)` or more channels, in raster order
 
     Example:
         >>> patches(torch.rand(3, 6, 8), size=3).shape

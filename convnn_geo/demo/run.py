@@ -74,12 +74,10 @@ def run(
     print_errors(rows)
     with _stage("neighbours", seconds):
         sections = [_draw_neighbors(out)]
-    runs: list[Run] = []
-    for experiment in experiments(LAMS, 1 if quick else seeds, quick):
-        with _stage(experiment.name, seconds) as tick:
-            found = _train(experiment, check_int("workers", workers), tick)
-            runs += found
-            sections.append(_report(experiment, found, out))
+    trained = experiments(LAMS, 1 if quick else seeds, quick)
+    with _stage("train", seconds) as tick:
+        runs = _train(trained, check_int("workers", workers), tick)
+    sections += [_report(experiment, runs, out) for experiment in trained]
 
     write_metrics(runs, out / "metrics.csv")
     config = _config(seeds, quick, workers, seconds)
@@ -115,8 +113,7 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[Tick]:
 def _draw_neighbors(out: Path) -> Section:
     photo = datasets.photograph(neighbors.PHOTOGRAPH)
     image = datasets.photograph(neighbors.PHOTOGRAPH, neighbors.WIDTH)
-    size, smaller = photo.shape[1:], image.shape[1:]
-    pixels = [neighbors.shrink(pixel, size, smaller) for pixel in neighbors.PIXELS]
+    pixels = [neighbors.shrink(pixel, photo, image) for pixel in neighbors.PIXELS]
     hoods = neighbors.along_spectrum(image, pixels, neighbors.NEIGHBORS, LAMS)
     figure = viz.draw_neighbors(
         image,
@@ -137,9 +134,10 @@ def _draw_neighbors(out: Path) -> Section:
     return Section("Who is a neighbour?", what, [("neighbors.png", "neighbours of three pixels")])
 
 
-def _train(experiment: Experiment, workers: int, tick: Tick) -> list[Run]:
+def _train(trained: Sequence[Experiment], workers: int, tick: Tick) -> list[Run]:
     jobs = [
         Job(experiment.name, experiment.load, network, experiment.settings)
+        for experiment in trained
         for network in experiment.networks
     ]
     finished = 0

@@ -8,6 +8,9 @@ from pathlib import Path
 from convnn_geo import datasets, viz
 from convnn_geo.demo import neighbors
 
+_SHARP = 1024
+"""Width of the photograph that is drawn on, at most."""
+
 
 def show(
     out: str | Path,
@@ -39,10 +42,9 @@ def show(
         pixels = pixels or neighbors.PIXELS
     else:
         photo = datasets.read_image(image)
-    size = photo.shape[1], photo.shape[2]
-    pixels = pixels or [(size[0] // 2, size[1] // 2)]
-    small = datasets.resize(photo, min(width, size[1]))
-    places = [neighbors.shrink(pixel, size, (small.shape[1], small.shape[2])) for pixel in pixels]
+    pixels = pixels or [(photo.shape[1] // 2, photo.shape[2] // 2)]
+    small = datasets.resize(photo, min(width, photo.shape[2]))
+    places = [neighbors.shrink(pixel, photo, small) for pixel in pixels]
     hoods = neighbors.along_spectrum(small, places, k, lams)
     figure = viz.draw_neighbors(
         small,
@@ -50,6 +52,6 @@ def show(
         hoods,
         [neighbors.panel_title(lam) for lam in lams],
         names=[f"pixel ({row}, {column})" for row, column in pixels],
-        backdrop=datasets.resize(photo, min(1024, size[1])),
+        backdrop=datasets.resize(photo, min(_SHARP, photo.shape[2])),
     )
     figure.savefig(out)

@@ -85,33 +85,40 @@ def sentences(scored: Sequence[Score], test_size: int) -> list[str]:
         f"Along the spectrum the mean test accuracy is highest at λ = {best.lam:g} "
         f"({percent(best.test)} %) and lowest at λ = {worst.lam:g} ({percent(worst.test)} %)."
     ]
-    position, feature = along[0], along[-1]
-    inner = [score for score in along if score not in (position, feature)]
-    pairs = [(position, other) for other in others] + [(position, feature)]
-    if inner:
-        middle = max(inner, key=lambda score: score.mean)
-        end = max(position, feature, key=lambda score: score.mean)
-        pairs.append((middle, end))
-    said += [compare(*pair) for pair in pairs]
+    if len(best.test) > 1:
+        said += [compare(first, second) for first, second in _pairs(along, others)]
+    else:
+        said.append("With a single seed there is no deviation to judge differences by.")
     said.append(
-        f"Each accuracy is measured on {test_size} examples, so one example is "
-        f"{100 / test_size:.2f} points; deviations are over {len(best.test)} "
-        f"{'seed' if len(best.test) == 1 else 'seeds'} on one split of the data."
+        f"Each accuracy is measured on {test_size} examples of one split, so one example is "
+        f"{100 / test_size:.2f} points."
     )
     return said
+
+
+def _pairs(along: Sequence[Score], others: Sequence[Score]) -> list[tuple[Score, Score]]:
+    """Who is compared: position with the plain networks and with feature, the best of what lies
+    between with the better end.
+    """
+    position, *inner, feature = along
+    pairs = [(position, other) for other in (*others, feature)]
+    if inner:
+        between = max(inner, key=lambda score: score.mean)
+        pairs.append((between, max(position, feature, key=lambda score: score.mean)))
+    return pairs
 
 
 def compare(first: Score, second: Score) -> str:
     """Which of two did better, or that the runs do not tell."""
     difference = 100 * (first.mean - second.mean)
-    ahead, behind = (first, second) if difference >= 0 else (second, first)
-    names = f"{ahead.network} is ahead of {behind.network} by {abs(difference):.1f} points"
-    if len(first.test) < 2:
-        return f"{names} in a single run each, which tells nothing about chance."
     spread = 100 * (first.deviation + second.deviation)
     if abs(difference) > spread:
-        return f"{names}, more than both deviations together ({spread:.1f})."
+        ahead, behind = (first, second) if difference > 0 else (second, first)
+        return (
+            f"{ahead.network} is {abs(difference):.1f} points ahead of {behind.network}, more than "
+            f"both deviations together ({spread:.1f})."
+        )
     return (
-        f"{first.network} and {second.network} differ by {abs(difference):.1f} points, within both "
-        f"deviations together ({spread:.1f}): these runs do not tell them apart."
+        f"{first.network} and {second.network} differ by {abs(difference):.1f} points, no more "
+        f"than both deviations together ({spread:.1f}): these runs do not tell them apart."
     )

@@ -93,10 +93,10 @@ class MaxRelative(nn.Module, Kernel):
 
 
 class VectorAttention(nn.Module, Kernel):
-    """Vector attention of Point Transformer (https://arxiv.org/abs/2012.09164).
+    r"""Vector attention of Point Transformer (https://arxiv.org/abs/2012.09164).
 
-    .. math:: y_i = \\sum_j \\mathrm{softmax}_j(\\gamma(Q x_i - K x_j + \\delta_{ij}))
-              \\odot (V x_j + \\delta_{ij}), \\quad \\delta_{ij} = \\theta(p_i - p_j)
+    .. math:: y_i = \sum_j \mathrm{softmax}_j(\gamma(Q x_i - K x_j + \delta_{ij}))
+              \odot (V x_j + \delta_{ij}), \quad \delta_{ij} = \theta(p_i - p_j)
 
     Args:
         query: module on the target's features.

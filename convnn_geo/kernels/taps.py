@@ -84,7 +84,7 @@ class _GatherTaps(torch.autograd.Function):
     """``out_i = sum_j W_j rho_ij x[index_ji]`` with the gathered rows recomputed in backward."""
 
     @staticmethod
-    def forward(ctx, rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def forward(ctx, rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows, index, rho, taps)
         ctx.groups = groups
         k, d = taps.shape[:2]
@@ -94,7 +94,7 @@ class _GatherTaps(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         rows, index, rho, taps = ctx.saved_tensors
         need_rows, _, need_rho, need_taps, _ = ctx.needs_input_grad
         grad_rows = torch.zeros_like(rows)

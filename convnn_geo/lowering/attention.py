@@ -87,4 +87,3 @@ class Attention(Rule):
                 scale=scale,
             )
         return out.to(value.dtype)
-

@@ -133,6 +133,8 @@ class Bilinear(Distances):
         return replace(self, k=_take(self.k, index), b=b, embedding=None)
 
     def examples(self, start: int, stop: int) -> Bilinear:
+        if len(self.shape) == 2:  # they are the same for every example
+            return self
         lead = len(self.shape) - 2
         a, b = (None if t is None else _some(t, lead + 1, start, stop) for t in (self.a, self.b))
         q, k = (_some(t, lead + 2, start, stop) for t in (self.q, self.k))
@@ -226,6 +228,8 @@ class Differences(Distances):
         return replace(self, k=_take(self.k, index))
 
     def examples(self, start: int, stop: int) -> Differences:
+        if len(self.shape) == 2:
+            return self
         axes = len(self.shape)
         q, k = (_some(t, axes, start, stop) for t in (self.q, self.k))
         return replace(self, q=q, k=k)

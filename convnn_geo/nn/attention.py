@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from convnn_geo.candidates import All, Candidates, Causal, Window
-from convnn_geo.checks import check_int, check_layer, check_name, check_number, check_tensor, check_values
+from convnn_geo.checks import (
+    check_instance,
+    check_int,
+    check_layer,
+    check_name,
+    check_number,
+    check_tensor,
+    check_values,
+)
 from convnn_geo.encodings import Encoding, as_encoding
 from convnn_geo.kernels import HeadTaps, Kernel, Separable, Sum, Taps
 from convnn_geo.lowering import run, run_with_weights
@@ -23,16 +31,16 @@ from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import engines
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.typing import BACKENDS, ORDERS
+from convnn_geo.typing import BACKENDS, ORDERS, SELF_POINTS
 from convnn_geo.weighting import Softmax, Weighting, as_weighting
 
 KERNELS = ("sum", "standard", "depthwise", "separable")
 
 
 class ConvNNAttention(nn.Module):
-    """Attention over the ``k`` nearest keys: a drop-in for :class:`torch.nn.MultiheadAttention`.
+    r"""Attention over the ``k`` nearest keys: a drop-in for :class:`torch.nn.MultiheadAttention`.
 
-    .. math:: y_i = \\sum_{j \\in I_i} \\mathrm{softmax}_j(-d(q_i, k_j))\\, v_j
+    .. math:: y_i = \sum_{j \in I_i} \mathrm{softmax}_j(-d(q_i, k_j))\, v_j
 
     With ``k=None`` and all candidates it is multi-head attention, with the same parameters; with
     ``k`` it is the k-NN attention of KVT (https://arxiv.org/abs/2106.00515); with taps inside the
@@ -61,7 +69,8 @@ class ConvNNAttention(nn.Module):
         order: of the taps, ``"rank"`` or ``"raster"``.
         self_point: ``"natural"``, ``"first"`` or ``"excluded"``.
         encoding: positional encoding or its name; ``"rotary"`` turns queries and keys, others
-            change the inputs of the projections and must keep the number of channels.
+            change the inputs of the projections, which grow with the channels that it adds.
+        axes: of the grid, for encodings that need to know: 1 for sequences, 2 for images.
         backend: ``"auto"``, ``"native"``, ``"gather"`` or ``"message_passing"``.
         search: engine that finds the neighbours.
 
@@ -70,7 +79,7 @@ class ConvNNAttention(nn.Module):
           three axes, whose positions the metric and the candidates then know
         - **key, value:** :math:`(b, m, c)`, likewise; the query itself by default
         - **key_padding_mask:** :math:`(b, m)`, True where a key is to be ignored, or floats added
-        - **attn_mask:** :math:`(n, m)` or :math:`(b \\cdot heads, n, m)`, likewise
+        - **attn_mask:** :math:`(n, m)` or :math:`(b \cdot heads, n, m)`, likewise
         - **output:** the query's shape, and weights :math:`(b, n, m)` or :math:`(b, heads, n, m)`
 
     Raises:
@@ -124,6 +133,7 @@ class ConvNNAttention(nn.Module):
         order: str = "rank",
         self_point: str = "natural",
         encoding: Encoding | str | None = None,
+        axes: int = 1,
         backend: str = "auto",
         search: str = "auto",
     ) -> None:
@@ -139,25 +149,23 @@ class ConvNNAttention(nn.Module):
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
         self.backend = check_name("backend", backend, BACKENDS)
         self.search = check_name("search backend", search, ("auto", *engines()))
-        self.candidates = All() if candidates is None else candidates
+        self.candidates = (
+            All() if candidates is None else check_instance("candidates", candidates, Candidates)
+        )
+        check_name("self_point", self_point, SELF_POINTS)
         if k is not None and selection is not None:
             raise ValueError("expected k or a selection, and not both")
         if selection is None:
             selection = Every() if k is None else KNearest(k, self_point=self_point)
-        self.selection = selection
+        self.selection = check_instance("selection", selection, Selection)
         self.k = slots(selection)
-        self.encoding = as_encoding(encoding, embed_dim, 1)
+        self.axes = check_int("axes", axes)
+        self.encoding = as_encoding(encoding, embed_dim, axes)
         if isinstance(encoding, str) and self.encoding is not None:
             self.encoding.to(device=device, dtype=dtype)
         self.metric = as_metric(metric)
-        if self.encoding is not None:
-            if self.encoding.on == "metric":
-                self.metric = Encoded(self.metric, self.encoding)
-            elif self.encoding.extra_channels(1):
-                raise ValueError(
-                    f"{type(self.encoding).__name__} adds channels, which the projections do not "
-                    "expect; apply it before a linear layer of your own"
-                )
+        if self.encoding is not None and self.encoding.on == "metric":
+            self.metric = Encoded(self.metric, self.encoding)
         self.weighting = self._weighting(weighting)
         warn_without_gradient(self.metric, self.weighting)
         self.order = check_name("order", order, ORDERS)
@@ -179,24 +187,25 @@ class ConvNNAttention(nn.Module):
             )
         return chosen
 
-    def _build_projections(
-        self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]
-    ) -> None:
+    def _build_projections(self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]) -> None:
         """Parameters by the names that nn.MultiheadAttention gives them."""
         e = self.embed_dim
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, **factory))
 
-        self.packed = self.kdim == e and self.vdim == e
+        added = 0 if self.encoding is None else self.encoding.extra_channels(self.axes)
+        seen = 0 if self.encoding is None or self.encoding.on == "value" else added
+        self.widths = (e + seen, self.kdim + seen, self.vdim + added)
+        self.packed = len(set(self.widths)) == 1
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             self.register_parameter(name, None)
         if self.packed:
-            self.in_proj_weight = parameter(3 * e, e)
+            self.in_proj_weight = parameter(3 * e, self.widths[0])
         else:
-            self.q_proj_weight = parameter(e, e)
-            self.k_proj_weight = parameter(e, self.kdim)
-            self.v_proj_weight = parameter(e, self.vdim)
+            self.q_proj_weight = parameter(e, self.widths[0])
+            self.k_proj_weight = parameter(e, self.widths[1])
+            self.v_proj_weight = parameter(e, self.widths[2])
         self.register_parameter("in_proj_bias", parameter(3 * e) if bias else None)
         self.out_proj = NonDynamicallyQuantizableLinear(e, e, bias=bias, **factory)
         self.register_parameter("bias_k", parameter(1, 1, e) if add_bias_kv else None)
@@ -321,6 +330,16 @@ class ConvNNAttention(nn.Module):
         else:
             key, key_grid = self._points(key)
         value = key if shared else self._points(value)[0]
+        if self.encoding is not None and self.encoding.on == "value":
+            value = self.encoding(Points(value, grid=key_grid)).features
+        for name, tensor, width in zip(
+            ("query", "key", "value"), (query, key, value), self.widths, strict=True
+        ):
+            if tensor.shape[-1] != width:
+                raise ValueError(
+                    f"{name}: expected {width} channels once encoded, got {tensor.shape[-1]}; "
+                    f"the layer was made for axes={self.axes}, the grid is {key_grid.size}"
+                )
         if query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2]:
             raise ValueError(
                 f"query, key and value: batches or lengths differ: {tuple(query.shape)}, "
@@ -433,6 +452,11 @@ class ConvNNAttention(nn.Module):
             if tuple(mask.shape) not in shapes:
                 wanted = " or ".join(map(str, shapes))
                 raise ValueError(f"{name}: expected shape {wanted}, got {tuple(mask.shape)}")
+            if mask.device != self.out_proj.weight.device:
+                raise ValueError(
+                    f"{name} is on {mask.device}, the layer on {self.out_proj.weight.device}; "
+                    "move one of them"
+                )
             if name == "key_padding_mask":
                 mask = mask.reshape(b, 1, 1, m)
             elif mask.ndim == 3:

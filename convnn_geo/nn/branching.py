@@ -2,107 +2,169 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int, check_number
+from convnn_geo.checks import check_int, check_name, check_number
+from convnn_geo.nn.attention import ConvNNAttention
 from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
-class Branching(nn.Module):
-    """Two branches on all input channels, then a 1 x 1 convolution over both.
-
-    .. math:: y = P\\,[\\mathrm{neighbors}(x),\\ \\mathrm{other}(x)]
-
-    The branching layer of https://arxiv.org/abs/2606.14725. Build it from two layers, or by
-    :meth:`mix` from a ratio.
+class PixelAttention(nn.Module):
+    """Attention among all pixels of an image, then a linear layer.
 
     Args:
-        neighbors: the ConvNN branch; None where the ratio is 0.
-        other: the convolution (or attention) branch; None where the ratio is 1.
-        pointwise: from both branches' channels to the output's; None for none.
-        channel_axis: along which the branches are concatenated: 1 for images, -1 for tokens.
+        in_channels: channels of the input, divided among the heads.
+        out_channels: channels of the output.
+        num_heads: heads.
+        bias: of all parts.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shapes:
-        - **input:** what both branches take, :math:`(b, c, *size)`
+        - **input:** :math:`(b, c, *size)`
         - **output:** :math:`(b, d, *size)`
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_heads: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        self.attention = ConvNNAttention(in_channels, num_heads, **factory)
+        self.linear = nn.Linear(in_channels, out_channels, **factory)
+
+    def reset_parameters(self) -> None:
+        """Reset both parts."""
+        self.attention.reset_parameters()
+        self.linear.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, pixel by pixel."""
+        tokens = x.flatten(2).transpose(1, 2)
+        out: Tensor = self.linear(self.attention(tokens, need_weights=False)[0])
+        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Branching(nn.Module):
+    r"""Two branches on all input channels, then a 1 x 1 convolution over both.
+
+    .. math:: y = P\,[\mathrm{neighbors}(x),\ \mathrm{other}(x)]
+
+    ``round(ratio * out_channels)`` channels are of ConvNN, the rest of the other branch. The
+    branching layer of https://arxiv.org/abs/2606.14725; :meth:`of` builds it from any two layers.
+
+    Args:
+        in_channels: channels of the input, which both branches see whole.
+        out_channels: channels of the output.
+        kernel_size: of the convolution, padded to the input's size.
+        ratio: share of ConvNN, in [0, 1]; at 0 and 1 the layer is the pure branch.
+        other: ``"convolution"``, ``"attention"`` among all pixels, or a module from
+            ``in_channels`` to the channels that the ratio leaves.
+        num_heads: of the attention branch.
+        axes: 1, 2 or 3.
+        bias: of all parts.
+        device: of the parameters.
+        dtype: of the parameters.
+        **convnn: options of ConvNN: ``k=9, metric="cosine"``, ...
+
+    Shapes:
+        - **input:** :math:`(b, c, *size)`
+        - **output:** :math:`(b, d, *size)`
+
+    Raises:
+        ValueError: a ratio outside [0, 1], unknown names, wrong channels.
 
     Example:
         >>> import torch
-        >>> layer = Branching.mix(3, 8, 3, ratio=0.25, k=9, metric="cosine")
+        >>> layer = Branching(3, 8, 3, ratio=0.25, k=9, metric="cosine")
         >>> layer(torch.zeros(1, 3, 5, 6)).shape, layer.neighbors.out_channels
         (torch.Size([1, 8, 5, 6]), 2)
     """
 
     def __init__(
         self,
-        neighbors: nn.Module | None,
-        other: nn.Module | None,
-        pointwise: nn.Module | None,
-        channel_axis: int = 1,
-    ) -> None:
-        super().__init__()
-        if neighbors is None and other is None:
-            raise ValueError("Branching: expected at least one branch, got none")
-        self.neighbors, self.other, self.pointwise = neighbors, other, pointwise
-        self.channel_axis = channel_axis
-
-    @classmethod
-    def mix(
-        cls,
         in_channels: int,
         out_channels: int,
         kernel_size: int = 3,
         *,
         ratio: float = 0.5,
+        other: str | nn.Module = "convolution",
+        num_heads: int = 1,
         axes: int = 2,
         bias: bool = True,
-        other: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **convnn: object,
-    ) -> Branching:
-        """``round(ratio * out_channels)`` channels of ConvNN, the rest of a convolution.
-
-        Args:
-            in_channels: channels of the input, which both branches see whole.
-            out_channels: channels of the output.
-            kernel_size: of the convolution, padded to the input's size.
-            ratio: share of ConvNN, in [0, 1]; at 0 and 1 the layer is the pure branch.
-            axes: 1, 2 or 3.
-            bias: of all parts.
-            other: a module to stand in for the convolution, from ``in_channels`` to the channels
-                that the ratio leaves.
-            device: of the parameters.
-            dtype: of the parameters.
-            convnn: options of ConvNN: ``k=9, metric="cosine"``, ...
-        """
+        **convnn: Any,
+    ) -> None:
+        super().__init__()
         check_int("in_channels", in_channels)
         check_int("out_channels", out_channels)
         if check_number("ratio", ratio) > 1:
             raise ValueError(f"ratio: expected a number in [0, 1], got {ratio}")
         if axes not in _CONVNN:
             raise ValueError(f"axes: expected 1, 2 or 3, got {axes}")
-        factory = {"bias": bias, "device": device, "dtype": dtype}
+        if not isinstance(other, nn.Module):
+            check_name("other branch", other, ("convolution", "attention"))
+        factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         share = round(ratio * out_channels)
-        neighbors = rest = None
+        rest = out_channels - share
+        neighbors = branch = pointwise = None
         if share:
-            neighbors = _CONVNN[axes](in_channels, share, **factory, **convnn)  # type: ignore[arg-type]
-        if share < out_channels:
-            rest = other or _CONVNN[axes](
-                in_channels,
-                out_channels - share,
-                kernel_size,
-                padding="same",
-                **factory,  # type: ignore[arg-type]
-            )
-        if neighbors is None or rest is None:
-            return cls(neighbors, rest, None)
-        pointwise = _POINTWISE[axes](out_channels, out_channels, 1, **factory)  # type: ignore[arg-type]
-        return cls(neighbors, rest, pointwise, -axes - 1)
+            neighbors = _CONVNN[axes](in_channels, share, **factory, **convnn)
+        if rest and isinstance(other, nn.Module):
+            branch = other
+        elif rest and other == "attention":
+            branch = PixelAttention(in_channels, rest, num_heads, **factory)
+        elif rest:
+            branch = _CONVNN[axes](in_channels, rest, kernel_size, padding="same", **factory)
+        if share and rest:
+            pointwise = _POINTWISE[axes](out_channels, out_channels, 1, **factory)
+        self._set(neighbors, branch, pointwise, -axes - 1)
+
+    @classmethod
+    def of(
+        cls,
+        neighbors: nn.Module | None,
+        other: nn.Module | None,
+        pointwise: nn.Module | None = None,
+        channel_axis: int = 1,
+    ) -> Branching:
+        """Two layers beside each other, whatever they are.
+
+        Args:
+            neighbors: the ConvNN branch, or None.
+            other: the other branch, or None.
+            pointwise: from both branches' channels to the output's; None for none.
+            channel_axis: along which they are concatenated: 1 for images, -1 for tokens.
+        """
+        if neighbors is None and other is None:
+            raise ValueError("Branching: expected at least one branch, got none")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(neighbors, other, pointwise, channel_axis)
+        return layer
+
+    def _set(
+        self,
+        neighbors: nn.Module | None,
+        other: nn.Module | None,
+        pointwise: nn.Module | None,
+        channel_axis: int,
+    ) -> None:
+        self.neighbors, self.other, self.pointwise = neighbors, other, pointwise
+        self.channel_axis = channel_axis
 
     @property
     def branches(self) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from convnn_geo.candidates import PADDING_MODES, All, Candidates, Window
 from convnn_geo.checks import (
     check_floating,
+    check_instance,
     check_int,
     check_layer,
     check_name,
@@ -29,7 +30,7 @@ from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import engines
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.typing import BACKENDS, ORDERS
+from convnn_geo.typing import BACKENDS, ORDERS, SELF_POINTS
 from convnn_geo.weighting import Weighting, as_weighting
 
 
@@ -95,14 +96,15 @@ class _ConvNN(TapLayer):
         taps = math.prod(self.kernel_size) if self.kernel_size else None
         if candidates is None:
             candidates = All() if kernel_size is None else self.window
-        self.candidates = candidates
+        self.candidates = check_instance("candidates", candidates, Candidates)
+        check_name("self_point", self_point, SELF_POINTS)
         if selection is None:
             if isinstance(candidates, Window) and k is None and taps is not None:
                 selection = Every()
             else:
                 every = self.dilation if isinstance(self.dilation, int) else 1
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
-        self.selection = selection
+        self.selection = check_instance("selection", selection, Selection)
         self.k = slots(selection) or taps
         self.encoding = as_encoding(encoding, (in_channels or 0) * shuffle**self.axes, self.axes)
         if isinstance(encoding, str) and self.encoding is not None:
@@ -124,9 +126,7 @@ class _ConvNN(TapLayer):
         extra = 0 if self.encoding is None else self.encoding.extra_channels(self.axes)
         whole = self.kernel_size is not None and self.k == taps
         shape = self.kernel_size if whole else None if self.k is None else (self.k,)
-        channels = (
-            (None, None) if free else (in_channels * scale + extra, out_channels * scale)
-        )
+        channels = (None, None) if free else (in_channels * scale + extra, out_channels * scale)
         factory = {"device": device, "dtype": dtype}
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_parameters()
@@ -310,16 +310,16 @@ _DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`
     """
 
 
-class ConvNN1d(_ConvNN):
+class ConvNN1d(_ConvNN):  # noqa: D101
     __doc__ = _DOC.format(what="sequence", n=1, size="l", out="l'", example="12")
     axes = 1
 
 
-class ConvNN2d(_ConvNN):
+class ConvNN2d(_ConvNN):  # noqa: D101
     __doc__ = _DOC.format(what="image", n=2, size="h, w", out="h', w'", example="6, 5")
     axes = 2
 
 
-class ConvNN3d(_ConvNN):
+class ConvNN3d(_ConvNN):  # noqa: D101
     __doc__ = _DOC.format(what="volume", n=3, size="t, h, w", out="t', h', w'", example="3, 4, 5")
     axes = 3

@@ -26,9 +26,9 @@ from convnn_geo.weighting import Weighting, as_weighting
 
 
 class NeighborConv(MessagePassing):
-    """Message passing with one weight matrix a neighbour: the semantics of ConvNN on graphs.
+    r"""Message passing with one weight matrix a neighbour: the semantics of ConvNN on graphs.
 
-    .. math:: y_i = \\sum_{j \\in N(i)} W_{\\mathrm{rank}(i, j)}\\, \\rho_{ij}\\, x_j + b
+    .. math:: y_i = \sum_{j \in N(i)} W_{\mathrm{rank}(i, j)}\, \rho_{ij}\, x_j + b
 
     See https://arxiv.org/abs/2606.14725.
 
@@ -161,6 +161,7 @@ class NeighborConv(MessagePassing):
         i, j = (1, 0) if self.flow == "source_to_target" else (0, 1)
         directed = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
         directed = directed if j == 0 else directed.flip(0)  # sources above targets
+        _check_range(directed, size[j], size[i])
         if self.by_rank or distance is not None:
             rank = self._rank(directed, rank, distance)
         if distance is not None and rank is not None:
@@ -216,12 +217,19 @@ class NeighborConv(MessagePassing):
         check_floating("x", check_tensor("x", x, 2))
         check_edges(edge_index, x.device)
         if not is_lazy(self.weight):
-            wanted = self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
+            wanted = (
+                self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
+            )
             if wanted not in (-1, x.shape[-1]):
                 raise ValueError(f"x: expected {wanted} channels, got shape {tuple(x.shape)}")
             check_layer("x", x, self.weight)
         for name, value in zip(("edge_weight", "rank", "distance"), per_edge, strict=True):
-            if value is not None and value.shape[0] != edge_index.shape[1]:
+            if value is None:
+                continue
+            if (value.dtype == torch.long) != (name == "rank"):
+                kind = "dtype torch.int64" if name == "rank" else "a floating-point tensor"
+                raise TypeError(f"{name}: expected {kind}, got {value.dtype}")
+            if value.shape[0] != edge_index.shape[1]:
                 raise ValueError(
                     f"{name}: expected one row an edge, got {value.shape[0]} for "
                     f"{edge_index.shape[1]} edges"
@@ -230,6 +238,20 @@ class NeighborConv(MessagePassing):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, k={self.k})"
+
+
+def _check_range(edges: Tensor, sources: int, targets: int) -> None:
+    """Raise where an edge leaves the graph; on the CPU only, where looking costs no waiting."""
+    if edges.device.type != "cpu" or torch.compiler.is_compiling() or not edges.numel():
+        return
+    low, high = edges.amin(1).tolist(), edges.amax(1).tolist()
+    for name, first, last, count in zip(
+        ("sources", "targets"), low, high, (sources, targets), strict=True
+    ):
+        if first < 0 or last >= count:
+            raise ValueError(
+                f"edge_index: {name} are numbered from {first} to {last}, but there are {count}"
+            )
 
 
 def is_lazy(weight: Tensor) -> bool:
@@ -270,5 +292,3 @@ def _times(x: Tensor, weight: Tensor | None) -> Tensor:
             f"edge_weight: {weight.shape[-1]} heads must divide {x.shape[-1]} channels"
         )
     return (x.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
-
-

@@ -7,17 +7,18 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from convnn_geo.candidates import All, Candidates
 from convnn_geo.checks import (
     check_alike,
     check_edges,
     check_floating,
+    check_instance,
     check_int,
     check_layer,
     check_name,
     check_tensor,
     check_values,
 )
-from convnn_geo.candidates import All, Candidates
 from convnn_geo.encodings import Encoding, as_encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
@@ -37,9 +38,9 @@ Pair: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
 
 
 class PointConvNN(TapLayer):
-    """Convolution over the ``k`` nearest points of each point, by position or by feature.
+    r"""Convolution over the ``k`` nearest points of each point, by position or by feature.
 
-    .. math:: y_i = \\sum_{j=1}^{k} W_j\\, \\rho_{ij}\\, x_{I_i(j)} + b
+    .. math:: y_i = \sum_{j=1}^{k} W_j\, \rho_{ij}\, x_{I_i(j)} + b
 
     The graph is built in each forward: static in effect for ``metric="spatial"``, dynamic for a
     metric over features, as in DGCNN. See https://arxiv.org/abs/2606.14725.
@@ -108,7 +109,9 @@ class PointConvNN(TapLayer):
         self.out_channels = check_int("out_channels", out_channels)
         if (k is None) == (selection is None):
             raise ValueError("expected k or a selection, and not both")
-        self.selection = selection or KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
+        if selection is None:
+            selection = KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
+        self.selection = check_instance("selection", selection, Selection)
         self.k = slots(self.selection)
         self.metric = as_metric(metric)
         self.encoding = as_encoding(encoding, in_channels, 3)
@@ -116,7 +119,9 @@ class PointConvNN(TapLayer):
             self.metric = Encoded(self.metric, self.encoding)
         self.weighting = as_weighting(weighting)
         warn_without_gradient(self.metric, self.weighting)
-        self.candidates = All() if candidates is None else candidates
+        self.candidates = (
+            All() if candidates is None else check_instance("candidates", candidates, Candidates)
+        )
         self.order = check_name("order", order, ORDERS)
         self.backend = check_name("backend", backend, BACKENDS)
         self.search = check_name("search backend", search, ("auto", *engines()))

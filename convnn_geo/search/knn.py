@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from convnn_geo.candidates import Subset
 from convnn_geo.checks import (
     check_alike,
     check_finite,
@@ -15,7 +16,6 @@ from convnn_geo.checks import (
     check_tensor,
 )
 from convnn_geo.metrics import Metric, as_metric
-from convnn_geo.candidates import Subset
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
 from convnn_geo.search.query import Query

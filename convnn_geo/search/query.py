@@ -14,6 +14,9 @@ from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
 
 
+EVERYWHERE = Subset()
+
+
 @dataclass(frozen=True)
 class Query:
     """For each target its ``k`` nearest sources.
@@ -34,7 +37,7 @@ class Query:
     source: Points
     metric: Metric
     k: int
-    subset: Subset = Subset()
+    subset: Subset = EVERYWHERE
     excluded: Tensor | None = None
     memory: int | None = None
     distances: Distances | None = None

@@ -167,7 +167,7 @@ def _kvt(meta: dict[str, Any], arrays: dict[str, Tensor], backend: str) -> Any:
 
 
 def _branching(meta: dict[str, Any], arrays: dict[str, Tensor], backend: str) -> Any:
-    layer = Branching.mix(
+    layer = Branching(
         arrays["x"].shape[1],
         arrays["out"].shape[1],
         meta["conv_kernel_size"],
