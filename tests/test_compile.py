@@ -97,21 +97,23 @@ def test_sizes_may_change(layer: nn.Module):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+OTHERS = {
+    "spatial": (ConvNN2d(3, 4, k=3, metric="spatial"), (torch.randn(1, 3, 4, 5),)),
+    "cloud": (PointConvNN(3, 4, 2), (None, torch.randn(9, 3))),
+    "cloud-feature": (PointConvNN(3, 4, 2, "euclidean"), (torch.randn(9, 3),)),
+    "pool": (recipes.max_pool2d(2), (torch.randn(1, 3, 4, 6),)),
+    "vig": (recipes.vig(3, k=3), (torch.randn(1, 3, 4, 5),)),
+    "bilateral": (recipes.bilateral_filter(1.0, 1.0, 3), (torch.randn(1, 3, 4, 5),)),
+    "causal": (
+        ConvNNAttention(8, 2, metric="squared_euclidean", candidates=Causal()),
+        (torch.randn(1, 5, 8),),
+    ),
+}
+
+
 @pytest.mark.parametrize(
     "layer, inputs",
-    [
-        (ConvNN2d(3, 4, k=3, metric="spatial"), (torch.randn(1, 3, 4, 5),)),
-        (PointConvNN(3, 4, 2), (None, torch.randn(9, 3))),
-        (PointConvNN(3, 4, 2, "euclidean"), (torch.randn(9, 3),)),
-        (recipes.max_pool2d(2), (torch.randn(1, 3, 4, 6),)),
-        (recipes.vig(3, k=3), (torch.randn(1, 3, 4, 5),)),
-        (recipes.bilateral_filter(1.0, 1.0, 3), (torch.randn(1, 3, 4, 5),)),
-        (
-            ConvNNAttention(8, 2, metric="squared_euclidean", candidates=Causal()),
-            (torch.randn(1, 5, 8),),
-        ),
-    ],
-    ids=["spatial", "cloud", "cloud-feature", "pool", "vig", "bilateral", "causal"],
+    [daily(*row, name=name, names={"spatial", "cloud", "causal"}) for name, row in OTHERS.items()],
 )
 def test_others(layer: nn.Module, inputs: tuple[Tensor, ...]):
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

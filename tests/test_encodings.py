@@ -56,7 +56,7 @@ def coordinates(u):
 
 
 def fourier(u):
-    angles = [math.pi * 2**f * v for v in u for f in range(3)]
+    angles = [math.pi * 2**f * v / 2 for v in u for f in range(3)]
     return [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
 
 

@@ -80,7 +80,8 @@ class Coordinates(Encoding):
 class Fourier(Encoding):
     """Sines and cosines of positions as more channels (https://arxiv.org/abs/2006.10739).
 
-    ``sin(pi 2^f u), cos(pi 2^f u)`` for ``f = 0 .. frequencies - 1`` and u in [-1, 1].
+    ``sin(pi 2^f u / 2), cos(pi 2^f u / 2)`` for ``f = 0 .. frequencies - 1`` and u in [-1, 1]: the
+    longest wave is twice the image, so that its two ends differ.
 
     Args:
         frequencies: for each axis.
@@ -94,7 +95,7 @@ class Fourier(Encoding):
         """Append the waves."""
         unit = unit_positions(points)
         octave = 2.0 ** torch.arange(self.frequencies, device=unit.device, dtype=unit.dtype)
-        angle = (unit.unsqueeze(-1) * octave * math.pi).flatten(-2)
+        angle = (unit.unsqueeze(-1) * octave * (math.pi / 2)).flatten(-2)
         return _append(points, torch.cat([angle.sin(), angle.cos()], -1))
 
     def extra_channels(self, axes: int) -> int:
