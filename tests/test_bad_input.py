@@ -717,7 +717,12 @@ TABLE: list[Row] = [
         "in_channels: expected an integer of at",
     ),
     # --- branching and lowering ---
-    ("branching-none", lambda: Branching.of(None, None, None), V, "expected at least one branch, got"),
+    (
+        "branching-none",
+        lambda: Branching.of(None, None, None),
+        V,
+        "expected at least one branch, got",
+    ),
     (
         "branching-ratio",
         lambda: Branching(4, 6, ratio=2),

@@ -132,5 +132,5 @@ def test_attention_branch_attends_among_all_pixels() -> None:
 
 
 def test_unknown_other_branch_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="unknown other branch 'conv'.*convolution, attention"):
+    with pytest.raises(ValueError, match=r"unknown other branch 'conv'.*convolution, attention"):
         Branching(4, 6, other="conv", **OPTIONS)

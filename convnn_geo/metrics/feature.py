@@ -34,14 +34,14 @@ class Feature(Metric):
     ====================  =====================================================
     kind                  d(i, j) of a query q and a key k
     ====================  =====================================================
-    ``euclidean``         \\|q - k\\|
-    ``squared_euclidean`` \\|q - k\\|^2
-    ``cosine``            1 - <q, k> / (\\|q\\| \\|k\\|); 1 from and to a zero vector
+    ``euclidean``         |q - k|
+    ``squared_euclidean`` |q - k|^2
+    ``cosine``            1 - <q, k> / (|q| |k|); 1 from and to a zero vector
     ``pearson``           cosine after subtracting each vector's mean
     ``dot``               -<q, k>
     ``scaled_dot``        -<q, k> / sqrt(dimension)
-    ``manhattan``         sum \\|q - k\\|
-    ``minkowski``         (sum \\|q - k\\|^p)^(1/p)
+    ``manhattan``         sum |q - k|
+    ``minkowski``         (sum |q - k|^p)^(1/p)
     ====================  =====================================================
 
     Args:

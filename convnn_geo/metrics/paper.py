@@ -12,9 +12,9 @@ from convnn_geo.points import Points, position_range
 
 
 class PaperMix(Metric):
-    """The mixed distance of the ConvNN paper (https://arxiv.org/abs/2606.14725), squared.
+    r"""The mixed distance of the ConvNN paper (https://arxiv.org/abs/2606.14725), squared.
 
-    .. math:: d = \\lambda^2 |f_i - f_j|^2 / \\sigma^2 + (1 - \\lambda)^2 |p_i - p_j|^2
+    .. math:: d = \lambda^2 |f_i - f_j|^2 / \sigma^2 + (1 - \lambda)^2 |p_i - p_j|^2
 
     with ``sigma`` the unbiased standard deviation of all features of one image and each axis of
     ``p`` scaled to [-1, 1]. Scaled axes measure unequally on non-square images; prefer

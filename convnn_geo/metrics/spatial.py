@@ -15,9 +15,9 @@ _NORMS = {"l1": 1.0, "manhattan": 1.0, "l2": 2.0, "euclidean": 2.0, "chebyshev":
 
 
 class Spatial(Metric):
-    """Distance of positions, in pixels for images.
+    r"""Distance of positions, in pixels for images.
 
-    .. math:: d(i, j) = \\lVert s \\odot (p_i - p_j) \\rVert
+    .. math:: d(i, j) = \lVert s \odot (p_i - p_j) \rVert
 
     Args:
         p: ``"l1"``, ``"l2"``, ``"chebyshev"`` or the exponent of a norm.

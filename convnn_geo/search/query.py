@@ -13,7 +13,6 @@ from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
 
-
 EVERYWHERE = Subset()
 
 

@@ -74,8 +74,6 @@ class _Tree(Engine):
             low, high = sources.amin(0), sources.amax(0)
             extent = (high - low).amax().clamp_min(torch.finfo(q.dtype).tiny)
             sources, targets = (sources - low) / extent, (targets - low) / extent
-        else:  # no rounding at all
-            sources, targets = sources.double(), targets.double()
         batch = torch.arange(examples, device=q.device)
         edges = self._knn()(
             sources,
