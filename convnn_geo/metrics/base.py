@@ -169,10 +169,17 @@ class Interpolation(Metric):
             nn.Parameter(torch.tensor(lam)) if learnable else lam  # a 0-d parameter
         )
 
+    @property
+    def end(self) -> Metric | None:
+        """The metric that a fixed ``lam`` of 0 or 1 comes down to; None in between."""
+        if isinstance(self.lam, Tensor) or self.lam not in (0.0, 1.0):
+            return None
+        return self.second if self.lam else self.first
+
     def distances(self, target: Points, source: Points) -> Distances:
         """Both distances, weighted; at a fixed end only the one that counts."""
-        if isinstance(self.lam, float) and self.lam in (0.0, 1.0):
-            return (self.second if self.lam else self.first).distances(target, source)
+        if self.end is not None:
+            return self.end.distances(target, source)
         lam = self.lam.clamp(0, 1) if isinstance(self.lam, Tensor) else self.lam
         return Combination(
             [

@@ -96,7 +96,6 @@ def _spatial(metric: Metric) -> Spatial | None:
         counting = [m for w, m in zip(metric.weights, metric.metrics, strict=True) if w > 0]
         if len(counting) == 1 and sum(metric.weights) == 1:
             return _spatial(counting[0])  # type: ignore[arg-type]
-    fixed = isinstance(metric, Interpolation) and isinstance(metric.lam, float)
-    if fixed and metric.lam in (0.0, 1.0):
-        return _spatial(metric.second if metric.lam else metric.first)
+    if isinstance(metric, Interpolation) and metric.end is not None:
+        return _spatial(metric.end)
     return None
