@@ -23,9 +23,6 @@ def print_table(
         columns: their names.
         rows: cells as text, one a column.
         marked: numbers of rows to be shown in red, or with a ``!`` in plain text.
-
-    Example:
-        >>> print_table("Errors", ["recipe", "error"], [["conv2d", "1e-15"]])  # doctest: +SKIP
     """
     try:
         table_module = require("rich.table", extra="viz")

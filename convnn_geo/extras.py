@@ -28,8 +28,8 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package:
-            raise  # the package is there, and something that it needs itself is not
+        if error.name != package:
+            raise  # the package is there, but something in it or something it needs is not
         raise MissingExtraError(
             f"{package} is not installed; install it with: pip install 'convnn-geo[{extra}]'",
             name=package,

@@ -98,7 +98,7 @@ def test_sizes_may_change(layer: nn.Module):
 
 
 OTHERS = {
-    "spatial": (ConvNN2d(3, 4, k=3, metric="spatial"), (torch.randn(1, 3, 4, 5),)),
+    "spatial": (ConvNN2d(3, 4, k=3, metric="spatial"), (torch.randn(1, 3, 12, 13),)),
     "cloud": (PointConvNN(3, 4, 2), (None, torch.randn(9, 3))),
     "cloud-feature": (PointConvNN(3, 4, 2, "euclidean"), (torch.randn(9, 3),)),
     "pool": (recipes.max_pool2d(2), (torch.randn(1, 3, 4, 6),)),

@@ -430,6 +430,16 @@ def test_what_an_empty_slot_points_at_does_not_matter(name, weighted, bad):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_reductions_ignore_what_is_masked(name):
+    kernel, _ = KERNELS[name]()
+    mask = make_mask("some")
+    pairs = make_pairs(kernel, *inputs(), mask)
+    messages = kernel.message(pairs)
+    noise = torch.where(mask.unsqueeze(-1), messages, 100.0)
+    torch.testing.assert_close(kernel.reduce(noise, mask), kernel.reduce(messages, mask))
+
+
 def test_every_source_as_neighbour_is_one_product():
     x = randn(B, M, C)
     points = Points(x)

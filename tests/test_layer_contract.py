@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import convnn_geo.nn.attention
 import convnn_geo.nn.conv
 import convnn_geo.nn.point_conv
+from convnn_geo.nn import ConvNN2d
 
 each = pytest.mark.parametrize("case", CASES, ids=NAMES)
 each_random = pytest.mark.parametrize("case", RANDOM_CASES, ids=[c.name for c in RANDOM_CASES])
@@ -236,17 +237,29 @@ def test_autocast_chooses_neighbours_in_full_precision(case: Case):
         out = case.call(layer, *inputs)
         assert out.dtype in (torch.bfloat16, torch.float32)
         out.float().sum().backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
         if not hasattr(layer, "operation"):
             return
         operation = capture(case, layer, inputs)
         chosen = operation.neighborhood()
-    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
     points = {id(operation.source): operation.source, id(operation.target): operation.target}
     exact = {key: p.with_x(None if p.x is None else p.x.float()) for key, p in points.items()}
     again = dataclasses.replace(
         operation, source=exact[id(operation.source)], target=exact[id(operation.target)]
     ).neighborhood()
     assert torch.equal(chosen.index, again.index)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
+def test_autocast_does_not_round_distances(metric: str):
+    """In the product of bfloat16 numbers half the pixels would find other neighbours."""
+    layer, x = ConvNN2d(32, 4, k=4, metric=metric), torch.randn(1, 32, 9, 8) + 2
+    exact = layer.operation(x).neighborhood().index
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.operation(x).neighborhood().index, exact)
+    rows = x[0].flatten(1).t()
+    rounded = -(rows.bfloat16() @ rows.bfloat16().t()).float()
+    assert not torch.equal(rounded.argsort(dim=-1, stable=True)[:, :4], exact[0])
 
 
 def capture(case: Case, layer: nn.Module, inputs: tuple[Tensor, ...]):

@@ -15,6 +15,7 @@ from convnn_geo.search import knn
 from convnn_geo.selection import KNearest, Radius
 
 C, D, K = 4, 5, 3
+BACKENDS = ("gather", "message_passing")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -232,16 +233,21 @@ def test_edge_networks_work_on_pygs_own_mlp():
     from torch_geometric.nn import MLP
 
     x, pos = random(9, C), random(9, 3, seed=1)
-    batch = torch.tensor([0] * 4 + [1] * 5)
+    batch = torch.tensor([0] * 3 + [1] * 6)
+    graph, _ = knn(x, x, K, batch, batch).to_edge_index()
     results, statistics = [], []
-    for backend in ("gather", "message_passing"):
+    for backend, edge_index in (("message_passing", graph), *((b, None) for b in BACKENDS)):
         torch.manual_seed(0)
         kernel = kernels.EdgeMLP(MLP([2 * C, 8, D]))
         layer = PointConvNN(C, D, K, "euclidean", kernel, backend=backend).double()
-        results.append(layer(x, pos, batch))
+        results.append(layer(x, pos, batch, edge_index))
         statistics.append(layer.kernel.mlp.norms[0].module.running_mean)
-    equal(results[0], results[1])
-    equal(statistics[0], statistics[1])
+    source, target = graph
+    rows = kernel.mlp.lins[0](torch.cat([x[target], x[source] - x[target]], 1))
+    equal(statistics[0], 0.1 * rows.mean(0).detach())
+    for result, seen in zip(results[1:], statistics[1:], strict=True):
+        equal(result, results[0])
+        equal(seen, statistics[0])
 
 
 @pytest.mark.parametrize("order", ["rank", "raster"])

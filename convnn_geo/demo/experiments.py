@@ -11,7 +11,8 @@ from convnn_geo.demo.training import Network, Settings, Splits
 
 _PROTOCOL = (
     "Every network is trained alike; its learning rate is chosen on the validation part with the "
-    "first seed; the test part is read once, after the last epoch."
+    "first seed; the test part is read once, after the last epoch. Small networks and few epochs: "
+    "a demonstration, no benchmark."
 )
 
 
@@ -45,9 +46,9 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
         quick: train on little data, for two epochs.
     """
     images = Settings(seeds=tuple(range(seeds)))
-    points = replace(images, epochs=4)
+    points = replace(images, epochs=3)
     if quick:
-        images = points = replace(images, epochs=2, rates=(0.03,), train_size=400)
+        images = points = replace(images, epochs=2, rates=(0.03,), train_size=200)
     return [
         Experiment(
             "spectrum",
@@ -55,7 +56,7 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
             "1797 handwritten digits of 8 × 8 pixels. One small network whose two mixing layers "
             "have nine taps on the nine nearest pixels, by (1 − λ) · Chebyshev distance + "
             "λ · cosine distance, beside plain convolution (which λ = 0 is) and plain attention "
-            f"with as many parameters. {_PROTOCOL}",
+            f"with about as many parameters. {_PROTOCOL}",
             digits,
             spectrum.networks(lams),
             images,

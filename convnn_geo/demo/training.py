@@ -64,8 +64,8 @@ class Settings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 5
-    batch_size: int = 50
+    epochs: int = 4
+    batch_size: int = 40
     rates: tuple[float, ...] = (0.01, 0.03)
     train_size: int | None = None
 

@@ -30,7 +30,7 @@ def draw_clouds(clouds: Sequence[Tensor], titles: Sequence[str]) -> Figure:
     if not clouds or len(clouds) != len(titles):
         raise ValueError(f"expected a title a cloud, got {len(titles)} for {len(clouds)}")
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(3.2 * len(clouds), 3.4), dpi=110, layout="constrained"
+        figsize=(3.0 * len(clouds), 3.2), dpi=110, layout="constrained"
     )
     for place, (cloud, title) in enumerate(zip(clouds, titles, strict=True), start=1):
         if check_tensor("cloud", cloud, 2).shape[1] != 3:
@@ -49,7 +49,7 @@ def draw_clouds(clouds: Sequence[Tensor], titles: Sequence[str]) -> Figure:
             edgecolor="white",
             depthshade=False,
         )
-        axis.set_title(title, fontsize=15, y=0.92)
+        axis.set_title(title, fontsize=15, y=1.0)
         axis.set_axis_off()
         axis.invert_yaxis()
         axis.set_box_aspect((1, 1, 0.35), zoom=1.25)

@@ -1,0 +1,156 @@
+"""Pictures hold what they are said to show."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from convnn_geo import extras
+from convnn_geo.extras import MissingExtraError
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.viz import (
+    COLORS,
+    draw_clouds,
+    draw_neighbors,
+    mean_deviation,
+    plot_spectrum,
+)
+
+
+def hood(*index, sources=24, mask=None):
+    return Neighborhood(torch.tensor(index), sources, mask=mask)
+
+
+def drawn(axis):
+    """Neighbours on a panel as (row, column), one list a pixel."""
+    return [
+        sorted((int(y), int(x)) for x, y in points.get_offsets()) for points in axis.collections
+    ]
+
+
+def test_neighbors_stand_where_their_index_says():
+    image = torch.rand(3, 4, 6)
+    hoods = [hood([0, 7], [23, 5]), hood([1, 2], [3, 4])]
+    figure = draw_neighbors(image, [(0, 0), (3, 5)], hoods, ["one", "two"])
+    photo, first, second = figure.axes
+    assert drawn(photo) == []
+    assert drawn(first) == [[(0, 0), (1, 1)], [(0, 5), (3, 5)]]
+    assert drawn(second) == [[(0, 1), (0, 2)], [(0, 3), (0, 4)]]
+    assert [axis.get_title() for axis in figure.axes] == ["photograph", "one", "two"]
+    stars = [tuple(line.get_xydata()[0]) for line in second.get_lines()]
+    assert stars == [(0, 0), (5, 3)]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["pixel (0, 0) and its 2 neighbours", "pixel (3, 5) and its 2 neighbours"]
+
+
+def test_photograph_is_colourful_and_panels_are_grey():
+    image = torch.rand(3, 4, 6)
+    photo, panel = draw_neighbors(image, [(0, 0)], [hood([1])], ["one"]).axes
+    shown = photo.get_images()[0].get_array()
+    assert np.allclose(shown, image.permute(1, 2, 0).numpy(), atol=0.01)
+    grey = panel.get_images()[0].get_array()
+    assert np.allclose(grey[..., 0], grey[..., 1]) and grey.min() >= 0.44
+
+
+def test_empty_slots_are_not_drawn():
+    masked = hood([3, 0], mask=torch.tensor([[True, False]]))
+    figure = draw_neighbors(torch.rand(1, 4, 6), [(0, 0)], [masked], ["one"])
+    assert drawn(figure.axes[1]) == [[(0, 3)]]
+
+
+def test_backdrop_covers_the_same_pixels():
+    figure = draw_neighbors(
+        torch.rand(3, 4, 6), [(1, 2)], [hood([3])], ["one"], backdrop=torch.rand(3, 40, 60)
+    )
+    image = figure.axes[0].get_images()[0]
+    assert image.get_extent() == [-0.5, 5.5, 3.5, -0.5]
+    assert image.get_array().shape == (40, 60, 3)
+
+
+def test_picture_is_written(tmp_path):
+    from PIL import Image
+
+    figure = draw_neighbors(torch.rand(3, 4, 6), [(0, 0)], [hood([1])] * 5, list("abcde"))
+    figure.savefig(tmp_path / "neighbors.png")
+    with Image.open(tmp_path / "neighbors.png") as picture:
+        assert picture.size == (1320, int(110 * ((4.0 * 4 / 6 + 0.3) * 2 + 0.45)))
+        colors = {
+            "#{:02X}{:02X}{:02X}".format(*color)
+            for _, color in picture.convert("RGB").getcolors(10**6)
+        }
+    assert COLORS[0] in colors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": torch.rand(4, 6)}, "image: expected 3 dimensions"),
+        ({"image": torch.rand(2, 4, 6)}, "1 or 3 channels"),
+        ({"pixels": [(4, 0)]}, r"\(4, 0\) is outside the image of 4 rows and 6 columns"),
+        ({"pixels": [(0, 0), (0, 1)]}, r"expected index \(2, k\)"),
+        ({"neighborhoods": [hood([1], sources=25)]}, "24 pixels as sources, got 25"),
+        ({"titles": []}, "a title a panel"),
+    ],
+)
+def test_wrong_input_is_refused(change, message):
+    right = {
+        "image": torch.rand(3, 4, 6),
+        "pixels": [(0, 0)],
+        "neighborhoods": [hood([1])],
+        "titles": ["one"],
+    }
+    with pytest.raises(ValueError, match=message):
+        draw_neighbors(**{**right, **change})
+
+
+def test_spectrum_shows_means_and_every_run():
+    figure = plot_spectrum([0, 0.5, 1], [[0.9, 0.8], [0.7, 0.7], [0.6, 0.5]], {"plain": [0.4, 0.5]})
+    axis = figure.axes[0]
+    line = next(line for line in axis.get_lines() if len(line.get_xdata()) == 3)
+    assert np.allclose(line.get_xydata(), [[0, 85], [0.5, 70], [1, 55]])
+    dots = next(c for c in axis.collections if c.get_label() == "each run")
+    assert np.allclose(dots.get_offsets()[:, 1], [90, 80, 70, 70, 60, 50])
+    flat = next(line for line in axis.get_lines() if line.get_label() == "plain")
+    assert np.allclose(flat.get_ydata(), 45)
+
+
+@pytest.mark.parametrize(("lam", "runs"), [([], []), ([0], []), ([0, 1], [[0.5], []])])
+def test_spectrum_refuses_missing_runs(lam, runs):
+    with pytest.raises(ValueError, match="expected runs"):
+        plot_spectrum(lam, runs)
+
+
+def test_mean_and_sample_deviation():
+    assert mean_deviation([2.0]) == (2.0, 0.0)
+    mean, deviation = mean_deviation([0.1, 0.4, 0.7])
+    assert (mean, deviation) == pytest.approx((0.4, 0.3))
+    with pytest.raises(ValueError, match="at least one"):
+        mean_deviation([])
+
+
+def test_clouds_are_drawn_side_by_side(tmp_path):
+    clouds = [torch.rand(9, 3), torch.rand(1, 3)]
+    figure = draw_clouds(clouds, ["a", "b"])
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+    figure.savefig(tmp_path / "clouds.png")
+    assert (tmp_path / "clouds.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="title a cloud"):
+        draw_clouds(clouds, ["a"])
+    with pytest.raises(ValueError, match=r"expected \(n, 3\)"):
+        draw_clouds([torch.rand(4, 2)], ["a"])
+
+
+def test_nothing_is_kept_in_pyplot():
+    plot_spectrum([0, 1], [[0.5], [0.5]])
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+def test_missing_matplotlib_is_named(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError(name="matplotlib")
+
+    monkeypatch.setattr(extras.importlib, "import_module", import_module)
+    with pytest.raises(MissingExtraError, match=r"pip install 'convnn-geo\[viz\]'"):
+        plot_spectrum([0, 1], [[0.5], [0.5]])
