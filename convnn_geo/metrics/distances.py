@@ -70,7 +70,7 @@ class Distances(ABC):
 
     def targets(self, index: Tensor) -> Distances:
         """The same from the targets ``index (..., 1, r)`` alone; for those with coordinates."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no coordinates to take targets of")
 
 
 @dataclass

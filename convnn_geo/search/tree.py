@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -52,8 +53,9 @@ class _Tree(Engine):
             return f"a tree gains little on {query.source.num_points} points"
         return None
 
+    @abstractmethod
     def _knn(self) -> Callable[..., Tensor]:
-        raise NotImplementedError
+        """The compiled search: ``knn(sources, targets, k, batch, batch)``."""
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Search, sort, and repair ties at the boundary."""
