@@ -193,6 +193,18 @@ CASES: list[Case] = [
         20,
     ),
 ]
+CASES.append(
+    Case(
+        "branching-pixels",
+        lambda **more: Branching(
+            4, 6, ratio=0.5, other="attention", num_heads=2, k=4, metric="cosine", **more
+        ),
+        lambda b, variant: (torch.randn(b, 4, *SIZES[2][variant], dtype=torch.float64),),
+        _image,
+        SLOW,
+        20,
+    )
+)
 NAMES = [case.name for case in CASES]
 
 RANDOM_CASES: list[Case] = [

@@ -496,9 +496,9 @@ TABLE: list[Row] = [
     ),
     (
         "attention-encoding",
-        lambda: ConvNNAttention(8, 2, encoding="coordinates"),
+        lambda: ConvNNAttention(8, 2, encoding="coordinates", axes=2)(torch.randn(1, 5, 8)),
         V,
-        "Coordinates adds channels, which the projections do not expect",
+        "made for axes=2",
     ),
     (
         "attention-window-short",

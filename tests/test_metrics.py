@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from convnn_geo import metrics
+from convnn_geo.candidates import Subset
 from convnn_geo.encodings import Coordinates, Rotary
 from convnn_geo.metrics import (
     Bilinear,
@@ -861,6 +862,28 @@ def test_a_position_bias_gives_each_head_its_own_pairs():
     index = torch.randint(6, (5, 2, 6, 3))
     bound = metric.bind(points, points)
     torch.testing.assert_close(bound.at(index), rows.expand(5, 2, 6, 6).gather(-1, index))
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+def test_a_position_bias_serves_a_sample_an_example(heads):
+    metric = PositionBias((2, 3), heads)
+    points = Points.from_image(torch.zeros(2, 1, 2, 3))
+    rows = metric(points).expand(2, 6, 6)
+    sample = torch.tensor([[[0, 4]], [[1, 5]]])
+    part = metric.bind(points, points).select(sample)
+    assert part.shape == (2, 6, 2)
+    torch.testing.assert_close(part.rows(), rows.gather(-1, sample.expand(2, 6, 2)))
+    found = find(Query(points, points, metric, 1, Subset(sample)))
+    torch.testing.assert_close(found.distance, part.rows().amin(-1, keepdim=True))
+
+
+def test_a_custom_product_is_not_lowered_by_autocast():
+    metric = Custom(lambda i, j: -(i.x.unsqueeze(-2) @ j.x.unsqueeze(-1))[..., 0, 0])
+    points, index = Points(torch.randn(9, 16)), torch.randint(9, (9, 3))
+    expected = metric.pairs(points, points, index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = metric.pairs(points, points, index)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_names_resolve():

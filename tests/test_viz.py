@@ -74,7 +74,7 @@ def test_picture_is_written(tmp_path):
     figure = draw_neighbors(torch.rand(3, 4, 6), [(0, 0)], [hood([1])] * 5, list("abcde"))
     figure.savefig(tmp_path / "neighbors.png")
     with Image.open(tmp_path / "neighbors.png") as picture:
-        assert picture.size == (1320, int(110 * ((4.0 * 4 / 6 + 0.3) * 2 + 0.45)))
+        assert picture.size == (1320, int(110 * ((4.0 * 4 / 6 + 0.4) * 2 + 0.5)))
         colors = {
             "#{:02X}{:02X}{:02X}".format(*color)
             for _, color in picture.convert("RGB").getcolors(10**6)

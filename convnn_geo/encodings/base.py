@@ -168,6 +168,10 @@ class Conditional(Encoding):
 
     def forward(self, points: Points) -> Points:
         """Convolve and add."""
+        axes = self.conv.weight.ndim - 2
+        if points.grid is None or len(points.grid.size) != axes:
+            on = "no grid" if points.grid is None else f"a grid of {points.grid.size}"
+            raise ValueError(f"Conditional of {axes} axes needs points on such a grid, got {on}")
         image = points.to_image()
         encoded = image + self.conv(image).to(image.dtype)
         return points.with_x(encoded.flatten(2).transpose(1, 2))

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int, check_name, check_number
+from convnn_geo.checks import check_int, check_name, check_number, check_tensor
 from convnn_geo.nn.attention import ConvNNAttention
 from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.operation import Operation
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
@@ -26,8 +27,10 @@ class PixelAttention(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
+        axes: of the image.
+
     Shapes:
-        - **input:** :math:`(b, c, *size)`
+        - **input:** :math:`(b, c, *size)` or :math:`(c, *size)`
         - **output:** :math:`(b, d, *size)`
     """
 
@@ -39,8 +42,10 @@ class PixelAttention(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        axes: int = 2,
     ) -> None:
         super().__init__()
+        self.axes = check_int("axes", axes)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.attention = ConvNNAttention(in_channels, num_heads, **factory)
         self.linear = nn.Linear(in_channels, out_channels, **factory)
@@ -52,9 +57,16 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend, pixel by pixel."""
-        tokens = x.flatten(2).transpose(1, 2)
-        out: Tensor = self.linear(self.attention(tokens, need_weights=False)[0])
-        return out.transpose(1, 2).unflatten(2, x.shape[2:])
+        out: Tensor = self.linear(self.attention(self._tokens(x), need_weights=False)[0])
+        return out.transpose(-1, -2).unflatten(-1, x.shape[-self.axes :])
+
+    def operation(self, x: Tensor) -> Operation:
+        """The attention on an image, as an operation."""
+        return self.attention.operation(self._tokens(x))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        check_tensor("PixelAttention input", x, (self.axes + 1, self.axes + 2))
+        return x.flatten(-self.axes).transpose(-1, -2)
 
 
 class Branching(nn.Module):
@@ -126,7 +138,7 @@ class Branching(nn.Module):
         if rest and isinstance(other, nn.Module):
             branch = other
         elif rest and other == "attention":
-            branch = PixelAttention(in_channels, rest, num_heads, **factory)
+            branch = PixelAttention(in_channels, rest, num_heads, axes=axes, **factory)
         elif rest:
             branch = _CONVNN[axes](in_channels, rest, kernel_size, padding="same", **factory)
         if share and rest:

@@ -125,7 +125,7 @@ _PANEL = 4.0
 def _grid(panels: int, columns: int, ratio: float) -> tuple[Figure, list[Axes]]:
     """A figure of panels of one shape, without ticks."""
     rows = math.ceil(panels / columns)
-    size = (_PANEL * columns, (_PANEL * ratio + 0.3) * rows + 0.45)
+    size = (_PANEL * columns, (_PANEL * ratio + 0.4) * rows + 0.5)
     figure = require("matplotlib.figure", extra="viz").Figure(
         figsize=size, dpi=110, layout="constrained"
     )
