@@ -26,7 +26,6 @@ class PixelAttention(nn.Module):
         bias: of all parts.
         device: of the parameters.
         dtype: of the parameters.
-
         axes: of the image.
 
     Shapes:
