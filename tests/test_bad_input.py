@@ -501,6 +501,13 @@ TABLE: list[Row] = [
         "made for axes=2",
     ),
     (
+        "attention-conditional",
+        lambda: ConvNNAttention(8, 2, encoding="conditional", axes=2)(tokens()),
+        V,
+        r"Conditional of 2 axes needs points on such a grid, got a grid of \(5,\)",
+    ),
+    ("attention-axes", lambda: ConvNNAttention(8, 2, axes=0), V, "axes: expected an integer of at"),
+    (
         "attention-window-short",
         lambda: attend(candidates=Window(7, border="shift")),
         V,
@@ -717,6 +724,18 @@ TABLE: list[Row] = [
         "in_channels: expected an integer of at",
     ),
     # --- branching and lowering ---
+    (
+        "branching-other",
+        lambda: Branching(4, 6, other="linear"),
+        V,
+        "unknown other branch 'linear'; expected one of: convolution, attention",
+    ),
+    (
+        "branching-pixels",
+        lambda: Branching(4, 6, ratio=0, other="attention")(torch.zeros(4, 6)),
+        V,
+        "PixelAttention input: expected 3 or 4 dimensions, got 2",
+    ),
     (
         "branching-none",
         lambda: Branching.of(None, None, None),
