@@ -468,3 +468,12 @@ def test_a_mask_of_sources_restricts_every_kind_of_subset():
 def test_only_candidates_combine():
     with pytest.raises(TypeError):
         All() & 3
+
+
+def test_random_draws_real_points_of_ragged_clouds_first():
+    mask = torch.arange(20) < torch.tensor([20, 6])[:, None]
+    source = Points(torch.randn(2, 20, 3), mask=mask)
+    for training in (True, False):
+        index = Random(6).train(training)(source, source).index
+        assert index.shape == (2, 1, 6)
+        assert index[1, 0].tolist() == list(range(6))

@@ -635,3 +635,18 @@ def test_repr_says_what_runs():
     for part in ("ConvNN2d(", "3, 8", "k=9", "Feature('cosine')", "'separable'", "shuffle=2"):
         assert part in text
     assert "kernel_size=(3, 3)" in repr(ConvNN2d(3, 8, 3))
+
+
+def test_torch_func_differentiates_a_layer():
+    torch.manual_seed(0)
+    layer = ConvNN2d(2, 3, k=4, metric="cosine").double()
+    x = torch.randn(1, 2, 4, 5, dtype=torch.float64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(parameters, x)
+    exact = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    for gradient, name in zip(exact, parameters, strict=True):
+        torch.testing.assert_close(found[name], gradient)

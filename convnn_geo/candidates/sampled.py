@@ -71,6 +71,8 @@ class Random(Candidates):
             noise = torch.rand(*lead, m, device=source.device)
         else:
             noise = _fixed_noise(self.seed, (*lead, m)).to(source.device)
+        if source.mask is not None:  # points that only fill a batch up are drawn last
+            noise = noise.masked_fill(~source.mask, 2.0)
         index = noise.argsort(-1)[..., : self.r].sort(-1).values
         return Subset(index.unsqueeze(-2))
 

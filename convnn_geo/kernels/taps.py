@@ -84,14 +84,17 @@ class _GatherTaps(torch.autograd.Function):
     """``out_i = sum_j W_j rho_ij x[index_ji]`` with the gathered rows recomputed in backward."""
 
     @staticmethod
-    def forward(ctx, rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows, index, rho, taps)
-        ctx.groups = groups
+    def forward(rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]
         k, d = taps.shape[:2]
         out = rows.new_zeros(index.shape[1], d)
         for j in range(k):
             _accumulate(out, _weighted(rows, index, rho, j), taps[j], groups)
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *tensors, ctx.groups = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
