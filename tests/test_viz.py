@@ -82,6 +82,49 @@ def test_picture_is_written(tmp_path):
     assert COLORS[0] in colors
 
 
+@pytest.mark.parametrize("panels", range(10))
+def test_no_cell_stays_empty(panels):
+    figure = draw_neighbors(
+        torch.rand(3, 4, 6), [(0, 0)], [hood([1])] * panels, ["a panel"] * panels
+    )
+    assert len(figure.axes) == 1 + panels
+    rows, columns = figure.axes[0].get_gridspec().get_geometry()
+    taken = set()
+    for axis in figure.axes:
+        place = axis.get_subplotspec()
+        cells = {(r, c) for r in place.rowspan for c in place.colspan}
+        assert not taken & cells
+        taken |= cells
+    assert len(taken) == rows * columns and rows <= columns <= 5
+
+
+@pytest.mark.parametrize(("panels", "pixels"), [(1, 1), (3, 3), (5, 7), (6, 2)])
+def test_legend_lies_within_the_picture(panels, pixels):
+    image = torch.rand(3, 4, 100)
+    places = [(3, 99 - number) for number in range(pixels)]
+    many = hood(*[list(range(120))] * pixels, sources=400)
+    figure = draw_neighbors(image, places, [many] * panels, ["a panel"] * panels)
+    figure.draw_without_rendering()
+    drawn, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert drawn.x0 >= whole.x0 and drawn.x1 <= whole.x1
+    assert drawn.y0 >= whole.y0 and drawn.y1 <= min(a.bbox.y0 for a in figure.axes)
+
+
+def test_neighbours_cover_their_pixels_in_tall_photographs():
+    from matplotlib.transforms import Bbox
+
+    def side(height, width):
+        image = torch.rand(3, height, width)
+        figure = draw_neighbors(image, [(0, 0)], [hood([1], sources=height * width)], ["a panel"])
+        figure.draw_without_rendering()
+        axis = figure.axes[1]
+        pixel = Bbox(axis.transData.transform([(0, 0), (1, 1)])).width
+        return axis.collections[0].get_sizes()[0] ** 0.5 * figure.dpi / 72 / pixel
+
+    assert side(40, 10) == pytest.approx(side(10, 10), rel=0.1)
+    assert side(40, 10) > 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -109,10 +152,23 @@ def test_spectrum_shows_means_and_every_run():
     axis = figure.axes[0]
     line = next(line for line in axis.get_lines() if len(line.get_xdata()) == 3)
     assert np.allclose(line.get_xydata(), [[0, 85], [0.5, 70], [1, 55]])
-    dots = next(c for c in axis.collections if c.get_label() == "each run")
+    dots = next(c for c in axis.collections if len(c.get_offsets()) == 6)
     assert np.allclose(dots.get_offsets()[:, 1], [90, 80, 70, 70, 60, 50])
-    flat = next(line for line in axis.get_lines() if line.get_label() == "plain")
+    flat = next(line for line in axis.get_lines() if len(line.get_xdata()) == 2)
     assert np.allclose(flat.get_ydata(), 45)
+
+
+def test_legend_names_bands_where_there_are_deviations():
+    def legend(*runs):
+        figure = plot_spectrum([0, 1], [runs, runs], {"plain": runs})
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    assert legend(0.9, 0.8) == [
+        "ConvNN: mean ± standard deviation",
+        "ConvNN: each run",
+        "plain: mean ± standard deviation",
+    ]
+    assert legend(0.9) == ["ConvNN: a single run", "ConvNN: each run", "plain: a single run"]
 
 
 @pytest.mark.parametrize(("lam", "runs"), [([], []), ([0], []), ([0, 1], [[0.5], []])])
@@ -129,16 +185,35 @@ def test_mean_and_sample_deviation():
         mean_deviation([])
 
 
-def test_clouds_are_drawn_side_by_side(tmp_path):
-    clouds = [torch.rand(9, 3), torch.rand(1, 3)]
-    figure = draw_clouds(clouds, ["a", "b"])
-    assert [axis.get_title() for axis in figure.axes] == ["a", "b"]
+def test_clouds_share_axes_and_one_scale_of_heights(tmp_path):
+    low = torch.tensor([[0.0, 1.0, 0.5], [2.0, 3.0, 1.0]])
+    high = torch.tensor([[1.0, 4.0, 2.5]])
+    figure = draw_clouds([low, high], ["a", "b"], ("row", "column", "ink"))
+    first, second, scale = figure.axes
+    assert [first.get_title(), second.get_title()] == ["a", "b"]
+    assert [first.get_ylabel(), second.get_xlabel(), scale.get_ylabel()] == ["row", "column", "ink"]
+    points = first.collections[0]
+    assert points.get_offsets().tolist() == [[1, 0], [3, 2]]  # columns across, rows
+    assert points.get_clim() == second.collections[0].get_clim() == (0.5, 2.5)
+    assert second.collections[0].get_sizes()[0] > points.get_sizes()[1] > points.get_sizes()[0]
+    assert first.get_ylim() == second.get_ylim() and first.get_ylim()[0] > first.get_ylim()[1]
     figure.savefig(tmp_path / "clouds.png")
     assert (tmp_path / "clouds.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match="title a cloud"):
-        draw_clouds(clouds, ["a"])
-    with pytest.raises(ValueError, match=r"expected \(n, 3\)"):
-        draw_clouds([torch.rand(4, 2)], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("clouds", "titles", "labels", "message"),
+    [
+        ([torch.rand(9, 3)] * 2, ["a"], ("r", "c", "h"), "title a cloud"),
+        ([], [], ("r", "c", "h"), "title a cloud"),
+        ([torch.rand(4, 2)], ["a"], ("r", "c", "h"), r"expected \(n, 3\)"),
+        ([torch.rand(0, 3)], ["a"], ("r", "c", "h"), "at least one point"),
+        ([torch.rand(4, 3)], ["a"], ("r", "c"), "labels: expected one an axis"),
+    ],
+)
+def test_clouds_refuse_wrong_input(clouds, titles, labels, message):
+    with pytest.raises(ValueError, match=message):
+        draw_clouds(clouds, titles, labels)
 
 
 def test_nothing_is_kept_in_pyplot():

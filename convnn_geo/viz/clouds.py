@@ -1,11 +1,10 @@
-"""Point clouds, seen from above at an angle."""
+"""Point clouds, seen from above."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,50 +15,69 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_clouds(clouds: Sequence[Tensor], titles: Sequence[str]) -> Figure:
-    """Point clouds side by side, coloured by their third axis.
+def draw_clouds(
+    clouds: Sequence[Tensor],
+    titles: Sequence[str],
+    labels: Sequence[str] = ("row", "column", "height"),
+) -> Figure:
+    """Point clouds side by side, seen from above: the higher a point, the darker and larger.
+
+    All clouds share their axes and one scale of heights.
 
     Args:
         clouds: each ``(n, 3)``: row, column, height.
         titles: one a cloud.
+        labels: of the three axes.
 
     Raises:
-        ValueError: no clouds, other shapes, or unequal numbers of titles.
+        ValueError: no clouds, no point in them, other shapes, or unequal numbers of titles or
+            labels.
         MissingExtraError: matplotlib is not installed.
+
+    Example:
+        >>> figure = draw_clouds([torch.rand(9, 3)], ["a cloud"])
+        >>> [axis.get_ylabel() for axis in figure.axes]
+        ['row', 'height']
     """
-    if not clouds or len(clouds) != len(titles):
-        raise ValueError(f"expected a title a cloud, got {len(titles)} for {len(clouds)}")
+    _check_clouds(clouds, titles, labels)
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(3.0 * len(clouds), 3.2), dpi=110, layout="constrained"
+        figsize=(2.6 * len(clouds) + 1.2, 3.2), dpi=110, layout="constrained"
     )
-    for place, (cloud, title) in enumerate(zip(clouds, titles, strict=True), start=1):
-        if check_tensor("cloud", cloud, 2).shape[1] != 3:
-            raise ValueError(f"cloud: expected (n, 3), got shape {tuple(cloud.shape)}")
-        axis: Any = figure.add_subplot(1, len(clouds), place, projection="3d")
+    axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
+    every = torch.cat(list(clouds))
+    low, high = every.amin(0).tolist(), every.amax(0).tolist()
+    for axis, cloud, title in zip(axes, clouds, titles, strict=True):
         row, column, height = (part.numpy() for part in cloud.unbind(1))
-        size = 25 + 190 * (height - height.min()) / max(float(np.ptp(height)), 1e-6)
-        axis.plot_trisurf(*_floor(cloud), color="#eef2f6", shade=False)
-        axis.scatter(
+        points = axis.scatter(
             column,
             row,
-            height,
             c=height,
-            s=size,
+            s=20 + 160 * (height - low[2]) / max(high[2] - low[2], 1e-6),
             cmap="viridis_r",
-            edgecolor="white",
-            depthshade=False,
+            vmin=low[2],
+            vmax=high[2],
+            edgecolor="#444444",
+            linewidths=0.5,
         )
-        axis.set_title(title, fontsize=15, y=1.0)
-        axis.set_axis_off()
-        axis.invert_yaxis()
-        axis.set_box_aspect((1, 1, 0.35), zoom=1.25)
-        axis.view_init(elev=58, azim=-78)
+        axis.set_title(title, fontsize=13)
+        axis.set_xlabel(labels[1], fontsize=11)
+        axis.set_aspect("equal")
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel(labels[0], fontsize=11)
+    axes[0].set_xlim(low[1] - 0.6, high[1] + 0.6)
+    axes[0].set_ylim(high[0] + 0.6, low[0] - 0.6)  # rows count downwards, as in an image
+    figure.colorbar(points, ax=list(axes), aspect=14, pad=0.015).set_label(labels[2], fontsize=11)
     return figure
 
 
-def _floor(cloud: Tensor) -> tuple[Any, Any, Any]:
-    """Corners of the plane of pixels under a cloud: columns, rows, heights."""
-    low, high = cloud[:, :2].amin(0) - 0.5, cloud[:, :2].amax(0) + 0.5
-    columns = torch.stack([low[1], high[1], low[1], high[1]])
-    rows = torch.stack([low[0], low[0], high[0], high[0]])
-    return columns.numpy(), rows.numpy(), np.zeros(4)
+def _check_clouds(clouds: Sequence[Tensor], titles: Sequence[str], labels: Sequence[str]) -> None:
+    if not clouds or len(clouds) != len(titles):
+        raise ValueError(f"expected a title a cloud, got {len(titles)} for {len(clouds)}")
+    if len(labels) != 3:
+        raise ValueError(f"labels: expected one an axis, three, got {len(labels)}")
+    for cloud in clouds:
+        if check_tensor("cloud", cloud, 2).shape[1] != 3:
+            raise ValueError(f"cloud: expected (n, 3), got shape {tuple(cloud.shape)}")
+    if not any(len(cloud) for cloud in clouds):
+        raise ValueError("clouds: expected at least one point, got none")

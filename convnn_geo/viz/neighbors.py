@@ -30,9 +30,10 @@ def draw_neighbors(
     *,
     names: Sequence[str] | None = None,
     backdrop: Tensor | None = None,
-    columns: int = 3,
 ) -> Figure:
     """The photograph with marked pixels, then a panel for each way to choose their neighbours.
+
+    The panels fill a rectangle; where their number fills none, the photograph is twice as large.
 
     Args:
         image: ``(3, height, width)`` or ``(1, height, width)``, in [0, 1]; its pixels are the
@@ -42,7 +43,6 @@ def draw_neighbors(
         titles: one a panel.
         names: of the pixels in the legend; their row and column by default.
         backdrop: the same photograph at a higher resolution, to draw on.
-        columns: panels beside one another.
 
     Raises:
         ValueError: pixels outside the image, or numbers of panels, titles or targets that differ.
@@ -52,8 +52,8 @@ def draw_neighbors(
     photo = image if backdrop is None else backdrop
     names = [f"pixel ({r}, {c})" for r, c in pixels] if names is None else names
     panels = 1 + len(neighborhoods)
-    columns = max(1, min(columns, panels))
-    figure, axes = _grid(panels, columns, height / width)
+    columns = _layout(panels)[1]  # a panel is as wide as an entry of the legend
+    figure, axes = _grid(panels, height / width, math.ceil(len(pixels) / columns))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     for place, axis in enumerate(axes):
         shown = photo if place == 0 else _dim(photo)
@@ -62,7 +62,7 @@ def draw_neighbors(
         title = "photograph" if place == 0 else titles[place - 1]
         axis.set_title(title, fontsize=13, fontweight="normal" if place == 0 else "bold")
         if place:
-            _scatter(axis, neighborhoods[place - 1], (height, width))
+            _scatter(axis, neighborhoods[place - 1], width)
         for number, (name, (row, column)) in enumerate(zip(names, pixels, strict=True)):
             axis.plot(
                 column,
@@ -80,9 +80,9 @@ def draw_neighbors(
         axes[0].get_legend_handles_labels()[0],
         [f"{name} and its {k} neighbours" for name in names],
         loc="outside lower center",
-        ncols=min(len(pixels), 3),
+        ncols=min(len(pixels), columns),
         frameon=False,
-        fontsize=12,
+        fontsize=11,
     )
     return figure
 
@@ -122,23 +122,41 @@ _PANEL = 4.0
 """Width of a panel in inches."""
 
 
-def _grid(panels: int, columns: int, ratio: float) -> tuple[Figure, list[Axes]]:
-    """A figure of panels of one shape, without ticks."""
-    rows = math.ceil(panels / columns)
-    size = (_PANEL * columns, (_PANEL * ratio + 0.4) * rows + 0.5)
+def _grid(panels: int, ratio: float, legend_lines: int) -> tuple[Figure, list[Axes]]:
+    """A figure of panels of one shape, without ticks, and room for a legend below."""
+    rows, columns, span = _layout(panels)
+    size = (_PANEL * columns, (_PANEL * ratio + 0.4) * rows + 0.2 + 0.3 * legend_lines)
     figure = require("matplotlib.figure", extra="viz").Figure(
         figsize=size, dpi=110, layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.06)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    grid = figure.add_gridspec(rows, columns)
+    axes = [figure.add_subplot(grid[:span, :span], anchor="N")]
+    axes += [
+        figure.add_subplot(grid[row, column])
+        for row in range(rows)
+        for column in range(columns)
+        if row >= span or column >= span
+    ]
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
         for side in axis.spines.values():
             side.set_visible(False)
-    for axis in axes[panels:]:
-        axis.set_visible(False)
-    return figure, axes[:panels]
+    return figure, axes
+
+
+def _layout(panels: int) -> tuple[int, int, int]:
+    """Rows, columns, and cells that the photograph spans each way, so that no cell stays empty."""
+    rows, span = _rows(panels), 1
+    if rows == 1 and panels > 3:  # a prime number fills no rectangle, but an even one does
+        rows, span = _rows(panels + 3), 2
+    return rows, (panels - 1 + span**2) // rows, span
+
+
+def _rows(cells: int) -> int:
+    """Rows of the rectangle of so many cells that is nearest to a square, and no taller than it."""
+    return max(rows for rows in range(1, math.isqrt(cells) + 1) if cells % rows == 0)
 
 
 def _dim(photo: Tensor) -> Tensor:
@@ -148,10 +166,9 @@ def _dim(photo: Tensor) -> Tensor:
     return 0.45 + 0.55 * photo
 
 
-def _scatter(axis: Axes, hood: Neighborhood, size: tuple[int, int]) -> None:
+def _scatter(axis: Axes, hood: Neighborhood, width: int) -> None:
     """A square for each neighbour, a little larger than its pixel, so that it can be seen."""
-    height, width = size
-    side = 0.72 * 1.5 * _PANEL * 100 / max(width, height * 1.0)
+    side = 1.5 * 72 * _PANEL / width  # in points, 72 an inch
     for number in range(hood.num_targets):
         index = hood.index[number]
         if hood.mask is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from convnn_geo.viz.colors import COLORS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+_DASHES = ("-", "--", "-.", ":")
 
 
 def plot_spectrum(
@@ -26,7 +29,8 @@ def plot_spectrum(
     Args:
         lam: points of the spectrum, 0 for position to 1 for feature.
         accuracy: of the runs at each point, in [0, 1].
-        baselines: accuracies of the runs of other layers, drawn as lines across.
+        baselines: accuracies of the runs of other layers, drawn across: a line for the mean in a
+            band of one deviation.
         title: of the picture.
 
     Raises:
@@ -47,7 +51,7 @@ def plot_spectrum(
     )
     axis = figure.subplots()
     points = [mean_deviation([100 * a for a in runs]) for runs in accuracy]
-    axis.errorbar(
+    curve = axis.errorbar(
         lam,
         [mean for mean, _ in points],
         [deviation for _, deviation in points],
@@ -56,32 +60,38 @@ def plot_spectrum(
         markersize=8,
         linewidth=2,
         capsize=5,
-        label="ConvNN: mean ± deviation",
         zorder=3,
     )
     dots = [(x, 100 * a) for x, runs in zip(lam, accuracy, strict=True) for a in runs]
-    axis.scatter(*zip(*dots, strict=True), s=16, color="#222222", zorder=4, label="each run")
+    each = axis.scatter(*zip(*dots, strict=True), s=16, color="#222222", zorder=4)
+    legend: dict[str, Any] = {f"ConvNN: {_drawn(accuracy)}": curve, "ConvNN: each run": each}
     for number, (name, runs) in enumerate((baselines or {}).items(), start=1):
-        mean, deviation = mean_deviation([100 * a for a in runs])
-        color = COLORS[number % len(COLORS)]
-        axis.axhline(mean, color=color, linewidth=1.8, linestyle="--", label=name)
-        axis.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.13, linewidth=0)
+        legend[f"{name}: {_drawn([runs])}"] = _across(axis, runs, number)
     _finish(axis, lam, title)
-    handles, names = axis.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: not names[i].startswith("ConvNN"))
     figure.legend(
-        [handles[i] for i in order],
-        [names[i] for i in order],
-        loc="outside lower center",
-        ncols=len(names),
-        frameon=False,
+        list(legend.values()), list(legend), loc="outside lower center", ncols=2, frameon=False
     )
     return figure
+
+
+def _drawn(accuracy: Sequence[Sequence[float]]) -> str:
+    """What is drawn of runs: a single one has no deviation."""
+    several = any(len(runs) > 1 for runs in accuracy)
+    return "mean ± standard deviation" if several else "a single run"
+
+
+def _across(axis: Axes, runs: Sequence[float], number: int) -> tuple[Any, Any]:
+    """A line at the mean, in a band of one deviation: what the legend shows on one another."""
+    mean, deviation = mean_deviation([100 * a for a in runs])
+    color, dashes = COLORS[number % len(COLORS)], _DASHES[number % len(_DASHES)]
+    band = axis.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+    return band, axis.axhline(mean, color=color, linewidth=1.8, linestyle=dashes)
 
 
 def _finish(axis: Axes, lam: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=13)
     axis.set_xticks(list(lam), [_end(x) for x in lam])
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("test accuracy (%)", fontsize=11)
     axis.set_xlabel("λ, the share of feature distance in the metric", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
