@@ -155,6 +155,16 @@ def test_position_end_of_the_network_is_the_convolution():
     torch.testing.assert_close(other(x), plain(x))
 
 
+def test_position_end_trains_like_the_convolution():
+    settings = Settings(seeds=(0,), epochs=2, rates=(0.03,), train_size=400)
+    plain, _, other = spectrum.networks([0.0])
+    assert other.lam == 0.0
+    (expected,), (found,) = (train("", network, digits(), settings) for network in (plain, other))
+    one = 1 / 359  # an example on the border between two classes may go either way
+    assert found.validation == pytest.approx(expected.validation, abs=one)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+
+
 def test_networks_have_about_as_many_parameters():
     count = {
         network.name: sum(p.numel() for p in network.build().parameters())

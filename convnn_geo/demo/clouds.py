@@ -41,7 +41,8 @@ class CloudNet(nn.Module):
 
     def __init__(self, k: int, lam: float, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+        # No bias where BatchNorm follows, as in the network for images.
+        self.stem = nn.Sequential(nn.Linear(3, width, bias=False), nn.BatchNorm1d(width))
         self.layers = nn.ModuleList(_layer(width, k, lam) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(2))
         self.head = nn.Linear(2 * width, 10)
@@ -57,7 +58,7 @@ class CloudNet(nn.Module):
 
 def _layer(width: int, k: int, lam: float) -> PointConvNN:
     """The largest difference to any neighbour, channel by channel, beside the point itself."""
-    kernel = MaxRelative(nn.Linear(2 * width, width))
+    kernel = MaxRelative(nn.Linear(2 * width, width, bias=False))
     metric = interpolate(Spatial("l2", scale=1 / SIDE), Feature("cosine"), lam)
     return PointConvNN(width, width, k, metric=metric, kernel=kernel)
 

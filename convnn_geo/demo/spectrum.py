@@ -38,7 +38,9 @@ class DigitNet(nn.Module):
 
     def __init__(self, layer: Callable[[int], nn.Module], width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
+        # No bias where BatchNorm follows: it would have no gradient but rounding errors, which
+        # AdamW scales up, so that layers equal to the last digit would end in different networks.
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 1, bias=False), nn.BatchNorm2d(width))
         self.layers = nn.ModuleList(layer(width) for _ in range(2))
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(2))
         self.head = nn.Linear(width, 10)
@@ -77,7 +79,7 @@ class PixelAttention(nn.Module):
 
 def convolution(width: int) -> nn.Module:
     """Plain 3 x 3 convolution."""
-    return nn.Conv2d(width, width, 3, padding=1)
+    return nn.Conv2d(width, width, 3, padding=1, bias=False)
 
 
 def interpolated(width: int, lam: float) -> nn.Module:
@@ -86,7 +88,7 @@ def interpolated(width: int, lam: float) -> nn.Module:
     Positions are measured in sides of the image, so that both distances go from 0 to about 1.
     """
     metric = interpolate(Spatial("chebyshev", scale=1 / SIDE), Feature("cosine"), lam)
-    return ConvNN2d(width, width, 3, padding=1, candidates=All(), metric=metric)
+    return ConvNN2d(width, width, 3, padding=1, bias=False, candidates=All(), metric=metric)
 
 
 def networks(lams: Sequence[float]) -> list[Network]:

@@ -91,7 +91,7 @@ def _across(axis: Axes, runs: Sequence[float], number: int) -> tuple[Any, Any]:
 def _finish(axis: Axes, lam: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=13)
     axis.set_xticks(list(lam), [_end(x) for x in lam])
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params(axis="y", integer=True)
     axis.set_ylabel("test accuracy (%)", fontsize=11)
     axis.set_xlabel("λ, the share of feature distance in the metric", fontsize=11)
     axis.grid(axis="y", alpha=0.3)
