@@ -106,12 +106,47 @@ def test_show_writes_a_picture(photo, tmp_path, capsys):
     assert main(["show", *arguments, "--k", "5", "--spectrum", "3"]) == 0
     assert str(out) in capsys.readouterr().out
     with Image.open(out) as picture:
-        assert picture.size[0] == 1320
+        assert picture.size[0] == 880
 
 
 def test_show_takes_a_shipped_photograph(tmp_path):
     assert main(["show", "--spectrum", "2", "--out", str(tmp_path / "a.pdf")]) == 0
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+
+
+def saved(directory, mode, size, **options):
+    from PIL import Image
+
+    path = directory / "photo.png"
+    Image.linear_gradient("L").resize(size).convert(mode).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        ("RGB", (120, 90)),
+        ("RGBA", (300, 200)),
+        ("LA", (64, 300)),
+        ("P", (700, 60)),
+        ("1", (61, 41)),
+        ("I;16", (90, 80)),
+    ],
+)
+def test_command_of_the_readme_takes_any_photograph(tmp_path, monkeypatch, mode, size):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, mode, size)
+    command = "show --image photo.png --pixel 40,60 --spectrum 5 --out spectrum.png"
+    assert main(command.split()) == 0
+    assert (tmp_path / "spectrum.png").stat().st_size > 1000
+
+
+def test_help_tells_of_ties(capsys):
+    with pytest.raises(SystemExit):
+        main(["show", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Ties go to the lowest index" in told
+    assert "the starred pixel itself may not be among its nearest" in told
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,23 @@ def test_config_says_how_and_not_where(done):
     assert config["seeds"] == [0] and config["versions"]["torch"] == torch.__version__
     assert config["training"]["spectrum"]["rates"] == [0.03]
     assert set(config["seconds"]) == {"verify", "neighbours", "train"}
+    assert set(config["machine"]) == {"processor", "cores", "system"}
     assert str(done.report.parent) not in text and "/home" not in text
+
+
+def test_report_says_what_was_run_and_seen_first(done):
+    page = done.report.read_text(encoding="utf-8")
+    titles = ("What was run", "What was seen", "Who is a neighbour?")
+    ran, seen, rest = (page.index(f">{title}</h2>") for title in titles)
+    assert ran < seen < rest
+    config = json.loads((done.report.parent / "config.json").read_text())
+    told = page[ran:seen]
+    assert "python -m convnn_geo demo --quick" in told and config["finished"] in told
+    assert config["machine"]["processor"] in told and torch.__version__ in told
+    named = set(re.findall(r'href="#([^"]+)"', page[seen:rest]))
+    assert named == set(re.findall(r'<h2 id="([^"]+)"', page)) and len(named) == 4
+    assert page.count("<figcaption>") == page.count("<img ") == 4
+    assert "Ties go to the lowest index" in page
 
 
 def test_report_shows_pictures_and_the_numbers_of_the_metrics(done):
@@ -195,10 +211,11 @@ def score(network, lam, *test):
 
 def test_sentences_follow_the_numbers():
     apart = compare(score("a", 0.0, 0.9, 0.91), score("b", 1.0, 0.8, 0.81))
-    assert apart.startswith("a is 10.0 points ahead of b")
+    assert apart.startswith("a is 10.0 percentage points ahead of b")
     assert compare(score("b", 1.0, 0.8, 0.81), score("a", 0.0, 0.9, 0.91)) == apart
     close = compare(score("a", 0.0, 0.9, 0.8), score("b", 1.0, 0.84, 0.85))
-    assert "differ by 0.5 points" in close and "do not tell them apart" in close
+    assert close.startswith("a is 0.5 percentage points ahead of b, no more than")
+    assert "do not tell which is better" in close
     said = sentences(
         [
             score("plain", None, 0.5, 0.5),
@@ -209,11 +226,49 @@ def test_sentences_follow_the_numbers():
         test_size=200,
     )
     assert "highest at λ = 0.5 (90.0 ± 0.0 %) and lowest at λ = 1 (60.0 ± 0.0 %)" in said[0]
-    assert any(s.startswith("m is 20.0 points ahead of p") for s in said)
-    assert any(s.startswith("p is 20.0 points ahead of plain") for s in said)
-    assert "200 examples" in said[-1] and "0.50 points" in said[-1]
+    assert any(s.startswith("m is 20.0 percentage points ahead of p") for s in said)
+    assert any(s.startswith("p is 20.0 percentage points ahead of plain") for s in said)
+    assert "200 examples" in said[-1] and "0.50 percentage points" in said[-1]
     alone = sentences([score("p", 0.0, 0.7), score("f", 1.0, 0.6)], 10)
     assert any("single seed" in s for s in alone) and not any("ahead" in s for s in alone)
+
+
+def test_sentences_add_up_to_what_tables_show():
+    # 98.06 and 84.99 are shown as 98.1 and 85.0, and the difference must not be said to be 13.07.
+    one, other = score("a", 0.0, 0.9806, 0.9806), score("b", 1.0, 0.8499, 0.8499)
+    assert compare(one, other).startswith("a is 13.1 percentage points ahead of b, more than")
+    one, other = score("a", 0.0, 0.98148, 0.98148), score("b", 1.0, 0.85093, 0.85093)
+    assert compare(one, other).startswith("a is 13.0 percentage points ahead of b")
+
+
+def test_sentences_at_the_boundaries():
+    # Means of 90 % and 88 %, and deviations of 1.0 each: no further apart than both together.
+    step = 0.01 / 2**0.5
+    one, other = score("a", 0.0, 0.9 - step, 0.9 + step), score("b", 1.0, 0.88 - step, 0.88 + step)
+    assert compare(other, one) == (
+        "a is 2.0 percentage points ahead of b, no more than both deviations together (2.0): these "
+        "runs do not tell which is better."
+    )
+    level = compare(score("a", 0.0, 0.98, 0.981), score("b", 1.0, 0.9805, 0.9805))
+    assert level.startswith("a and b have the same mean, 98.0 %: these runs do not tell")
+    tied = sentences(
+        [score("a", 0.0, 0.7, 0.9), score("b", 0.5, 0.8, 0.8), score("c", 1.0, 0.6, 0.6)], 9
+    )
+    assert tied[0] == (
+        "Along the spectrum the mean test accuracy is highest at λ = 0 (80.0 ± 14.1 %) and "
+        "λ = 0.5 (80.0 ± 0.0 %) and lowest at λ = 1 (60.0 ± 0.0 %)."
+    )
+    flat = sentences([score("a", 0.0, 0.7, 0.7), score("b", 1.0, 0.7, 0.7)], 9)
+    assert flat[0] == "The mean test accuracy is the same all along the spectrum: 70.0 %."
+    assert sum("have the same mean" in s for s in flat) == 1
+
+
+def test_median_distance_of_neighbours():
+    image = torch.rand(3, 9, 12)
+    (near,) = neighbors.along_spectrum(image, [(4, 5), (4, 6)], 5, [0.0])
+    assert neighbors.median_distance(near, [(4, 5), (4, 6)], 12) == 1.0  # itself at 0, four at 1
+    aside = neighbors.median_distance(near, [(4, 2), (4, 3)], 12)  # 2, 3, twice √10, and 4
+    assert aside == pytest.approx(10**0.5)
 
 
 def test_scores_leave_out_rates_that_were_not_chosen():
@@ -222,5 +277,5 @@ def test_scores_leave_out_rates_that_were_not_chosen():
     other = dataclasses.replace(chosen, seed=1, test=0.7)
     (found,) = scores([tried, chosen, other], "t")
     assert found == Score("n", 0.5, 0.1, 7, (0.8, 0.8), (0.9, 0.7))
-    assert found.mean == pytest.approx(0.8) and percent(found.test) == "80.0 ± 14.1"
+    assert str(found.mean) == "80.0" and percent(found.test) == "80.0 ± 14.1"
     assert scores([tried], "other") == []

@@ -16,9 +16,14 @@ from convnn_geo.search import knn
 
 PHOTOGRAPH = "astronaut"
 WIDTH = 128
-PIXELS = ((322, 274), (58, 186), (178, 66))
-"""Of the photograph as it ships: on the suit, in the hair, on a stripe of the flag."""
+PIXELS = {"the suit": (322, 274), "the hair": (58, 186), "the flag": (178, 66)}
+"""Of the photograph as it ships: (row, column)."""
 NEIGHBORS = 81
+TIES = (
+    "Ties go to the lowest index, counted row by row: in a flat region, where many pixels are at "
+    "the same distance, the starred pixel itself may not be among its nearest."
+)
+"""What a reader of the pictures may wonder about."""
 
 
 def spectrum(points: int) -> list[float]:
@@ -94,6 +99,24 @@ def metric_at(lam: float, image: Tensor) -> Metric:
     position = Points.from_image(image.unsqueeze(0)).position
     spatial = Spatial("l2", squared=True, scale=1 / _deviation(position))
     return interpolate(spatial, Feature("squared_euclidean"), lam)
+
+
+def median_distance(hood: Neighborhood, pixels: Sequence[tuple[int, int]], width: int) -> float:
+    """How far neighbours are from their pixels: the median, in pixels.
+
+    Args:
+        hood: ``index (number of pixels, k)`` of an image's pixels in raster order.
+        pixels: targets, as (row, column).
+        width: of the image.
+
+    Example:
+        >>> hood = Neighborhood(torch.tensor([[0, 3, 8]]), 48)
+        >>> median_distance(hood, [(0, 0)], width=8)
+        1.0
+    """
+    place = torch.stack([hood.index // width, hood.index % width], -1)
+    offset = place - torch.tensor(pixels).unsqueeze(1)
+    return offset.double().norm(dim=-1).median().item()
 
 
 def _deviation(points: Tensor) -> float:

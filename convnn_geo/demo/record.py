@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,29 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         found[package] = importlib.metadata.version(package)
     return found
+
+
+def machine() -> dict[str, str | int]:
+    """What times may depend on: processor, cores that this process may use, and system.
+
+    Example:
+        >>> sorted(machine())
+        ['cores', 'processor', 'system']
+    """
+    system = f"{platform.system()} {platform.machine()}"
+    return {"processor": processor(), "cores": cores(), "system": system}
+
+
+def cores() -> int:
+    """Processors that this process may use.
+
+    Example:
+        >>> cores() >= 1
+        True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,14 +17,31 @@ COLUMNS = ("network", "parameters", "learning rate", "validation (%)", "test (%)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1b1f24; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; } img { max-width: 100%; }
-.lead { color: #57606a; margin-top: .3rem; }
+h1 { margin-bottom: 0; } h2 { margin: 2.5rem 0 .5rem; } .lead { color: #57606a; margin-top: .3rem; }
+figure { margin: 1.2rem 0; } figure img { display: block; max-width: 100%; margin: 0 auto; }
+figcaption, caption { color: #57606a; font-size: .9rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
+caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } tr.failed { color: #c00; }
-summary { cursor: pointer; } dt { font-weight: 600; float: left; clear: left; width: 10rem; }
-dd { margin-left: 10.5rem; }
+thead th { border-bottom: 2px solid #8c959f; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; } .failed { color: #c00; }
+summary { cursor: pointer; } code { background: #f3f5f7; padding: .1rem .3rem; }
+dl { display: grid; grid-template-columns: 7rem 1fr; gap: .15rem 1rem; background: #f6f8fa;
+     padding: .8rem 1rem; } dt { font-weight: 600; } dd { margin: 0; }
 """
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page.
+
+    Args:
+        file: beside the page.
+        caption: what it shows.
+    """
+
+    file: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -34,16 +51,16 @@ class Section:
     Args:
         title: of the section.
         what: was run, in words.
-        pictures: files beside the page, and what each shows.
+        pictures: of what came out.
         scores: of the networks; none where nothing was trained.
-        sentences: what the scores show.
+        said: sentences on what came out, the most important one first.
     """
 
     title: str
     what: str
-    pictures: Sequence[tuple[str, str]]
+    pictures: Sequence[Picture]
     scores: Sequence[Score] = ()
-    sentences: Sequence[str] = ()
+    said: Sequence[str] = ()
 
 
 def write_report(
@@ -55,8 +72,9 @@ def write_report(
         path: of the page.
         rows: of :func:`convnn_geo.verify.run`.
         sections: experiments, in order.
-        facts: versions, processor, times: what is listed at the end.
+        facts: command, machine, versions, times.
     """
+    seen = [(EXACT, verdict(rows)), *((s.title, s.said[0]) for s in sections if s.said)]
     parts = [
         "<!doctype html>",
         '<html lang="en"><meta charset="utf-8">',
@@ -65,28 +83,48 @@ def write_report(
         "<h1>convnn_geo: demonstration</h1>",
         '<p class="lead">Convolution, attention and what lies between, as one operator: '
         "choose neighbours, weigh them, combine them.</p>",
-        *(_section(section) for section in sections),
-        _errors(rows),
-        "<h2>How it was run</h2>",
+        "<h2>What was run</h2>",
         "<dl>",
         *(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items()),
         "</dl>",
         "<p>Every epoch of every run is in <a href='metrics.csv'>metrics.csv</a>, the settings in "
-        "<a href='config.json'>config.json</a>.</p></html>",
+        "<a href='config.json'>config.json</a>.</p>",
+        "<h2>What was seen</h2>",
+        "<ul>",
+        *(
+            f'<li><a href="#{_anchor(title)}">{escape(title)}</a> {escape(sentence)}</li>'
+            for title, sentence in seen
+        ),
+        "</ul>",
+        *(_section(section) for section in sections),
+        _errors(rows),
+        "</html>",
     ]
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
+EXACT = "Is it exact?"
+
+
+def _anchor(title: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
+
+
+def _heading(title: str) -> str:
+    return f'<h2 id="{_anchor(title)}">{escape(title)}</h2>'
+
+
 def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(section.what)}</p>"]
+    parts = [_heading(section.title), f"<p>{escape(section.what)}</p>"]
     parts += [
-        f'<p><img src="{escape(file)}" alt="{escape(shows)}"></p>'
-        for file, shows in section.pictures
+        f'<figure><img src="{escape(picture.file)}" alt="{escape(section.title)}">'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        for picture in section.pictures
     ]
     if section.scores:
-        parts.append(_table(COLUMNS, [score_cells(score) for score in section.scores]))
-    if section.sentences:
-        parts.append(f"<p>{escape(' '.join(section.sentences))}</p>")
+        cells = [score_cells(score) for score in section.scores]
+        parts.append(_table(f"{section.title}: accuracies", COLUMNS, cells))
+    parts += ["<ul>", *(f"<li>{escape(sentence)}</li>" for sentence in section.said), "</ul>"]
     return "\n".join(parts)
 
 
@@ -103,24 +141,31 @@ def score_cells(score: Score) -> list[str]:
 
 def _errors(rows: Sequence[Row]) -> str:
     lines, failed = error_table(rows)
-    table = _table(ERROR_COLUMNS, lines, failed)
+    title = "Worst absolute error of each recipe on each backend"
+    table = _table(title, ERROR_COLUMNS, lines, failed)
     return (
-        "<h2>Is it exact?</h2><p>Each recipe is compared with the layer that it stands for, or "
+        f"{_heading(EXACT)}<p>Each recipe is compared with the layer that it stands for, or "
         "with a double loop where there is none: the output and all gradients, on every backend "
-        f"that can run it. {escape(verdict(rows))}.</p>"
-        f"<details{' open' if failed else ''}><summary>Worst absolute error of each recipe"
-        f"</summary>{table}</details>"
+        "that can run it.</p>"
+        f"<p{' class=failed' if failed else ''}>{escape(verdict(rows))}.</p>"
+        f"<details{' open' if failed else ''}><summary>The table</summary>{table}</details>"
     )
 
 
 def _table(
-    columns: Sequence[str], lines: Sequence[Sequence[str]], failed: set[int] | None = None
+    title: str,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    failed: Collection[int] = (),
 ) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "\n".join(
-        f"<tr{' class=failed' if failed and number in failed else ''}>"
+        f"<tr{' class=failed' if number in failed else ''}>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in line)
         + "</tr>"
         for number, line in enumerate(lines)
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+    return (
+        f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>\n{body}\n</tbody></table>"
+    )

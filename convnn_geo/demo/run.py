@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from convnn_geo.console import print_table
 from convnn_geo.demo import neighbors
 from convnn_geo.demo.errors import print_errors
 from convnn_geo.demo.experiments import Experiment, experiments
-from convnn_geo.demo.record import processor, versions, write_metrics
-from convnn_geo.demo.report import COLUMNS, Section, score_cells, write_report
+from convnn_geo.demo.record import cores, machine, versions, write_metrics
+from convnn_geo.demo.report import COLUMNS, Picture, Section, score_cells, write_report
 from convnn_geo.demo.summary import scores, sentences
 from convnn_geo.demo.training import Run
 from convnn_geo.demo.workers import Job, run_jobs
@@ -66,7 +66,7 @@ def run(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if workers is None:
-        workers = 1 if quick else min(4, _cores())
+        workers = 1 if quick else min(4, cores())
     seconds: dict[str, float] = {}
 
     with _stage("verify", seconds) as tick:
@@ -113,14 +113,14 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[Tick]:
 def _draw_neighbors(out: Path) -> Section:
     photo = datasets.photograph(neighbors.PHOTOGRAPH)
     image = datasets.photograph(neighbors.PHOTOGRAPH, neighbors.WIDTH)
-    pixels = [neighbors.shrink(pixel, photo, image) for pixel in neighbors.PIXELS]
+    pixels = [neighbors.shrink(pixel, photo, image) for pixel in neighbors.PIXELS.values()]
     hoods = neighbors.along_spectrum(image, pixels, neighbors.NEIGHBORS, LAMS)
     figure = viz.draw_neighbors(
         image,
         pixels,
         hoods,
         [neighbors.panel_title(lam) for lam in LAMS],
-        names=["the suit", "the hair", "the flag"],
+        names=list(neighbors.PIXELS),
         backdrop=photo,
     )
     figure.savefig(out / "neighbors.png")
@@ -131,7 +131,16 @@ def _draw_neighbors(out: Path) -> Section:
         "At λ = 0 the neighbourhood is the window of a convolution, round here; at λ = 1 it is "
         "wherever the photograph looks alike."
     )
-    return Section("Who is a neighbour?", what, [("neighbors.png", "neighbours of three pixels")])
+    caption = (
+        f"Each star is a pixel, the squares of its colour are its {neighbors.NEIGHBORS} "
+        f"neighbours, searched on a copy {neighbors.WIDTH} pixels wide. {neighbors.TIES}"
+    )
+    medians = ", ".join(
+        f"{neighbors.median_distance(hood, pixels, image.shape[2]):.1f} at λ = {lam:g}"
+        for lam, hood in zip(LAMS, hoods, strict=True)
+    )
+    said = f"Median distance from a pixel to its neighbours, in pixels of the copy: {medians}."
+    return Section("Who is a neighbour?", what, [Picture("neighbors.png", caption)], said=[said])
 
 
 def _train(trained: Sequence[Experiment], workers: int, tick: Tick) -> list[Run]:
@@ -164,15 +173,27 @@ def _report(experiment: Experiment, runs: Sequence[Run], out: Path) -> Section:
     )
     picture = f"{experiment.name}.png"
     figure.savefig(out / picture)
-    pictures = [(picture, f"{experiment.title}: test accuracy along the spectrum")]
+    pictures = [
+        Picture(
+            picture,
+            f"{experiment.title}: test accuracy along the spectrum, from neighbours by position on "
+            "the left to neighbours by feature on the right; networks without a λ as lines across.",
+        )
+    ]
     splits = experiment.load()
     if isinstance(splits, datasets.CloudSplits):
         examples = [splits.train[number] for number in range(5)]
         drawn = viz.draw_clouds(
-            [example.pos for example in examples], [str(int(example.y)) for example in examples]
+            [example.pos for example in examples],
+            [f"digit {int(example.y)}" for example in examples],
+            ("row", "column", "height (4 × ink)"),
         )
         drawn.savefig(out / "clouds_examples.png")
-        pictures.insert(0, ("clouds_examples.png", "five digits as point clouds"))
+        caption = (
+            "The first five digits of the training part as point clouds, seen from above: the more "
+            "ink, the higher a point, and the darker and larger it is drawn."
+        )
+        pictures.insert(0, Picture("clouds_examples.png", caption))
     said = sentences(scored, len(splits.test))
     print("\n".join(said) + "\n")
     return Section(experiment.title, experiment.what, pictures, scored, said)
@@ -187,7 +208,7 @@ def _config(seeds: int, quick: bool, workers: int, seconds: dict[str, float]) ->
         "photograph": {
             "name": neighbors.PHOTOGRAPH,
             "width": neighbors.WIDTH,
-            "pixels": neighbors.PIXELS,
+            "pixels": list(neighbors.PIXELS.values()),
             "k": neighbors.NEIGHBORS,
         },
         "training": {
@@ -195,23 +216,28 @@ def _config(seeds: int, quick: bool, workers: int, seconds: dict[str, float]) ->
             for experiment in experiments(LAMS, count, quick)
         },
         "versions": versions(),
-        "processor": processor(),
+        "machine": machine(),
+        "finished": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "workers": workers,
         "seconds": seconds,
     }
 
 
 def _facts(config: dict[str, Any]) -> dict[str, str]:
+    machine, seconds, workers = config["machine"], config["seconds"], config["workers"]
+    option = "--quick" if config["quick"] else f"--seeds {len(config['seeds'])}"
+    at_a_time = "one network at a time" if workers == 1 else f"{workers} networks at a time"
     return {
+        "Command": f"python -m convnn_geo demo {option}",
+        "Finished": config["finished"],
+        "Machine": f"{machine['processor']}, {_count(machine['cores'], 'core')}, "
+        f"{machine['system']}; no GPU is used; {at_a_time}, one thread each",
         "Versions": ", ".join(f"{name} {version}" for name, version in config["versions"].items()),
-        "Processor": f"{config['processor']}, {config['workers']} networks at a time",
         "Seeds": ", ".join(map(str, config["seeds"])),
-        "Seconds": ", ".join(f"{name} {value}" for name, value in config["seconds"].items()),
+        "Time": f"{sum(seconds.values()):.0f} s: "
+        + ", ".join(f"{name} {value} s" for name, value in seconds.items()),
     }
 
 
-def _cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

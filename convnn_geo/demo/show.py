@@ -25,7 +25,8 @@ def show(
     Args:
         out: the picture to write.
         image: a picture file; None for a photograph that is shipped.
-        pixels: (row, column) in the picture; its middle by default.
+        pixels: (row, column) in the picture; by default its middle, or three of the photograph that
+            is shipped.
         points: panels, from position to feature.
         k: neighbours.
         width: the search runs on a copy this wide, so that neighbours are large enough to see.
@@ -37,21 +38,22 @@ def show(
         MissingExtraError: an extra is not installed.
     """
     lams = neighbors.spectrum(points)
+    named = {f"pixel ({row}, {column})": (row, column) for row, column in pixels}
     if image is None:
         photo = datasets.photograph(neighbors.PHOTOGRAPH)
-        pixels = pixels or neighbors.PIXELS
+        named = named or neighbors.PIXELS
     else:
         photo = datasets.read_image(image)
-    pixels = pixels or [(photo.shape[1] // 2, photo.shape[2] // 2)]
+        named = named or {"the middle": (photo.shape[1] // 2, photo.shape[2] // 2)}
     small = datasets.resize(photo, min(width, photo.shape[2]))
-    places = [neighbors.shrink(pixel, photo, small) for pixel in pixels]
+    places = [neighbors.shrink(pixel, photo, small) for pixel in named.values()]
     hoods = neighbors.along_spectrum(small, places, k, lams)
     figure = viz.draw_neighbors(
         small,
         places,
         hoods,
         [neighbors.panel_title(lam) for lam in lams],
-        names=[f"pixel ({row}, {column})" for row, column in pixels],
+        names=list(named),
         backdrop=datasets.resize(photo, min(_SHARP, photo.shape[2])),
     )
     figure.savefig(out)
