@@ -61,11 +61,18 @@ class Neighborhood:
         """The same for leading axes ``lead``, as views."""
         return self.apply(lambda t: t.expand(*lead, *t.shape[-2:]))
 
-    def raster(self) -> Neighborhood:
-        """The same neighbours in raster order: by source index, empty slots last."""
-        key = self.index
+    def raster(self, among: Tensor | None = None) -> Neighborhood:
+        """The same neighbours in raster order, empty slots last.
+
+        Args:
+            among: each target's candidates ``(..., n, w)``, whose order is to be followed: that of
+                a window's offsets, say. By source index where there are none.
+        """
+        key, last = self.index, self.num_sources
+        if among is not None:
+            key, last = _place(self.index, among), among.shape[-1]
         if self.mask is not None:
-            key = torch.where(self.mask, key, self.num_sources)
+            key = torch.where(self.mask, key, last + 1)
         order = key.argsort(dim=-1, stable=True)
         return self.apply(lambda t: t.expand(order.shape).gather(-1, order))
 
@@ -156,6 +163,17 @@ class Neighborhood:
             distance,
             None if bool(mask.all()) else mask,
         )
+
+
+def _place(index: Tensor, among: Tensor) -> Tensor:
+    """Where each of ``index (..., n, k)`` first stands in its row of ``among (..., n, w)``.
+
+    What stands nowhere is put before the next larger, or behind all.
+    """
+    lead = torch.broadcast_shapes(index.shape[:-1], among.shape[:-1])
+    ordered, order = among.expand(*lead, -1).sort(dim=-1, stable=True)
+    found = torch.searchsorted(ordered, index.expand(*lead, -1).contiguous())
+    return torch.nn.functional.pad(order, (0, 1), value=among.shape[-1]).gather(-1, found)
 
 
 def edge_rank(edge_index: Tensor, distance: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ operation runs. The operation itself says what is computed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -20,7 +21,7 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points
 from convnn_geo.search import Query
-from convnn_geo.selection import Every, Selection
+from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.weighting import Weighting
 
 
@@ -37,7 +38,8 @@ class Operation:
         selection: whom to keep.
         weighting: how much each counts.
         kernel: what is done with them.
-        order: of the neighbours that reach the kernel: ``"rank"`` or ``"raster"``.
+        order: of the neighbours that reach the kernel: ``"rank"``, or ``"raster"``: by place in
+            the window where candidates are windows, by source index elsewhere.
         mask: more to be masked, ``(..., n | 1, m)``, True where choice is allowed.
         bias: added to the similarities, ``(..., n | 1, m)``; may carry a gradient.
         search: search engine.
@@ -79,15 +81,34 @@ class Operation:
             return self.source.grid.index_of(self.target.grid, self.value.device)
         return None
 
+    @once
+    def whole(self) -> bool:
+        """Whether every candidate is kept, each in its place.
+
+        So it is, too, where as many as a window has are kept in raster order: then there is
+        nothing to choose, and tap j is the window's j-th place at borders as well.
+        """
+        chosen, window = self.selection, self.candidates
+        if not isinstance(chosen, KNearest):
+            return isinstance(chosen, Every)
+        if self.order != "raster" or not isinstance(window, Window) or self.source.grid is None:
+            return False
+        size = math.prod(window.spread(len(self.source.grid.size))[0])
+        return chosen.k == size and chosen.dilation == 1 and chosen.self_point == "natural"
+
     def neighborhood(self) -> Neighborhood:
         """Candidates, then selection, then order."""
-        found = self.selection(self.query(), self.own(), self.search)
+        query = self.query()
+        selection = Every() if self.whole else self.selection
+        found = selection(query, self.own(), self.search)
         if self.target.mask is not None:  # what only fills a batch up hears nobody
             real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
             found = replace(found, mask=real if found.mask is None else found.mask & real)
-        if self.order == "raster" and not isinstance(self.selection, Every):
-            return found.raster()
-        return found
+        if self.order == "rank" or self.whole:
+            return found
+        among = query.subset.index
+        shared = among is None or among.shape[-2] != found.num_targets
+        return found.raster(None if shared else among)
 
     def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
         """The chosen pairs."""
@@ -103,8 +124,7 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
     Otherwise the finite values of its neighbours would hide it. A convolution's windows are left
     alone: there a NaN shows where the window holds it.
     """
-    whole = isinstance(op.selection, Every) and isinstance(op.candidates, Window)
-    if whole and not op.weighting.uses_distance:
+    if op.whole and isinstance(op.candidates, Window) and not op.weighting.uses_distance:
         return out
     own = [t.detach() for t in (op.target.x, op.target.pos) if t is not None]
     lost = [t.sum(-1, keepdim=True).isnan() for t in own]

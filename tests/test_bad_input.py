@@ -91,6 +91,18 @@ TABLE: list[Row] = [
         "k=10 needs 10 candidates, but there are 9",
     ),
     (
+        "conv-k-window-others",
+        lambda: conv(4, 6, 3, padding=1, k=9, metric="cosine", self_point="excluded")(image()),
+        V,
+        "k=9 needs 9 candidates, but there are 8 besides the point itself",
+    ),
+    (
+        "attention-k-block",
+        lambda: attend(k=5, candidates=Block(2)),
+        V,
+        "k=5 needs 5 candidates, but there are 2; lower k",
+    ),
+    (
         "conv-k-random",
         lambda: near(k=6, candidates=Random(5))(image()),
         V,

@@ -243,6 +243,25 @@ def test_whole_window_by_k_is_the_window():
     equal(layer(x), F.conv2d(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("backend", ["native", "gather", "message_passing"])
+def test_whole_window_by_k_is_the_window_at_borders_too(mode, backend):
+    x = image(2, 3, 5, 4)
+    options = {"padding": 2, "dilation": (2, 1), "stride": (1, 2), "padding_mode": mode}
+    layer = ConvNN2d(3, 5, 3, **options, k=9, metric="cosine", backend=backend).double()
+    conv = nn.Conv2d(3, 5, 3, **options).double()
+    conv.load_state_dict(layer.state_dict())
+    equal(layer(x), conv(x))
+
+
+def test_raster_order_in_a_window_is_that_of_offsets():
+    """Past the seam of a circular sequence the point before the first is the last."""
+    layer = ConvNN1d(1, 1, 3, padding=1, k=2, metric="euclidean", padding_mode="circular")
+    x = torch.tensor([[[0.0, 9.0, 9.0, 9.0, 0.0]]])
+    index = layer.operation(x).neighborhood().index
+    assert index.tolist() == [[[4, 0], [1, 2], [1, 2], [2, 3], [4, 0]]]
+
+
 def test_radius_has_a_tap_for_each_of_max_k():
     layer = ConvNN2d(3, 5, selection=Radius(1.0, 5), metric="spatial").double()
     assert layer.weight.shape == (5, 3, 5)

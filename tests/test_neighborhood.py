@@ -110,6 +110,21 @@ def test_raster_of_shared_indices_with_a_mask_an_example():
     assert raster.mask.tolist() == [[[True, True, False]], [[True] * 3]]
 
 
+def test_raster_among_candidates_follows_their_order():
+    index = torch.tensor([[[0, 4, 3], [4, 1, 7]]])
+    mask = torch.tensor([[[True, True, True], [False, True, True]]])
+    among = torch.tensor([[3, 4, 0, 3], [7, 4, 1, 1]])
+    raster = Neighborhood(index, 8, mask=mask).raster(among)
+    assert raster.index.tolist() == [[[3, 4, 0], [7, 1, 4]]]
+    assert raster.mask.tolist() == [[[True] * 3, [True, True, False]]]
+
+
+def test_raster_among_ascending_candidates_is_by_source_for_all_others_too():
+    hood = Neighborhood(torch.tensor([[5, 8, 2], [3, 2, 8], [9, 8, 2]]), 10)
+    among = torch.tensor([[2, 4, 8]]).expand(3, 3)
+    assert hood.raster(among).index.tolist() == [[2, 5, 8], [2, 3, 8], [2, 8, 9]]
+
+
 def test_expand_makes_views():
     hood = Neighborhood(torch.tensor([[0, 1]]), 2, torch.zeros(1, 2), torch.ones(1, 2).bool())
     wide = hood.expand(3, 5)

@@ -171,6 +171,61 @@ def test_padding_points_of_a_ragged_batch_are_never_chosen():
     assert (found.index[1][found.mask[1]] < 2).all()
 
 
+@pytest.mark.parametrize("mode", ["replicate", "reflect", "circular"])
+@pytest.mark.parametrize("self_point", ["natural", "first", "excluded"])
+def test_padding_that_names_a_source_twice_lets_it_be_chosen_once(points, mode, self_point):
+    window = Window(3, padding=2, dilation=2, padding_mode=mode)
+    subset = window(points, points)
+    found = KNearest(8, self_point=self_point)(
+        Query(points, points, METRICS["feature"], 1, subset), torch.arange(20)
+    )
+    kept = found.mask.expand(2, 20, 8)
+    for b, i in itertools.product(range(2), range(20)):
+        chosen = found.index[b, i][kept[b, i]].tolist()
+        among = set(subset.index[i].tolist()) - ({i} if self_point == "excluded" else set())
+        assert len(set(chosen)) == len(chosen) == min(8, len(among)) and set(chosen) <= among
+    near = Radius(1e6, 9)(Query(points, points, METRICS["feature"], 1, subset), None)
+    assert torch.equal(
+        near.mask.sum(-1)[0], torch.tensor([len(set(r.tolist())) for r in subset.index])
+    )
+    every = Every()(Query(points, points, METRICS["feature"], 1, subset), None)
+    assert every.mask is None and torch.equal(every.index, subset.index)
+
+
+def test_without_repeats_no_mask_is_made(points):
+    subset = Window(3, padding=1, padding_mode="circular")(points, points)
+    assert KNearest(3)(Query(points, points, METRICS["feature"], 1, subset), None).mask is None
+
+
+@pytest.mark.parametrize(
+    ("candidates", "most", "others"),
+    [
+        (Window(3, padding=1), 9, 8),
+        (Window(3, border="shift"), 9, 8),
+        (Window(2, padding=1, dilation=2), 4, 4),  # a centre that is no place of the window
+        (Window((1, 9), padding=(0, 4)), 4, 3),  # over the image's width
+        (Window((1, 9), padding=(0, 4), padding_mode="replicate"), 4, 3),
+        (Block(2), 4, 3),
+        (Block((2, 9)), 8, 7),
+        (Congruent(2), 6, 5),
+        (Causal(), 20, 19),
+        (Block(3) & Causal(), 9, 9),
+        (Strided(3), 9, 9),
+    ],
+    ids=str,
+)
+def test_too_few_candidates_are_an_error_wherever_sizes_tell(points, candidates, most, others):
+    own = torch.arange(20)
+    query = Query(points, points, METRICS["feature"], 1, candidates(points, points))
+    for self_point, limit in (("natural", most), ("excluded", others), ("first", others + 1)):
+        assert KNearest(limit, self_point=self_point)(query, own).k == limit
+        message = f"k={limit + 1} needs {limit + 1} candidates, but there are {limit}"
+        with pytest.raises(ValueError, match=message):
+            KNearest(limit + 1, self_point=self_point)(query, own)
+        padded = KNearest(limit + 1, self_point=self_point, short="pad")(query, own)
+        assert padded.k == limit + 1 and not padded.mask[..., -1].any()
+
+
 # -- radius -------------------------------------------------------------------------------------
 
 

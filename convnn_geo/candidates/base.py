@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,18 @@ class Subset:
             each has its own, None for all sources.
         mask: True where choice is allowed, broadcastable to ``(..., n, m | r | w)``; None for
             everywhere.
+        repeated: ``(n, w)``, True where a window's padding names a source that it has named
+            before; None where it names none twice.
+        most: sources that a target may choose from at most, as far as sizes tell; None for all
+            that are named.
+        own: whether a target that is a source is surely among its own candidates.
     """
 
     index: Tensor | None = None
     mask: Tensor | None = None
+    repeated: Tensor | None = None
+    most: int | None = None
+    own: bool = False
 
     def restrict(self, mask: Tensor | None) -> Subset:
         """The same with a mask over all sources, ``(..., n | 1, m)``, put upon it."""
@@ -31,7 +39,16 @@ class Subset:
             return self
         if self.index is not None:
             mask = _mask_at(mask, self.index)
-        return Subset(self.index, mask if self.mask is None else self.mask & mask)
+        return self._masked(mask)
+
+    def distinct(self) -> Subset:
+        """The same with every source named once."""
+        if self.repeated is None:
+            return self
+        return replace(self._masked(~self.repeated), repeated=None)
+
+    def _masked(self, mask: Tensor) -> Subset:
+        return replace(self, mask=mask if self.mask is None else self.mask & mask)
 
 
 def _mask_at(mask: Tensor, index: Tensor) -> Tensor:
@@ -78,7 +95,12 @@ class Both(Candidates):
             )
         if second.index is not None:
             first, second = second, first
-        return first.restrict(second.mask)
+        least = [subset.most for subset in (first, second) if subset.most is not None]
+        return replace(
+            first.restrict(second.mask),
+            most=min(least, default=None),
+            own=first.own and second.own,
+        )
 
 
 class All(Candidates):

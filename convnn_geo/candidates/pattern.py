@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,10 @@ class Block(Candidates):
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Mask ``(n, m)``."""
-        return Subset(mask=_same(self._block(target), self._block(source)))
+        grid = need_grid("Block", source).size
+        sides = check_tuple("size", self.size, len(grid))
+        most = math.prod(min(side, length) for side, length in zip(sides, grid, strict=True))
+        return Subset(mask=_same(self._block(target), self._block(source)), most=most, own=True)
 
     def _block(self, points: Points) -> Tensor:
         axes = len(need_grid("Block", points).size)
@@ -71,8 +76,11 @@ class Congruent(Candidates):
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Mask ``(n, m)``."""
-        need_grid("Congruent", target), need_grid("Congruent", source)
-        return Subset(mask=_same(target.position % self.stride, source.position % self.stride))
+        need_grid("Congruent", target)
+        grid = need_grid("Congruent", source).size
+        most = math.prod((length + self.stride - 1) // self.stride for length in grid)
+        mask = _same(target.position % self.stride, source.position % self.stride)
+        return Subset(mask=mask, most=most, own=True)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convnn_geo.caching import keep
@@ -123,8 +125,16 @@ class Window(Candidates):
         kernel_size, _, dilation = self.spread(len(among.size))
         padding = self.pads(len(among.size))
         mode = self.padding_mode if self.border == "pad" else self.border
-        index, mask = _window(at, among, kernel_size, padding, dilation, mode, source.device)
-        return Subset(index, mask)
+        index, mask, repeated = _window(
+            at, among, kernel_size, padding, dilation, mode, source.device
+        )
+        folds = repeated is not None  # and may then reach pixels between the dilated ones
+        most = math.prod(
+            min(k, s if folds else (s + d - 1) // d)
+            for k, s, d in zip(kernel_size, among.size, dilation, strict=True)
+        )
+        centred = self.border != "pad" or all(k % 2 for k in kernel_size)
+        return Subset(index, mask, repeated, most, own=centred)
 
     def extra_repr(self) -> str:
         return (
@@ -146,17 +156,19 @@ def _window(
     dilation: tuple[int, ...],
     mode: str,
     device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    """Indices and mask ``(n, w)``, a function of sizes alone and therefore computed once."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Indices, mask and repeats ``(n, w)``: functions of sizes alone, therefore computed once."""
     with torch.inference_mode(False), torch.no_grad():
         axes = len(source.size)
         index = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
         inside = torch.ones((1,) * (2 * axes), dtype=torch.bool, device=device)
-        hides = False
+        hides = folds = False
         for axis, length in enumerate(source.size):
             coordinate, whole = _axis(target, source, axis, kernel_size[axis], dilation[axis], mode)
             coordinate = coordinate.to(device)
             hides = hides or not whole
+            short = dilation[axis] * (kernel_size[axis] - 1) >= length
+            folds = folds or (not whole and (mode != "circular" or short))
             ok = (coordinate >= 0) & (coordinate < length)
             coordinate = _wrap(coordinate, length, max(padding[axis]), mode)
             shape = [1] * (2 * axes)
@@ -164,9 +176,18 @@ def _window(
             index = index * length + coordinate.view(shape)
             inside = inside & ok.view(shape)
         index = index.flatten(0, axes - 1).flatten(1)
-        if not hides or mode not in ("zeros", "causal"):
-            return index, None
-        return index, inside.expand(*target.size, *kernel_size).reshape(index.shape)
+        if mode not in ("zeros", "causal"):
+            return index, None, _repeated(index) if folds else None
+        if not hides:
+            return index, None, None
+        return index, inside.expand(*target.size, *kernel_size).reshape(index.shape), None
+
+
+def _repeated(index: Tensor) -> Tensor:
+    """True where a source stood earlier in its row."""
+    ordered, order = index.sort(dim=-1, stable=True)
+    again = F.pad(ordered[:, 1:] == ordered[:, :-1], (1, 0))
+    return torch.zeros_like(again).scatter(-1, order, again)
 
 
 def _axis(

@@ -10,7 +10,6 @@ from convnn_geo.candidates import Window
 from convnn_geo.kernels import Max, Mean, Separable, Taps
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.operation import Operation
-from convnn_geo.selection import Every
 from convnn_geo.weighting import Ones
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -25,7 +24,7 @@ def _windowed(op: Operation) -> str | None:
         return f"candidates are {type(window).__name__}, not a Window"
     if window.border != "pad":
         return f"windows {window.border} at borders instead of padding"
-    if not isinstance(op.selection, Every):
+    if not op.whole:
         return f"{type(op.selection).__name__} keeps part of the window"
     if not isinstance(op.weighting, Ones):
         return f"weights are {type(op.weighting).__name__}, not Ones"

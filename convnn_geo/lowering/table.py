@@ -94,9 +94,8 @@ def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 def _search_line(op: Operation, rule: Rule) -> list[str]:
     from convnn_geo.search import explain_search
-    from convnn_geo.selection import Every
 
-    if rule.backend == "native" or isinstance(op.selection, Every):
+    if rule.backend == "native" or op.whole:
         return []
     if op.search != "auto":
         return [f"  search       {op.search} (asked for)"]

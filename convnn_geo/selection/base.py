@@ -49,13 +49,17 @@ class Every(Selection):
 class KNearest(Selection):
     """The ``k`` nearest candidates, nearest first, ties to the lowest source index.
 
+    A source is chosen once, even where a window's padding names it several times. Where borders
+    and masks leave a target fewer than ``k`` candidates, its last slots are empty.
+
     Args:
         k: neighbours.
         dilation: keep every ``dilation``-th of the ``k * dilation`` nearest, as ViG does.
         self_point: ``"natural"``: where it ranks; ``"first"``: neighbour 0, whatever its distance;
             ``"excluded"``: never a neighbour.
-        short: what to do where there are fewer candidates than k: ``"error"``, or ``"pad"``
-            with masked slots.
+        short: where the sizes alone tell that every target has fewer candidates than k (a
+            window of 3 x 3 has 9, and 8 without the point itself): ``"error"``, or ``"pad"`` for
+            empty slots there, too.
 
     Example:
         >>> KNearest(9, dilation=2)
@@ -72,27 +76,20 @@ class KNearest(Selection):
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """Search; with the point itself put first or left out where asked."""
-        index = query.subset.index
-        available = query.source.num_points if index is None else index.shape[-1]
-        wanted = self.k * self.dilation
-        spare = 0
-        if self.self_point != "natural":
-            if own is None:
-                raise ValueError(
-                    f"self_point={self.self_point!r} needs targets that are among the sources"
-                )
-            # Candidates given by index may or may not hold the point itself.
-            others = available - (1 if index is None else 0)
-            spare = others + 1 if self.self_point == "first" else others
-        else:
-            spare = available
+        if self.self_point != "natural" and own is None:
+            raise ValueError(
+                f"self_point={self.self_point!r} needs targets that are among the sources"
+            )
+        query = replace(query, subset=query.subset.distinct())
+        wanted, spare = self.k * self.dilation, self._spare(query)
         k = min(wanted, spare) if self.short == "pad" else wanted
         if k > spare:
             raise ValueError(
                 f"k={self.k}"
                 + (f" with dilation {self.dilation}" if self.dilation > 1 else "")
-                + f" needs {wanted} candidates, but there are {spare}; lower k, widen the "
-                "candidates, or pass short='pad'"
+                + f" needs {wanted} candidates, but there are {spare}"
+                + (" besides the point itself" if self.self_point == "excluded" else "")
+                + "; lower k, widen the candidates, or select by KNearest(..., short='pad')"
             )
         query = replace(query, k=k)
         if self.self_point == "first":
@@ -101,6 +98,16 @@ class KNearest(Selection):
             excluded = own if self.self_point == "excluded" else None
             found = find(replace(query, excluded=excluded), search)
         return _pad(_dilate(found, self.dilation), self.k)
+
+    def _spare(self, query: Query) -> int:
+        """The most that a target may be left with, as far as sizes tell."""
+        subset, m = query.subset, query.source.num_points
+        named = m if subset.index is None else subset.index.shape[-1]
+        most = named if subset.most is None else min(named, subset.most)
+        if self.self_point == "natural":
+            return most
+        others = min(most - 1 if subset.own else most, m - 1)
+        return others + 1 if self.self_point == "first" else others
 
     def extra_repr(self) -> str:
         return (
