@@ -87,7 +87,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="verify, draw, train along the spectrum, and write a report",
         description="On real data that ships with packages: verify every recipe, draw neighbours "
         "on a photograph, train on digits as images and as point clouds at five points of the "
-        "spectrum, and write a report. Takes about 80 seconds on two CPU cores.",
+        "spectrum, and write a report. Takes about 75 seconds on two CPU cores.",
     )
     parser.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
     parser.add_argument(

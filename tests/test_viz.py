@@ -110,6 +110,18 @@ def test_legend_lies_within_the_picture(panels, pixels):
     assert drawn.y0 >= whole.y0 and drawn.y1 <= min(a.bbox.y0 for a in figure.axes)
 
 
+@pytest.mark.parametrize("panels", [1, 3, 4, 5, 6])
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (4, 30), (30, 10)])
+def test_nothing_of_photographs_is_cropped(panels, height, width):
+    one = hood([1], sources=height * width)
+    figure = draw_neighbors(
+        torch.rand(3, height, width), [(0, 0)], [one] * panels, ["λ = 0 (position)"] * panels
+    )
+    figure.draw_without_rendering()
+    box, whole = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole[0] and box.y1 <= whole[1]
+
+
 def test_neighbours_cover_their_pixels_in_tall_photographs():
     from matplotlib.transforms import Bbox
 
@@ -199,6 +211,18 @@ def test_clouds_share_axes_and_one_scale_of_heights(tmp_path):
     assert first.get_ylim() == second.get_ylim() and first.get_ylim()[0] > first.get_ylim()[1]
     figure.savefig(tmp_path / "clouds.png")
     assert (tmp_path / "clouds.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "size", [(8.0, 8.0, 4.0), (8.0, 6.0, 4.0), (2.0, 9.0, 1.0), (9.0, 2.0, 1.0)]
+)
+def test_nothing_of_clouds_is_cropped(count, size):
+    cloud = torch.rand(50, 3) * torch.tensor(size)
+    figure = draw_clouds([cloud] * count, ["a digit"] * count)
+    figure.draw_without_rendering()
+    box, whole = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole[0] and box.y1 <= whole[1]
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
             "Digits as images",
             "1797 handwritten digits of 8 × 8 pixels. One small network whose two mixing layers "
             "have nine taps on the nine nearest pixels, by (1 − λ) · Chebyshev distance + "
-            "λ · cosine distance, beside plain convolution (which λ = 0 is) and plain attention "
-            f"with about as many parameters. {_PROTOCOL}",
+            "λ · cosine distance, beside plain convolution (which λ = 0 is, up to rounding errors "
+            "that grow during training) and plain attention with about as many parameters. "
+            f"{_PROTOCOL}",
             digits,
             spectrum.networks(lams),
             images,

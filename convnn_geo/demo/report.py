@@ -74,7 +74,7 @@ def write_report(
         sections: experiments, in order.
         facts: command, machine, versions, times.
     """
-    seen = [(EXACT, verdict(rows)), *((s.title, s.said[0]) for s in sections if s.said)]
+    seen = [(EXACT, f"{verdict(rows)}."), *((s.title, s.said[0]) for s in sections if s.said)]
     parts = [
         "<!doctype html>",
         '<html lang="en"><meta charset="utf-8">',
@@ -92,7 +92,7 @@ def write_report(
         "<h2>What was seen</h2>",
         "<ul>",
         *(
-            f'<li><a href="#{_anchor(title)}">{escape(title)}</a> {escape(sentence)}</li>'
+            f'<li><a href="#{_anchor(title)}">{escape(title)}</a> {_text(sentence)}</li>'
             for title, sentence in seen
         ),
         "</ul>",
@@ -110,21 +110,28 @@ def _anchor(title: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in title.lower()).strip("-")
 
 
+def _text(text: str) -> str:
+    """Escaped, and without line breaks inside ``λ = 0.5`` and ``90.1 ± 0.4 %``."""
+    for kept in ("λ = ", " ± ", " %"):
+        text = text.replace(kept, kept.replace(" ", "\N{NO-BREAK SPACE}"))
+    return escape(text)
+
+
 def _heading(title: str) -> str:
     return f'<h2 id="{_anchor(title)}">{escape(title)}</h2>'
 
 
 def _section(section: Section) -> str:
-    parts = [_heading(section.title), f"<p>{escape(section.what)}</p>"]
+    parts = [_heading(section.title), f"<p>{_text(section.what)}</p>"]
     parts += [
         f'<figure><img src="{escape(picture.file)}" alt="{escape(section.title)}">'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
         for picture in section.pictures
     ]
     if section.scores:
         cells = [score_cells(score) for score in section.scores]
         parts.append(_table(f"{section.title}: accuracies", COLUMNS, cells))
-    parts += ["<ul>", *(f"<li>{escape(sentence)}</li>" for sentence in section.said), "</ul>"]
+    parts += ["<ul>", *(f"<li>{_text(sentence)}</li>" for sentence in section.said), "</ul>"]
     return "\n".join(parts)
 
 

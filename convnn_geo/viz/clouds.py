@@ -41,7 +41,7 @@ def draw_clouds(
     """
     _check_clouds(clouds, titles, labels)
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(2.6 * len(clouds) + 1.2, 3.2), dpi=110, layout="constrained"
+        figsize=(1.9 * len(clouds) + 1.2, 2.9), dpi=110, layout="compressed"
     )
     axes = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
     every = torch.cat(list(clouds))
@@ -52,19 +52,20 @@ def draw_clouds(
             column,
             row,
             c=height,
-            s=20 + 160 * (height - low[2]) / max(high[2] - low[2], 1e-6),
+            s=15 + 100 * (height - low[2]) / max(high[2] - low[2], 1e-6),
             cmap="viridis_r",
             vmin=low[2],
             vmax=high[2],
             edgecolor="#444444",
             linewidths=0.5,
         )
-        axis.set_title(title, fontsize=13)
+        axis.set_title(title, fontsize=12)
         axis.set_xlabel(labels[1], fontsize=11)
         axis.set_aspect("equal")
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     axes[0].set_ylabel(labels[0], fontsize=11)
+    axes[0].locator_params(steps=[1, 2, 5, 10])  # whole rows and columns
     axes[0].set_xlim(low[1] - 0.6, high[1] + 0.6)
     axes[0].set_ylim(high[0] + 0.6, low[0] - 0.6)  # rows count downwards, as in an image
     figure.colorbar(points, ax=list(axes), aspect=14, pad=0.015).set_label(labels[2], fontsize=11)

@@ -131,7 +131,7 @@ def _grid(panels: int, ratio: float, legend_lines: int) -> tuple[Figure, list[Ax
     )
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.06)
     grid = figure.add_gridspec(rows, columns)
-    axes = [figure.add_subplot(grid[:span, :span], anchor="N")]
+    axes = [figure.add_subplot(grid[:span, :span])]
     axes += [
         figure.add_subplot(grid[row, column])
         for row in range(rows)
@@ -141,6 +141,7 @@ def _grid(panels: int, ratio: float, legend_lines: int) -> tuple[Figure, list[Ax
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.set_anchor("N")  # titles of a row stand on one line
         for side in axis.spines.values():
             side.set_visible(False)
     return figure, axes
