@@ -250,6 +250,36 @@ def test_autocast_chooses_neighbours_in_full_precision(case: Case):
     assert torch.equal(chosen.index, again.index)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each
+def test_autocast_gives_half_precision_on_every_backend(case: Case, dtype: torch.dtype):
+    """As nn.Conv2d and nn.Linear do."""
+    inputs = tuple(t.to(dtype) for t in case.sample())
+    found = []
+    for backend in case.backends or ("auto",):
+        layer = case.layer(backend, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(case.call(layer, *inputs))
+            assert found[-1].dtype == torch.bfloat16, backend
+        exact = case.call(layer, *(t.float() for t in inputs))
+        error = (found[-1].float() - exact).abs()
+        assert float((error <= 0.02 * exact.abs().amax() + 0.01).float().mean()) > 0.9
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("kernel", ["sum", "mean", "max"])
+@pytest.mark.parametrize("weighting", ["ones", "softmax"])
+def test_autocast_leaves_pooling_alone(kernel: str, weighting: str, backend: str):
+    """As nn.AvgPool2d does: nothing is multiplied by a matrix."""
+    options = {"metric": "cosine", "kernel": kernel, "weighting": weighting, "backend": backend}
+    layer, x = ConvNN2d(3, 3, k=4, **options), torch.randn(1, 3, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.float32 and torch.equal(found, layer(x))
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
 def test_autocast_does_not_round_distances(metric: str):
     """In the product of bfloat16 numbers half the pixels would find other neighbours."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter
 
+from convnn_geo.metrics import full_precision
 from convnn_geo.pairs import EdgePairs, Pairs
 
 Shape: TypeAlias = tuple[int, ...]
@@ -101,9 +102,11 @@ class Sum(Kernel):
         """One small product a target; nothing of size ``n k c`` beside the gathered values."""
         if weight is None or weight.ndim == pairs.value.ndim + 1:
             return super().gather(pairs, weight)
-        if pairs.neighborhood.complete:
-            return torch.matmul(weight, pairs.value)
-        return torch.matmul(weight.unsqueeze(-2), pairs.x_j).squeeze(-2)
+        weight = weight.to(pairs.value.dtype)
+        with full_precision(weight.device):  # a sum keeps its dtype, as torch's pooling does
+            if pairs.neighborhood.complete:
+                return torch.matmul(weight, pairs.value)
+            return torch.matmul(weight.unsqueeze(-2), pairs.x_j).squeeze(-2)
 
 
 class Mean(Kernel):
@@ -146,6 +149,15 @@ class Max(Kernel):
         best = messages.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         best = best.max(-2).values  # the first of equal values takes the gradient
         return best.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def lowered(tensor: Tensor) -> Tensor:
+    """What autocast makes of a convolution's input; the tensor itself where it is off."""
+    kind = tensor.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not casts or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _scatter(messages: Tensor, target: Tensor, shape: Shape, reduce: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn_geo.kernels.base import Kernel, flat_index, spread
+from convnn_geo.kernels.base import Kernel, flat_index, lowered, spread
 from convnn_geo.pairs import Pairs
 
 
@@ -45,7 +45,10 @@ class Taps(Kernel):
         weight = self.weight.flatten(2).unflatten(0, (self.groups, -1))
         grouped = messages.unflatten(-1, (self.groups, -1))
         out = torch.einsum("...kgc,gdck->...gd", grouped, weight).flatten(-2)
-        return out if self.bias is None else out + self.bias
+        return self._biased(out)
+
+    def _biased(self, out: Tensor) -> Tensor:
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def check_slots(self, k: int) -> None:
         """Raise unless there is one tap a neighbour."""
@@ -65,7 +68,7 @@ class Taps(Kernel):
             () if hood.mask is None else hood.mask.shape[:-2],
         )
         m, c = value.shape[-2:]
-        rows = value.expand(*lead, m, c).reshape(-1, c)
+        rows = lowered(value).expand(*lead, m, c).reshape(-1, c)
         index = flat_index(hood.index, lead, m)
         if hood.mask is not None:  # empty slots look at one more row, of zeros
             index = index.where(
@@ -73,11 +76,11 @@ class Taps(Kernel):
             )
             rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
         index = index.t().contiguous()
-        rho = None if weight is None else spread(weight, lead).t()
+        rho = None if weight is None else spread(weight.to(rows.dtype), lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
         out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), self.groups)
         out = out.view(*lead, hood.num_targets, out.shape[-1])
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self._biased(out)
 
 
 class _GatherTaps(torch.autograd.Function):
