@@ -49,7 +49,7 @@ class Block(Candidates):
         """Mask ``(n, m)``."""
         grid = need_grid("Block", source).size
         sides = check_tuple("size", self.size, len(grid))
-        most = math.prod(min(side, length) for side, length in zip(sides, grid, strict=True))
+        most = math.prod(tuple(map(min, sides, grid)))
         return Subset(mask=_same(self._block(target), self._block(source)), most=most, own=True)
 
     def _block(self, points: Points) -> Tensor:
@@ -78,7 +78,7 @@ class Congruent(Candidates):
         """Mask ``(n, m)``."""
         need_grid("Congruent", target)
         grid = need_grid("Congruent", source).size
-        most = math.prod((length + self.stride - 1) // self.stride for length in grid)
+        most = math.prod([(length + self.stride - 1) // self.stride for length in grid])
         mask = _same(target.position % self.stride, source.position % self.stride)
         return Subset(mask=mask, most=most, own=True)
 

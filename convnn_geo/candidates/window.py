@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -129,10 +128,9 @@ class Window(Candidates):
             at, among, kernel_size, padding, dilation, mode, source.device
         )
         folds = repeated is not None  # and may then reach pixels between the dilated ones
-        most = math.prod(
-            min(k, s if folds else (s + d - 1) // d)
-            for k, s, d in zip(kernel_size, among.size, dilation, strict=True)
-        )
+        most = 1
+        for k, s, d in zip(kernel_size, among.size, dilation, strict=True):
+            most *= min(k, s if folds else (s + d - 1) // d)
         centred = self.border != "pad" or all(k % 2 for k in kernel_size)
         return Subset(index, mask, repeated, most, own=centred)
 
