@@ -115,6 +115,7 @@ def test_no_branch_is_an_error():
         ({"ratio": 1.5}, r"ratio: expected a number in \[0, 1\], got 1.5"),
         ({"ratio": -0.1}, "ratio: expected a finite number of at least 0"),
         ({"axes": 4}, "axes: expected 1, 2 or 3, got 4"),
+        ({"num_heads": 2}, "num_heads=2 is an option of other='attention'"),
     ],
 )
 def test_bad_options(options, match):
@@ -129,6 +130,54 @@ def test_attention_branch_attends_among_all_pixels() -> None:
     attended = layer.other.linear(layer.other.attention(tokens)[0]).transpose(1, 2)
     both = torch.cat([layer.neighbors(x), attended.unflatten(2, (3, 5))], 1)
     torch.testing.assert_close(layer(x), layer.pointwise(both))
+
+
+@pytest.mark.parametrize(
+    "options, error, match",
+    [
+        ({"metrc": "cosine"}, TypeError, "metrc"),
+        ({"k": 0, "metric": "cosine"}, ValueError, "k: expected an integer of at least 1"),
+        ({"k": 3, "metric": "cosinus"}, ValueError, "unknown metric 'cosinus'"),
+        ({"k": 3}, ValueError, "k nearest by what"),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_wrong_options_are_refused_where_they_do_not_count(ratio, options, error, match):
+    with pytest.raises(error, match=match):
+        Branching(4, 6, ratio=ratio, **options)
+
+
+def test_checking_options_draws_nothing():
+    torch.manual_seed(0)
+    Branching(3, 8, 3, ratio=0, encoding="conditional", groups=3, **OPTIONS)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    nn.Conv2d(3, 8, 3)
+    assert torch.equal(after, torch.rand(1))
+
+
+@pytest.mark.parametrize(
+    "other, match",
+    [
+        (nn.Conv2d(4, 5, 1), "expected a module from 4 to 4 channels, got one that gives 5"),
+        (nn.Conv2d(3, 4, 1), "expected a module from 4 to 4 channels, got one that takes 3"),
+        (nn.Linear(4, 3), "got one that gives 3"),
+    ],
+)
+def test_another_module_has_the_channels_that_are_left(other, match):
+    with pytest.raises(ValueError, match=match):
+        Branching(4, 8, other=other, **OPTIONS)
+
+
+def test_branches_that_do_not_fit_together_say_so():
+    layer = Branching(4, 8, other=nn.Sequential(nn.Conv2d(4, 5, 1)), **OPTIONS)
+    with pytest.raises(ValueError, match=r"give 4 and 5 channels, the pointwise layer takes 8"):
+        layer(torch.zeros(1, 4, 5, 6))
+    layer = Branching(4, 8, other=nn.Conv2d(4, 4, 1, stride=2), **OPTIONS)
+    with pytest.raises(ValueError, match=r"give \(1, 4, 5, 6\) and \(1, 4, 3, 3\), which differ"):
+        layer(torch.zeros(1, 4, 5, 6))
+    with pytest.raises(ValueError, match="both branches keep the image's size; pass no stride"):
+        Branching(4, 8, stride=2, **OPTIONS)
 
 
 def test_unknown_other_branch_is_refused_by_name() -> None:

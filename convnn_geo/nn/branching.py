@@ -13,6 +13,7 @@ from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
 from convnn_geo.operation import Operation
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_NAMES = ("in_channels", "out_channels")
 _CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
@@ -95,7 +96,7 @@ class Branching(nn.Module):
         - **output:** :math:`(b, d, *size)`
 
     Raises:
-        ValueError: a ratio outside [0, 1], unknown names, wrong channels.
+        ValueError: a ratio outside [0, 1], unknown names, wrong channels, a stride.
 
     Example:
         >>> import torch
@@ -128,14 +129,21 @@ class Branching(nn.Module):
             raise ValueError(f"axes: expected 1, 2 or 3, got {axes}")
         if not isinstance(other, nn.Module):
             check_name("other branch", other, ("convolution", "attention"))
+        if "stride" in convnn:
+            raise ValueError("Branching: both branches keep the image's size; pass no stride")
+        if num_heads != 1 and other != "attention":
+            raise ValueError(f"num_heads={num_heads} is an option of other='attention'")
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         share = round(ratio * out_channels)
         rest = out_channels - share
         neighbors = branch = pointwise = None
         if share:
             neighbors = _CONVNN[axes](in_channels, share, **factory, **convnn)
+        elif convnn:  # checked, though at this end of the spectrum none of them counts
+            with torch.device("meta"):
+                _CONVNN[axes](in_channels, in_channels, bias=bias, dtype=dtype, **convnn)
         if rest and isinstance(other, nn.Module):
-            branch = other
+            branch = _check_other(other, in_channels, rest)
         elif rest and other == "attention":
             branch = PixelAttention(in_channels, rest, num_heads, axes=axes, **factory)
         elif rest:
@@ -193,5 +201,42 @@ class Branching(nn.Module):
         """Both branches, concatenated and mixed."""
         parts = [branch(x) for branch in self.branches]
         parts = [part[0] if isinstance(part, tuple) else part for part in parts]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, self.channel_axis)
+        out = parts[0] if len(parts) == 1 else self._join(*parts)
         return out if self.pointwise is None else self.pointwise(out)
+
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        """Both branches as channels of one tensor, as many as the pointwise layer takes."""
+        axis = self.channel_axis
+        if first.movedim(axis, 0).shape[1:] != second.movedim(axis, 0).shape[1:]:
+            raise ValueError(
+                f"the branches give {tuple(first.shape)} and {tuple(second.shape)}, which differ "
+                "in more than channels; give both one size"
+            )
+        wanted, _ = _channels(self.pointwise)
+        given = first.shape[axis] + second.shape[axis]
+        if wanted not in (None, given):
+            raise ValueError(
+                f"the branches give {first.shape[axis]} and {second.shape[axis]} channels, the "
+                f"pointwise layer takes {wanted}; change the other branch's"
+            )
+        return torch.cat([first, second], axis)
+
+
+def _channels(module: nn.Module | None) -> tuple[int | None, int | None]:
+    """Channels in and out that a linear layer or a convolution names; None for others."""
+    names = ("in_features", "out_features") if isinstance(module, nn.Linear) else _NAMES
+    found = (getattr(module, name, None) for name in names)
+    channels_in, channels_out = (n if isinstance(n, int) else None for n in found)
+    return channels_in, channels_out
+
+
+def _check_other(other: nn.Module, channels_in: int, channels_out: int) -> nn.Module:
+    """The other branch, where what it says of its channels is right."""
+    wanted = (channels_in, channels_out)
+    for side, given, number in zip(("takes", "gives"), _channels(other), wanted, strict=True):
+        if given not in (None, number):
+            raise ValueError(
+                f"other: expected a module from {channels_in} to {channels_out} channels, "
+                f"got one that {side} {given}"
+            )
+    return other
