@@ -23,7 +23,7 @@ def checking(enabled: bool = True) -> Iterator[None]:
     """Look at values, too, in every layer's forward: the switch for debugging.
 
     Layers look at shapes only, as :class:`torch.nn.Conv2d` does, so that forward never waits for
-    the device. Inside this context they refuse non-finite inputs.
+    the device. Inside this context they refuse non-finite inputs, and ranks that meet in one tap.
 
     Example:
         >>> import torch
@@ -40,9 +40,14 @@ def checking(enabled: bool = True) -> Iterator[None]:
         _CHECK_VALUES.reset(token)
 
 
+def looks_at_values() -> bool:
+    """Whether values may be looked at: inside :func:`checking`, and never while compiling."""
+    return not torch.compiler.is_compiling() and _CHECK_VALUES.get()
+
+
 def check_values(name: str, *tensors: Tensor | None) -> None:
-    """Refuse non-finite tensors, but only inside :func:`checking`, and never while compiling."""
-    if not torch.compiler.is_compiling() and _CHECK_VALUES.get():
+    """Refuse non-finite tensors where values may be looked at."""
+    if looks_at_values():
         check_finite(name, *tensors)
 
 

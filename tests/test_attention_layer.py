@@ -186,6 +186,37 @@ def test_shapes_of_weights(average, k):
     equal(unbatched[1], weights[0])
 
 
+WEIGHTED = {
+    "spatial": {"metric": "spatial"},
+    "ones": {"weighting": "ones"},
+    "bias": {"metric": metrics.PositionBias(N), "weighting": "softmax"},
+    "bias-heads": {"metric": metrics.PositionBias(N, heads=H), "weighting": "softmax"},
+    "k": {"metric": "spatial", "k": 3},
+    "ones-window": {"weighting": "ones", "candidates": Window(3, padding=1)},
+    "channels": {"weighting": weighting.PositionMLP(nn.Linear(1, D).double())},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("backend", ["gather", "message_passing"])
+@pytest.mark.parametrize("padding", [False, True], ids=["", "padding"])
+def test_weights_have_every_axis_whatever_they_depend_on(name, backend, padding):
+    layer = ConvNNAttention(E, H, **WEIGHTED[name], backend=backend).double()
+    x = tokens(3, N, E)
+    mask = torch.zeros(3, N, dtype=torch.bool)
+    mask[:, 4:] = padding
+    out, by_head = layer(x, key_padding_mask=mask, average_attn_weights=False)
+    assert by_head.shape == (3, H, N, N) and layer(x[0])[1].shape == (N, N)
+    assert not by_head[..., 4:].any() or not padding
+    mean = layer(x, key_padding_mask=mask)[1]
+    assert mean.shape == (3, N, N)
+    equal(mean, by_head.mean(1))
+    if name == "channels":
+        return
+    value = layer.operation(x).value
+    equal(out, layer.out_proj((by_head @ value).transpose(1, 2).flatten(2)))
+
+
 def test_unbatched_with_masks():
     ours, theirs = twins()
     q, k = tokens(N, E), tokens(M, E, seed=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convnn_geo import encodings, kernels, metrics, weighting
 from convnn_geo.candidates import All, Random, Strided, Window
-from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import knn
 from convnn_geo.selection import KNearest, Radius
@@ -417,6 +417,20 @@ def test_encodings_by_name_in_every_dimension(name, layer, axes):
     assert out.shape == (1, 2, *SIZES[axes]) and bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_autocast_does_not_lower_an_encoding_that_the_metric_sees(half):
+    torch.manual_seed(0)
+    layer = ConvNN2d(8, 5, k=4, metric="euclidean", encoding="conditional")
+    x = torch.randn(2, 8, 6, 7)
+    x = x.bfloat16() if half else x
+    exact = layer.encoding(Points.from_image(x.float())).features.to(x.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        op = layer.operation(x)
+        assert op.source.features.dtype == x.dtype
+        torch.testing.assert_close(op.source.features, exact)
+        assert layer(x).dtype == torch.bfloat16
+
+
 def test_encoding_with_a_convolution():
     """A CoordConv: the window's taps see the coordinates as channels."""
     layer = ConvNN2d(3, 5, 3, padding=1, encoding="coordinates").double()
@@ -544,7 +558,7 @@ def build(cls: type, **options: object) -> nn.Module:
         {"metric": metrics.Mahalanobis(4), "k": 3},
         {"metric": metrics.interpolate("spatial", "cosine", 0.5, learnable=True), "k": 3},
         {"metric": metrics.Feature("dot", query=nn.Linear(4, 2), key=nn.Linear(4, 2)), "k": 3},
-        {"metric": metrics.Mahalanobis(4), "kernel_size": 3},
+        {"metric": metrics.Mahalanobis(4), "kernel_size": 3, "k": 4},
     ],
     ids=["mahalanobis", "lam", "projected", "window"],
 )
@@ -596,6 +610,18 @@ def test_lam_at_an_end_is_that_end(lam):
     end = ConvNN2d(3, 5, k=4, metric="euclidean" if lam else "spatial", weighting="softmax")
     end.double().load_state_dict({"weight": layer.weight, "bias": layer.bias})
     equal(layer(x), end(x))
+
+
+def test_a_metric_by_name_takes_the_layers_dtype_and_device(monkeypatch):
+    monkeypatch.setitem(metrics.base._RESOLVER, "mine", lambda: metrics.Mahalanobis(3))
+    options = {"k": 3, "weighting": "softmax", "dtype": torch.float64}
+    layer = ConvNN2d(3, 5, metric="mine", **options)
+    assert layer.metric.factor.dtype == torch.float64
+    layer(image(1, 3, 4, 5))
+    attention = ConvNNAttention(6, 2, metric="mine", k=3, device="meta")
+    assert attention.metric.factor.is_meta
+    own = metrics.Mahalanobis(3)
+    assert ConvNN2d(3, 5, metric=own, **options).metric.factor.dtype == torch.float32
 
 
 # --- odds ----------------------------------------------------------------------------------

@@ -274,6 +274,8 @@ def test_parameters_are_reset(name):
         (lambda: Conditional(4, kernel_size=2), "odd"),
         (lambda: Conditional(4, axes=4), "1, 2 or 3"),
         (lambda: Conditional(4)(cloud()), "grid"),
+        (lambda: LearnedAbsolute(3, (3, 5))(image(3, 5)), "expected features of 3 channels, got 4"),
+        (lambda: Conditional(3)(image(3, 5)), "expected features of 3 channels, got 4"),
         (lambda: Rotary(1.0), "greater than 1"),
         (lambda: Rotary()(image(3, 5, channels=6)), "multiple of 4"),
         (lambda: as_encoding("sine", 4, 2), "coordinates, fourier"),
@@ -284,6 +286,11 @@ def test_parameters_are_reset(name):
 def test_bad_encodings_are_refused(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_a_convolution_of_another_dtype_says_so():
+    with pytest.raises(TypeError, match=r"input is torch.float64, the layer torch.float32"):
+        Conditional(4)(image(3, 5))
 
 
 def test_no_encoding():

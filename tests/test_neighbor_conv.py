@@ -14,6 +14,7 @@ from torch_geometric.explain import Explainer, GNNExplainer
 from torch_geometric.nn import SumAggregation, to_hetero
 from torch_geometric.utils import softmax
 
+from convnn_geo import checking
 from convnn_geo.neighborhood import edge_rank
 from convnn_geo.nn import NeighborConv, PointConvNN
 from convnn_geo.search import knn
@@ -171,6 +172,18 @@ def test_ranks_over_k_are_an_error(rank):
         layer(torch.zeros(4, C), star, rank=torch.tensor(rank))
     with pytest.raises(ValueError, match="ranks reach 3"):
         layer(torch.zeros(4, C), star)  # four edges into target 0
+
+
+def test_two_edges_in_one_tap_are_refused_where_values_are_checked():
+    layer = NeighborConv(C, D, K).double()
+    x, edges = random(N, C), torch.tensor([[0, 1, 2], [3, 3, 4]])
+    rank = torch.tensor([1, 1, 1])
+    layer(x, edges, rank=rank)  # looking costs, so only where it is asked for
+    with checking():
+        with pytest.raises(ValueError, match="rank: 2 edges of target 3 have rank 1; give each"):
+            layer(x, edges, rank=rank)
+        equal(layer(x, edges, rank=torch.tensor([0, 1, 0])), layer(x, edges))
+        NeighborConv(C, D, K, aggr="mean").double()(x, edges, rank=rank)  # has one tap
 
 
 def test_torch_scatter_sums_the_same_messages():

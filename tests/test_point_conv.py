@@ -291,6 +291,15 @@ def test_coordinates_as_channels():
     equal(layer(x, pos), taps(layer, torch.cat([x, unit], -1), index))
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("name", ["coordinates", "fourier"])
+def test_encodings_of_other_than_three_axes(name, axes):
+    layer = PointConvNN(4, 5, k=3, encoding=name, axes=axes).double()
+    rows = random(9, 4), random(9, axes)
+    added = layer.encoding.extra_channels(axes)
+    assert layer.weight.shape == (5, 4 + added, 3) and layer(*rows).shape == (9, 5)
+
+
 def test_coordinates_do_not_depend_on_the_batch():
     """What fills a batch up takes no part in the scale."""
     layer = PointConvNN(C, D, K, encoding=Coordinates()).double()

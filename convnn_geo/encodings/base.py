@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int, check_name, check_tuple
+from convnn_geo.checks import check_int, check_layer, check_name, check_tuple
 from convnn_geo.points import Points, position_range
 
 
@@ -54,6 +54,12 @@ def _append(points: Points, channels: Tensor) -> Points:
     x = points.features
     channels = channels.to(x.dtype).expand(*x.shape[:-1], channels.shape[-1])
     return points.with_x(torch.cat([x, channels], -1))
+
+
+def _check_channels(name: str, points: Points, channels: int) -> None:
+    got = points.features.shape[-1]
+    if got != channels:
+        raise ValueError(f"{name}: expected features of {channels} channels, got {got}")
 
 
 class Coordinates(Encoding):
@@ -131,6 +137,7 @@ class LearnedAbsolute(Encoding):
         """Add the table."""
         if points.grid is None or len(points.grid.size) != len(self.size):
             raise ValueError(f"LearnedAbsolute of size {self.size} needs a grid of as many axes")
+        _check_channels("LearnedAbsolute", points, self.table.shape[0])
         table = self.table[None]
         if points.grid.size != self.size:
             mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(self.size)]
@@ -172,6 +179,8 @@ class Conditional(Encoding):
         if points.grid is None or len(points.grid.size) != axes:
             on = "no grid" if points.grid is None else f"a grid of {points.grid.size}"
             raise ValueError(f"Conditional of {axes} axes needs points on such a grid, got {on}")
+        _check_channels("Conditional", points, self.conv.in_channels)
+        check_layer("Conditional: the input", points.features, self.conv.weight)
         image = points.to_image()
         encoded = image + self.conv(image).to(image.dtype)
         return points.with_x(encoded.flatten(2).transpose(1, 2))

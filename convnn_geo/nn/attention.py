@@ -20,18 +20,18 @@ from convnn_geo.checks import (
     check_tensor,
     check_values,
 )
-from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import HeadTaps, Kernel, Separable, Sum, Taps
 from convnn_geo.lowering import run, run_with_weights
-from convnn_geo.metrics import Metric, as_metric
-from convnn_geo.metrics.encoded import Encoded
-from convnn_geo.nn.gradient import warn_without_gradient
-from convnn_geo.nn.taps import slots
+from convnn_geo.metrics import Metric
+from convnn_geo.nn.masks import merge_masks
+from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
+from convnn_geo.nn.taps import check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import engines
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.typing import BACKENDS, ORDERS, SELF_POINTS
+from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Softmax, Weighting, as_weighting
 
 KERNELS = ("sum", "standard", "depthwise", "separable")
@@ -59,14 +59,16 @@ class ConvNNAttention(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
         k: neighbours kept; None for all candidates.
-        metric: of projected queries and keys, head by head. It may look at positions, too.
+        metric: of projected queries and keys, head by head. It may look at positions, too. One
+            by name takes the layer's dtype and device; a module keeps its own.
         candidates: where a query may look: ``Window``, ``Block``, ``Causal``, ``Random``, ...
         selection: whom to keep, instead of ``k`` and ``self_point``.
         weighting: ``"softmax"`` with ``dropout`` by default, or another.
         kernel: ``"sum"``, or taps over the neighbours inside a head: ``"standard"`` (head_dim x
             head_dim a tap), ``"depthwise"``, ``"separable"``.
         taps_per_head: one set of taps a head instead of one shared by all.
-        order: of the taps, ``"rank"`` or ``"raster"``.
+        order: of the taps, ``"rank"``, or ``"raster"``: by place in a window, by key index
+            elsewhere. Without ``k`` it is raster.
         self_point: ``"natural"``, ``"first"`` or ``"excluded"``.
         encoding: positional encoding or its name; ``"rotary"`` turns queries and keys, others
             change the inputs of the projections, which grow with the channels that it adds.
@@ -152,7 +154,7 @@ class ConvNNAttention(nn.Module):
         self.candidates = (
             All() if candidates is None else check_instance("candidates", candidates, Candidates)
         )
-        check_name("self_point", self_point, SELF_POINTS)
+        check_self_point(self_point, k is not None and selection is None)
         if k is not None and selection is not None:
             raise ValueError("expected k or a selection, and not both")
         if selection is None:
@@ -160,18 +162,13 @@ class ConvNNAttention(nn.Module):
         self.selection = check_instance("selection", selection, Selection)
         self.k = slots(selection)
         self.axes = check_int("axes", axes)
-        self.encoding = as_encoding(encoding, embed_dim, axes)
-        if isinstance(encoding, str) and self.encoding is not None:
-            self.encoding.to(device=device, dtype=dtype)
-        self.metric = as_metric(metric)
-        if self.encoding is not None and self.encoding.on == "metric":
-            self.metric = Encoded(self.metric, self.encoding)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.encoding = layer_encoding(encoding, embed_dim, axes, **factory)
         self.weighting = self._weighting(weighting)
-        warn_without_gradient(self.metric, self.weighting)
+        self.metric = layer_metric(metric, self.encoding, self.weighting, num_heads, **factory)
         self.order = check_name("order", order, ORDERS)
         self.kernel = check_name("kernel", kernel, KERNELS)
         self.taps_per_head = taps_per_head
-        factory = {"device": device, "dtype": dtype}
         self._build_projections(bias, add_bias_kv, factory)
         self._build_taps(factory)
         self._reset_own_parameters()  # out_proj has drawn its own: one seed, the same as torch's
@@ -331,7 +328,7 @@ class ConvNNAttention(nn.Module):
             key, key_grid = self._points(key)
         value = key if shared else self._points(value)[0]
         if self.encoding is not None and self.encoding.on == "value":
-            value = self.encoding(Points(value, grid=key_grid)).features
+            value = encode(self.encoding, Points(value, grid=key_grid)).features
         for name, tensor, width in zip(
             ("query", "key", "value"), (query, key, value), self.widths, strict=True
         ):
@@ -340,11 +337,6 @@ class ConvNNAttention(nn.Module):
                     f"{name}: expected {width} channels once encoded, got {tensor.shape[-1]}; "
                     f"the layer was made for axes={self.axes}, the grid is {key_grid.size}"
                 )
-        if query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2]:
-            raise ValueError(
-                f"query, key and value: batches or lengths differ: {tuple(query.shape)}, "
-                f"{tuple(key.shape)}, {tuple(value.shape)} as (b, n, c)"
-            )
         q, k, v = self._project(query, key, value, alone and shared)
         b, n, m = q.shape[0], q.shape[1], k.shape[1]
         k, v = self._append(k, v)
@@ -358,7 +350,8 @@ class ConvNNAttention(nn.Module):
                 attn_mask = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
             else:
                 candidates = Causal()
-        mask, bias = self._masks(key_padding_mask, attn_mask, (b, n, m), extra)
+        shape = (b, self.num_heads, n, m)
+        mask, bias = merge_masks(key_padding_mask, attn_mask, shape, extra, q.device)
         op = Operation(
             target=target,
             source=source,
@@ -392,6 +385,14 @@ class ConvNNAttention(nn.Module):
                 raise ValueError(
                     f"{name}: expected {query.ndim} dimensions like the query, got {tensor.ndim}"
                 )
+        batch = 1 if query.ndim == 3 and not self.batch_first else 0
+        alike = query.ndim == 2 or query.shape[batch] == key.shape[batch]
+        if not alike or key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(
+                f"query, key and value: batches or lengths differ: {tuple(query.shape)}, "
+                f"{tuple(key.shape)}, {tuple(value.shape)}; expected one batch for all, and one "
+                "length or grid for key and value"
+            )
         check_values("query, key and value", query, key, value)
 
     def _points(self, x: Tensor) -> tuple[Tensor, Grid]:
@@ -403,7 +404,7 @@ class ConvNNAttention(nn.Module):
         grid = Grid(tuple(x.shape[1:-1]))
         x = x.flatten(1, -2)
         if self.encoding is not None and self.encoding.on == "features":
-            x = self.encoding(Points(x, grid=grid)).features
+            x = encode(self.encoding, Points(x, grid=grid)).features
         return x, grid
 
     def _project(
@@ -430,61 +431,20 @@ class ConvNNAttention(nn.Module):
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v
 
-    def _masks(
-        self,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        shape: tuple[int, int, int],
-        extra: int,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Both masks as one, True where allowed, and what is to be added to the scores."""
-        b, n, m = shape
-        allowed: Tensor | None = None
-        bias: Tensor | None = None
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is None:
-                continue
-            check_tensor(name, mask)
-            if name == "key_padding_mask":
-                shapes: list[tuple[int, ...]] = [(b, m)] + ([(m,)] if b == 1 else [])
-            else:
-                shapes = [(n, m), (b * self.num_heads, n, m)]
-            if tuple(mask.shape) not in shapes:
-                wanted = " or ".join(map(str, shapes))
-                raise ValueError(f"{name}: expected shape {wanted}, got {tuple(mask.shape)}")
-            if mask.device != self.out_proj.weight.device:
-                raise ValueError(
-                    f"{name} is on {mask.device}, the layer on {self.out_proj.weight.device}; "
-                    "move one of them"
-                )
-            if name == "key_padding_mask":
-                mask = mask.reshape(b, 1, 1, m)
-            elif mask.ndim == 3:
-                mask = mask.unflatten(0, (b, self.num_heads))
-            if mask.dtype == torch.bool:
-                ok = ~mask
-            elif mask.is_floating_point():
-                ok = mask != -torch.inf
-                add = F.pad(mask.masked_fill(~ok, 0.0), (0, extra))
-                bias = add if bias is None else bias + add
-            else:
-                raise TypeError(f"{name}: expected bool or floating point, got {mask.dtype}")
-            ok = F.pad(ok, (0, extra), value=True)
-            allowed = ok if allowed is None else allowed & ok
-        return allowed, bias
-
     def _with_weights(self, op: Operation) -> tuple[Tensor, Tensor]:
         """The result with attention weights ``(b, heads, n, m)``."""
         out, pairs, weight = run_with_weights(op, self.backend)
         hood = pairs.neighborhood
         if weight is None:
             weight = torch.ones_like(hood.index, dtype=op.value.dtype)
-        if not hood.complete:
-            lead = torch.broadcast_shapes(weight.shape[:-2], op.value.shape[:-2])
-            shape = (*lead, *hood.index.shape[-2:])
-            dense = weight.new_zeros(*lead, hood.num_targets, hood.num_sources)
-            weight = dense.scatter_add(-1, hood.index.expand(shape), weight.expand(shape))
-        return out, weight
+        elif weight.ndim > op.value.ndim:  # one weight a channel: their mean
+            weight = weight.mean(-1)
+        shape = (*op.value.shape[:-2], hood.num_targets, hood.k)
+        weight = weight.expand(shape)
+        if hood.complete:
+            return out, weight
+        dense = weight.new_zeros(*shape[:-1], hood.num_sources)
+        return out, dense.scatter_add(-1, hood.index.expand(shape), weight)
 
     def _restore(self, out: Tensor, query: Tensor, grid: Grid) -> Tensor:
         """The query's shape."""

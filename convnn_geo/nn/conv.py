@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +19,18 @@ from convnn_geo.checks import (
     check_tuple,
     check_values,
 )
-from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
-from convnn_geo.metrics import Metric, Spatial, as_metric
-from convnn_geo.metrics.encoded import Encoded
-from convnn_geo.nn.gradient import warn_without_gradient
+from convnn_geo.metrics import Metric, Spatial
+from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
-from convnn_geo.nn.taps import TapLayer, slots
+from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import engines
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.typing import BACKENDS, ORDERS, SELF_POINTS
+from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
 
 
@@ -93,11 +93,11 @@ class _ConvNN(TapLayer):
         self.window = self._window()
         if k is not None and selection is not None:
             raise ValueError("expected k or a selection, and not both")
+        given = selection is not None
         taps = math.prod(self.kernel_size) if self.kernel_size else None
         if candidates is None:
             candidates = All() if kernel_size is None else self.window
         self.candidates = check_instance("candidates", candidates, Candidates)
-        check_name("self_point", self_point, SELF_POINTS)
         if selection is None:
             if isinstance(candidates, Window) and k is None and taps is not None:
                 selection = Every()
@@ -105,21 +105,21 @@ class _ConvNN(TapLayer):
                 every = self.dilation if isinstance(self.dilation, int) else 1
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
+        check_self_point(self_point, isinstance(selection, KNearest) and not given)
         self.k = slots(selection) or taps
-        self.encoding = as_encoding(encoding, (in_channels or 0) * shuffle**self.axes, self.axes)
-        if isinstance(encoding, str) and self.encoding is not None:
-            self.encoding.to(device=device, dtype=dtype)
-        chosen = Spatial() if metric is None else as_metric(metric)
-        if self.encoding is not None and self.encoding.on == "metric":
-            chosen = Encoded(chosen, self.encoding)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        seen = (in_channels or 0) * self.shuffle**self.axes
+        self.encoding = layer_encoding(encoding, seen, self.axes, **factory)
         if metric is None and isinstance(selection, KNearest):
             raise ValueError(
                 "k nearest by what? Pass metric=, e.g. metric='cosine' for features or "
                 "metric='spatial' for positions"
             )
-        self.metric = chosen
         self.weighting = as_weighting(weighting)
-        warn_without_gradient(self.metric, self.weighting)
+        if isinstance(selection, Every):
+            self._check_every(metric, order)
+        measure = Spatial() if metric is None else metric
+        self.metric = layer_metric(measure, self.encoding, self.weighting, **factory)
         default = "rank" if kernel_size is None else "raster"
         self.order = check_name("order", order or default, ORDERS)
         scale = self.shuffle**self.axes
@@ -127,7 +127,6 @@ class _ConvNN(TapLayer):
         whole = self.kernel_size is not None and self.k == taps
         shape = self.kernel_size if whole else None if self.k is None else (self.k,)
         channels = (None, None) if free else (in_channels * scale + extra, out_channels * scale)
-        factory = {"device": device, "dtype": dtype}
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_parameters()
 
@@ -143,6 +142,22 @@ class _ConvNN(TapLayer):
                 f"be chosen; got padding={self.padding!r}, padding_mode={self.padding_mode!r}"
             )
         return Window(1, self.stride)
+
+    def _check_every(self, metric: object, order: str | None) -> None:
+        """Raise for options that choose, where every candidate is kept."""
+        sees = "encoding" if self.encoding and self.encoding.on == "metric" else None
+        name = sees if metric is None else "metric"
+        if name is not None and not self.weighting.uses_distance:
+            raise ValueError(
+                f"{name}= has no effect: every candidate is kept, and weights of "
+                f"{type(self.weighting).__name__} do not depend on distances. Pass k=, "
+                "candidates=All(), or weighting='softmax', say"
+            )
+        if order == "rank":
+            raise ValueError(
+                "order='rank' has no effect: every candidate is kept, in raster order. Pass k=, or "
+                "leave order out"
+            )
 
     def _margin(self) -> tuple[tuple[int, int], ...]:
         """Zero points before and after, axis by axis."""
@@ -163,10 +178,10 @@ class _ConvNN(TapLayer):
         if not isinstance(self.selection, Every):  # rows are selected: better side by side
             source = source.with_x(source.features.contiguous())
         if self.encoding is not None and self.encoding.on == "features":
-            source = self.encoding(source)
+            source = encode(self.encoding, source)
         value = source
         if self.encoding is not None and self.encoding.on == "value":
-            value = self.encoding(source)
+            value = encode(self.encoding, source)
         grid = self.window.targets(whole)  # type: ignore[arg-type]
         if not isinstance(self.candidates, Window):
             pads = self._margin()
@@ -219,7 +234,7 @@ class _ConvNN(TapLayer):
         channels = x.shape[-self.axes - 1]
         if 0 in x.shape[-self.axes :]:
             raise ValueError(f"{name}: expected an image with pixels, got shape {tuple(x.shape)}")
-        if self.in_channels not in (None, channels):
+        if self.in_channels is not None and self.in_channels != channels:
             raise ValueError(
                 f"{name}: expected {self.in_channels} channels, got {channels} "
                 f"(shape {tuple(x.shape)}, channels first)"
@@ -247,7 +262,7 @@ class _ConvNN(TapLayer):
         return ", ".join(parts)
 
 
-_DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`torch.nn.Conv{n}d`.
+_DOC = """A drop-in for :class:`torch.nn.Conv{n}d` over chosen neighbours of {a} {what}.
 
     .. math:: y_i = \\sum_{{j=1}}^{{k}} W_j\\, \\rho_{{ij}}\\, x_{{I_i(j)}} + b
 
@@ -272,14 +287,16 @@ _DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`
         device: of the parameters.
         dtype: of the parameters.
         k: neighbours.
-        metric: a metric or its name, e.g. ``"cosine"``; needed with ``k``.
+        metric: a metric or its name, e.g. ``"cosine"``; needed with ``k``. One by name takes the
+            layer's dtype and device; a module keeps its own.
         candidates: where to look; the window where there is one, everywhere otherwise.
         selection: whom to keep, instead of ``k`` and ``self_point``.
         weighting: how much each counts: ``"ones"``, ``"softmax"``, ``"gaussian"``, ...
         kernel: ``"standard"``, ``"depthwise"``, ``"separable"``, ``"sum"``, ``"mean"``, ``"max"``
             or a :class:`~convnn_geo.kernels.Kernel`.
-        order: of the taps, ``"rank"`` (nearest first) or ``"raster"`` (by source index); raster
-            with a window, rank without.
+        order: of the taps, ``"rank"`` (nearest first) or ``"raster"`` (by place in the window, by
+            source index where candidates are no window); raster with a window, rank without. As
+            many neighbours as a window has are all of it in raster order, tap j its j-th place.
         self_point: ``"natural"``, ``"first"`` (always tap 0) or ``"excluded"``.
         encoding: a positional encoding or its name: ``"coordinates"``, ``"fourier"``,
             ``"rotary"``, ``"conditional"``, or ``LearnedAbsolute(...)``.
@@ -311,15 +328,17 @@ _DOC = """Convolution over chosen neighbours of a {what}: a drop-in for :class:`
 
 
 class ConvNN1d(_ConvNN):  # noqa: D101
-    __doc__ = _DOC.format(what="sequence", n=1, size="l", out="l'", example="12")
+    __doc__ = _DOC.format(a="a", what="sequence", n=1, size="l", out="l'", example="12")
     axes = 1
 
 
 class ConvNN2d(_ConvNN):  # noqa: D101
-    __doc__ = _DOC.format(what="image", n=2, size="h, w", out="h', w'", example="6, 5")
+    __doc__ = _DOC.format(a="an", what="image", n=2, size="h, w", out="h', w'", example="6, 5")
     axes = 2
 
 
 class ConvNN3d(_ConvNN):  # noqa: D101
-    __doc__ = _DOC.format(what="volume", n=3, size="t, h, w", out="t', h', w'", example="3, 4, 5")
+    __doc__ = _DOC.format(
+        a="a", what="volume", n=3, size="t, h, w", out="t', h', w'", example="3, 4, 5"
+    )
     axes = 3

@@ -19,6 +19,7 @@ from convnn_geo.checks import (
     check_layer,
     check_tensor,
     check_values,
+    looks_at_values,
 )
 from convnn_geo.kernels import Taps
 from convnn_geo.neighborhood import Neighborhood, edge_rank
@@ -50,7 +51,8 @@ class NeighborConv(MessagePassing):
         - **edge_index:** :math:`(2, E)`, a tensor or an ``EdgeIndex``
         - **edge_weight:** :math:`(E)`, :math:`(E, heads)` or :math:`(E, c)`
         - **rank:** :math:`(E)`, the tap of each edge; by distance where given, else by order of
-          appearance among the edges of a target
+          appearance among the edges of a target. Edges that share target and rank are added up;
+          inside :func:`convnn_geo.checking` they are refused
         - **distance:** :math:`(E)`, for the weighting
         - **output:** :math:`(n, d)`
 
@@ -87,9 +89,14 @@ class NeighborConv(MessagePassing):
         self.k, self.groups = check_int("k", k), check_int("groups", groups)
         self.heads = check_int("heads", heads)
         self.weighting = as_weighting(weighting)
-        source = in_channels[0] if isinstance(in_channels, tuple) else in_channels
-        if source != -1:
-            check_int("in_channels", source)
+        if isinstance(in_channels, tuple) and len(in_channels) != 2:
+            raise ValueError(
+                f"in_channels: expected a number or (source, target), got {in_channels}"
+            )
+        for channels in self._channels:
+            if channels != -1:
+                check_int("in_channels", channels)
+        source = self._channels[0]
         if out_channels % groups:
             raise ValueError(f"groups={groups} must divide out_channels={out_channels}")
         self.weight: Any  # a parameter, uninitialized until the channels are known
@@ -99,6 +106,12 @@ class NeighborConv(MessagePassing):
             self.weight = nn.Parameter(torch.empty(self._shape(source)))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.reset_parameters()
+
+    @property
+    def _channels(self) -> tuple[int, int]:
+        """Of sources and of targets, -1 for any."""
+        given = self.in_channels
+        return given if isinstance(given, tuple) else (given, -1)
 
     def _shape(self, channels: int) -> tuple[int, int, int]:
         for name, parts in (("groups", self.groups), ("heads", self.heads)):
@@ -147,7 +160,7 @@ class NeighborConv(MessagePassing):
         """Pass messages along ``edge_index``."""
         pair = x if isinstance(x, tuple) else (x, x)
         source = pair[0]
-        self._check(source, edge_index, edge_weight, rank, distance)
+        self._check(*pair, edge_index, edge_weight, rank, distance)
         if is_lazy(self.weight):
             self.weight.materialize(self._shape(source.shape[-1]), source.device, source.dtype)
             if self.bias is not None:
@@ -171,6 +184,8 @@ class NeighborConv(MessagePassing):
         return out
 
     def _rank(self, edges: Tensor, rank: Tensor | None, distance: Tensor | None) -> Tensor:
+        if rank is not None and self.by_rank and looks_at_values():
+            _check_distinct(edges[1], rank)
         rank = edge_rank(edges, distance) if rank is None else rank
         if not self.by_rank or not rank.numel():
             return rank
@@ -213,15 +228,19 @@ class NeighborConv(MessagePassing):
             return Taps(self.weight, self.bias, self.groups).reduce(out.unsqueeze(-2), None)
         return Taps(self.weight, self.bias, self.groups).scatter(inputs, index, rank, (n,), self.k)
 
-    def _check(self, x: Any, edge_index: Any, *per_edge: Tensor | None) -> None:
-        check_floating("x", check_tensor("x", x, 2))
+    def _check(self, x: Any, target: Any, edge_index: Any, *per_edge: Tensor | None) -> None:
+        for name, rows, wanted in zip(
+            ("x", "x (target)"), (x, target), self._channels, strict=True
+        ):
+            if rows is None and name != "x":
+                continue
+            check_floating(name, check_tensor(name, rows, 2))
+            if wanted not in (-1, rows.shape[-1]):
+                raise ValueError(
+                    f"{name}: expected {wanted} channels, got shape {tuple(rows.shape)}"
+                )
         check_edges(edge_index, x.device)
         if not is_lazy(self.weight):
-            wanted = (
-                self.in_channels[0] if isinstance(self.in_channels, tuple) else self.in_channels
-            )
-            if wanted not in (-1, x.shape[-1]):
-                raise ValueError(f"x: expected {wanted} channels, got shape {tuple(x.shape)}")
             check_layer("x", x, self.weight)
         for name, value in zip(("edge_weight", "rank", "distance"), per_edge, strict=True):
             if value is None:
@@ -234,7 +253,7 @@ class NeighborConv(MessagePassing):
                     f"{name}: expected one row an edge, got {value.shape[0]} for "
                     f"{edge_index.shape[1]} edges"
                 )
-        check_values("x", x)
+        check_values("x", x, target)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, k={self.k})"
@@ -252,6 +271,17 @@ def _check_range(edges: Tensor, sources: int, targets: int) -> None:
             raise ValueError(
                 f"edge_index: {name} are numbered from {first} to {last}, but there are {count}"
             )
+
+
+def _check_distinct(target: Tensor, rank: Tensor) -> None:
+    """Raise where two edges of one target have the same rank: one tap would see their sum."""
+    met, count = torch.stack([target, rank]).unique(dim=1, return_counts=True)
+    if bool((count > 1).any()):
+        target, rank = met[:, count > 1][:, 0]
+        raise ValueError(
+            f"rank: {int(count.max())} edges of target {int(target)} have rank {int(rank)}; "
+            "give each its own"
+        )
 
 
 def is_lazy(weight: Tensor) -> bool:

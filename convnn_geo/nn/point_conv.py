@@ -19,14 +19,13 @@ from convnn_geo.checks import (
     check_tensor,
     check_values,
 )
-from convnn_geo.encodings import Encoding, as_encoding
+from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
-from convnn_geo.metrics import Metric, as_metric
-from convnn_geo.metrics.encoded import Encoded
+from convnn_geo.metrics import Metric
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.nn.gradient import warn_without_gradient
-from convnn_geo.nn.taps import TapLayer, slots
+from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
+from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.search import check_batch, engines
@@ -61,6 +60,7 @@ class PointConvNN(TapLayer):
         short: clouds of fewer than k points: ``"error"``, or ``"pad"`` with empty slots.
         order: of the taps, ``"rank"`` or ``"raster"`` (by index).
         encoding: positional encoding or its name.
+        axes: of ``pos``, for encodings that add channels for each.
         backend: ``"auto"``, ``"gather"`` or ``"message_passing"``.
         search: engine that finds the neighbours.
 
@@ -101,6 +101,7 @@ class PointConvNN(TapLayer):
         short: str = "error",
         order: str = "rank",
         encoding: Encoding | str | None = None,
+        axes: int = 3,
         backend: str = "auto",
         search: str = "auto",
     ) -> None:
@@ -109,23 +110,24 @@ class PointConvNN(TapLayer):
         self.out_channels = check_int("out_channels", out_channels)
         if (k is None) == (selection is None):
             raise ValueError("expected k or a selection, and not both")
+        check_self_point(self_point, selection is None)
+        if short != "error" and selection is not None:
+            raise ValueError(f"short={short!r} is an option of k: put it into the selection")
         if selection is None:
             selection = KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
         self.k = slots(self.selection)
-        self.metric = as_metric(metric)
-        self.encoding = as_encoding(encoding, in_channels, 3)
-        if self.encoding is not None and self.encoding.on == "metric":
-            self.metric = Encoded(self.metric, self.encoding)
+        self.axes = check_int("axes", axes)
+        self.encoding = layer_encoding(encoding, in_channels, axes)
         self.weighting = as_weighting(weighting)
-        warn_without_gradient(self.metric, self.weighting)
+        self.metric = layer_metric(metric, self.encoding, self.weighting)
         self.candidates = (
             All() if candidates is None else check_instance("candidates", candidates, Candidates)
         )
         self.order = check_name("order", order, ORDERS)
         self.backend = check_name("backend", backend, BACKENDS)
         self.search = check_name("search backend", search, ("auto", *engines()))
-        extra = 0 if self.encoding is None else self.encoding.extra_channels(3)
+        extra = 0 if self.encoding is None else self.encoding.extra_channels(axes)
         taps = None if self.k is None else (self.k,)
         self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})
         self.reset_parameters()
@@ -183,7 +185,20 @@ class PointConvNN(TapLayer):
     def forward(
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
     ) -> Tensor:
-        """Build the graph and convolve; a row a target."""
+        """Build the graph and convolve.
+
+        Args:
+            x: features ``(N, c)``, None where positions are the features, or a pair
+                ``((M, c), (N, c) | None)`` of sources and targets.
+            pos: positions ``(N, p)``, or a pair ``((M, p), (N, p))``.
+            batch: ``(N,)``, the sorted cloud numbers of the points, or a pair of them; None for
+                one cloud.
+            edge_index: ``(2, E)``, sources above targets, to reuse a graph instead of building
+                one: the order of a target's edges is their rank.
+
+        Returns:
+            ``(N, d)``, a row a target.
+        """
         source, target = self._clouds(x, pos)
         if not target.num_points:  # connected to the input, as any output
             rows = source.position if source.x is None else source.x
@@ -196,10 +211,10 @@ class PointConvNN(TapLayer):
         if self.encoding is None or self.encoding.on == "metric":
             return points
         if batch is None:
-            return self.encoding(points)
+            return encode(self.encoding, points)
         check_batch("batch", batch, points)
         dense = Points.from_batch(points.x, points.pos, batch)  # each cloud by itself
-        return points.with_x(dense.to_rows(self.encoding(dense).features))
+        return points.with_x(dense.to_rows(encode(self.encoding, dense).features))
 
     def _points(self, name: str, x: Tensor | None, pos: Tensor | None) -> Points:
         if x is None and pos is None:
@@ -217,6 +232,12 @@ class PointConvNN(TapLayer):
         if name == "source" and value.shape[-1] != self.in_channels:  # type: ignore[union-attr]
             raise ValueError(
                 f"expected {self.in_channels} channels, got shape {tuple(value.shape)}"  # type: ignore[union-attr]
+            )
+        adds = self.encoding is not None and self.encoding.extra_channels(self.axes)
+        if adds and pos is not None and pos.shape[-1] != self.axes:
+            raise ValueError(
+                f"pos ({name}): expected {self.axes} axes for the encoding's channels, got shape "
+                f"{tuple(pos.shape)}; pass axes={pos.shape[-1]} to the layer"
             )
         if self.weight is not None:
             check_layer(f"the {name}", value, self.weight)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch import nn
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
 from convnn_geo.selection import Radius, Selection
+from convnn_geo.typing import SELF_POINTS
 
 KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
 _PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
@@ -21,6 +22,16 @@ def slots(selection: Selection) -> int | None:
     if isinstance(selection, Radius):
         return selection.max_k
     return getattr(selection, "k", None)
+
+
+def check_self_point(self_point: str, by_k: bool) -> None:
+    """Raise for an unknown name, and where the layer makes no selection of its own from it."""
+    check_name("self_point", self_point, SELF_POINTS)
+    if self_point != "natural" and not by_k:
+        raise ValueError(
+            f"self_point={self_point!r} is an option of the k nearest: pass k=, or a selection "
+            "such as KNearest(k, self_point=...) alone"
+        )
 
 
 class TapLayer(nn.Module):
@@ -51,6 +62,10 @@ class TapLayer(nn.Module):
             factory: device and dtype.
         """
         c, d = channels
+        if kernel != "standard" and groups not in (1, c if kernel == "depthwise" else 1):
+            raise ValueError(
+                f"groups={groups} is an option of kernel='standard', not of {kernel!r}"
+            )
         for name in ("weight", "pointwise", "bias"):
             self.register_parameter(name, None)
         self.kernel: str | Kernel
