@@ -26,7 +26,8 @@ class Block(Candidates):
     """Sources in the same block: non-overlapping windows, as in Swin (arXiv 2103.14030).
 
     Args:
-        size: points of a block along each axis.
+        size: points of a block along each axis; where it does not divide the grid, the last block
+            holds what remains.
         shift: pixels by which the blocks are moved; blocks cut by the border stay cut, which is
             what Swin's masked cyclic shift computes.
 

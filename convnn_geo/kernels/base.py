@@ -46,7 +46,7 @@ class Kernel(ABC):
         """Messages of edges ``(E, c)`` into slots ``(target, rank)``, then :meth:`reduce`.
 
         Args:
-            messages: one a edge.
+            messages: one an edge.
             target: ``(E,)``, counted through ``shape``.
             rank: ``(E,)``, the slot of each edge.
             shape: leading shape ``(..., n)`` of the targets.

@@ -98,7 +98,29 @@ def dilated_attention(
 def block_attention(
     embed_dim: int, num_heads: int, size: Size, shift: Size = 0, **kwargs: Any
 ) -> ConvNNAttention:
-    """Attention inside non-overlapping windows, as in Swin (https://arxiv.org/abs/2103.14030)."""
+    """Attention inside non-overlapping windows, as in Swin (https://arxiv.org/abs/2103.14030).
+
+    Takes grids ``(b, *size, c)``, channels last. Flat tokens ``(b, n, c)`` are a sequence, whose
+    blocks are runs of it: give images as grids. Blocks start at the first place, and where ``size``
+    does not divide the grid, the last along an axis holds what remains, unpadded.
+
+    Args:
+        embed_dim: channels.
+        num_heads: heads.
+        size: points of a block along each axis.
+        shift: places by which the blocks are moved; those cut by the border stay cut, at both ends.
+        **kwargs: of :class:`~convnn_geo.nn.ConvNNAttention`.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo import recipes
+        >>> layer = recipes.block_attention(8, 2, size=(2, 3))
+        >>> _, weights = layer(torch.randn(1, 4, 7, 8))
+        >>> (weights[0, 0] > 0).nonzero().flatten().tolist()  # two rows of three
+        [0, 1, 2, 7, 8, 9]
+        >>> (weights[0, 6] > 0).nonzero().flatten().tolist()  # what remains of seven columns
+        [6, 13]
+    """
     return ConvNNAttention(embed_dim, num_heads, candidates=Block(size, shift), **kwargs)
 
 
