@@ -845,6 +845,12 @@ TABLE: list[Row] = [
     ),
     # --- branching and lowering ---
     (
+        "branching-stride",
+        lambda: Branching(4, 6, k=3, metric="cosine", stride=2),
+        V,
+        "both branches keep the image's size; pass no stride",
+    ),
+    (
         "branching-other",
         lambda: Branching(4, 6, other="linear"),
         V,
@@ -905,6 +911,58 @@ TABLE: list[Row] = [
         "lam: expected a finite number of at least 0, got -0.1",
     ),
     ("metric-custom", lambda: metrics.Custom(3), T, "expected a function of two Points, got 3"),
+    (
+        "metric-mahalanobis-channels",
+        lambda: near(metric=metrics.Mahalanobis(3), weighting="softmax")(image()),
+        V,
+        "Mahalanobis: expected features of 3 channels, got 4",
+    ),
+    (
+        "metric-mahalanobis-dtype",
+        lambda: near(metric=metrics.Mahalanobis(4).double(), weighting="softmax")(image()),
+        T,
+        "the input is torch.float32 but the metric Mahalanobis torch.float64; convert one",
+    ),
+    (
+        "metric-bilinear-channels",
+        lambda: metrics.Bilinear(4, 3)(Points(points(6, 4))),
+        V,
+        "Bilinear: expected features of 3 channels, got 4",
+    ),
+    (
+        "metric-query-channels",
+        lambda: metrics.Feature(query=nn.Sequential(nn.Linear(3, 2), nn.ReLU()))(
+            Points(points(6, 4))
+        ),
+        V,
+        "Feature: query= takes 3 channels, got 4",
+    ),
+    (
+        "metric-key-dtype",
+        lambda: metrics.Feature(key=nn.Linear(4, 4).double())(Points(points(6, 4))),
+        T,
+        "the input is torch.float32 but key= of the metric Feature torch.float64",
+    ),
+    (
+        "metric-custom-shape",
+        lambda: metrics.Custom(lambda i, j: (i.x - j.x).abs())(Points(points(6, 4))),
+        V,
+        r"Custom: expected distances of shape \(..., 6, 6\) from the function, got \(6, 6, 4\)",
+    ),
+    (
+        "metric-custom-pairs",
+        lambda: metrics.Custom(lambda i, j: j.x).pairs(
+            Points(points(6, 4)), Points(points(6, 4)), torch.zeros(6, 2, dtype=torch.long)
+        ),
+        V,
+        r"expected distances of shape \(..., 6, 2\) from the function, got \(6, 2, 4\)",
+    ),
+    (
+        "metric-custom-number",
+        lambda: metrics.Custom(lambda i, j: 1.0)(Points(points(6, 4))),
+        T,
+        "Custom: expected a tensor from the function, got 1.0",
+    ),
     ("softmax-temperature", lambda: weighting.Softmax(0.0), V, "temperature: .* greater than 0"),
     ("gaussian-sigma", lambda: weighting.Gaussian(-1.0), V, "sigma: .* greater than 0, got -1"),
     ("radius", lambda: Radius(-1.0, 3), V, "r: expected a finite number of at least 0, got -1"),

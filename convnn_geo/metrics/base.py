@@ -238,19 +238,33 @@ class Custom(Metric):
             rows = expand(target, -2)
             pick = lambda t: None if t is None else t[..., start:stop, :, :]  # noqa: E731
             rows = Points(pick(rows.x), pick(rows.pos))
+            n = target.num_points
+            n = (n if stop is None else min(stop, n)) - start
             if index is None:
-                return self.fn(rows, expand(source, -3))
+                return _checked(self.fn(rows, expand(source, -3)), n, source.num_points)
             chosen = Points(
                 None if source.x is None else gather_rows(precise(source.x), index),
                 None if rows.pos is None else gather_rows(precise(source.position), index),
             )
-            return self.fn(rows, chosen)
+            return _checked(self.fn(rows, chosen), n, index.shape[-1])
 
         lead: tuple[int, ...] = ()
         for t, s in ((target.x, source.x), (target.pos, source.pos)):
             if t is not None and s is not None:
                 lead = torch.broadcast_shapes(lead, t.shape[:-2], s.shape[:-2])
         return Pairwise(torch.Size((*lead, target.num_points, source.num_points)), evaluate)
+
+
+def _checked(distance: Tensor, n: int, k: int) -> Tensor:
+    """What a function gave, if it is distances of ``n`` targets to ``k`` sources each."""
+    if not isinstance(distance, Tensor):
+        raise TypeError(f"Custom: expected a tensor from the function, got {distance!r}")
+    if distance.shape[-2:] != (n, k):
+        raise ValueError(
+            f"Custom: expected distances of shape (..., {n}, {k}) from the function, got "
+            f"{tuple(distance.shape)}; channels must be reduced: (i.x - j.x).norm(dim=-1), say"
+        )
+    return distance
 
 
 _RESOLVER: dict[str, Callable[[], Metric]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_name, check_number
+from convnn_geo.checks import check_alike, check_name, check_number
 from convnn_geo.metrics.base import Metric, precise, register_metric, seen_by
 from convnn_geo.metrics.distances import (
     DIRECT_DIMENSIONS,
@@ -73,9 +73,8 @@ class Feature(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Project, then bind the kind's form."""
-        q, k = target.features, source.features
-        q = precise(q if self.query is None else self.query(seen_by(self.query, q)))
-        k = precise(k if self.key is None else self.key(seen_by(self.key, k)))
+        q = _project("query", self.query, target.features)
+        k = _project("key", self.key, source.features)
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"features of targets have {q.shape[-1]} channels, of sources {k.shape[-1]}; "
@@ -85,6 +84,22 @@ class Feature(Metric):
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}" + (f", p={self.p}" if self.kind == "minkowski" else "")
+
+
+def _project(name: str, module: nn.Module | None, x: Tensor) -> Tensor:
+    """What a module makes of features; the features themselves where there is none."""
+    if module is None:
+        return precise(x)
+    x, first = seen_by(module, x), module
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    if type(first) is nn.Linear:  # which says what it takes
+        if first.in_features != x.shape[-1]:
+            raise ValueError(
+                f"Feature: {name}= takes {first.in_features} channels, got {x.shape[-1]}"
+            )
+        check_alike("the input", x, f"{name}= of the metric Feature", first.weight)
+    return precise(module(x))
 
 
 def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int, check_tuple
+from convnn_geo.checks import check_alike, check_int, check_tuple
 from convnn_geo.metrics.base import Metric, precise
 from convnn_geo.metrics.distances import Bilinear as BilinearForm
 from convnn_geo.metrics.distances import Differences, Distances, Pairwise
 from convnn_geo.points import Points, gather_rows
+
+
+def _features(metric: str, points: Points, channels: int, parameter: Tensor) -> Tensor:
+    """Features that a metric's parameter was made for."""
+    x = precise(points.features)
+    if x.shape[-1] != channels:
+        raise ValueError(f"{metric}: expected features of {channels} channels, got {x.shape[-1]}")
+    check_alike("the input", x, f"the metric {metric}", parameter)
+    return x
 
 
 class Mahalanobis(Metric):
@@ -41,10 +50,9 @@ class Mahalanobis(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Squared Euclidean distance of ``L x``."""
-        factor = precise(self.factor).T
-        return Differences(
-            precise(target.features) @ factor, precise(source.features) @ factor, 2.0, root=False
-        )
+        factor = precise(self.factor)
+        q, k = (_features("Mahalanobis", p, self.channels, factor) for p in (target, source))
+        return Differences(q @ factor.T, k @ factor.T, 2.0, root=False)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, rank={self.factor.shape[0]}"
@@ -75,9 +83,9 @@ class Bilinear(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Dot product of ``W^T x_i`` and ``x_j``."""
-        return BilinearForm(
-            precise(target.features) @ precise(self.weight), precise(source.features)
-        )
+        weight = precise(self.weight)
+        q = _features("Bilinear", target, weight.shape[0], weight)
+        return BilinearForm(q @ weight, _features("Bilinear", source, weight.shape[1], weight))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
