@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 from types import ModuleType
+
+import torch
 
 
 class MissingExtraError(ImportError):
@@ -34,3 +38,25 @@ def require(module: str, extra: str) -> ModuleType:
             f"{package} is not installed; install it with: pip install 'convnn-geo[{extra}]'",
             name=package,
         ) from error
+
+
+@torch.compiler.assume_constant_result
+def importable(module: str) -> bool:
+    """Whether a module can be imported: a package built for another torch can't.
+
+    Example:
+        >>> importable("json"), importable("no_such_package")
+        (True, False)
+    """
+    return _imports(module)
+
+
+@functools.cache
+def _imports(module: str) -> bool:
+    if importlib.util.find_spec(module) is None:
+        return False
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -121,8 +121,8 @@ def test_others(layer: nn.Module, inputs: tuple[Tensor, ...]):
     torch.testing.assert_close(found, expected)
 
 
-def test_clouds_of_many_points_do_without_the_tree():
-    """A compiled k-NN is no graph, so the dense search takes its place, with the same result."""
+def test_clouds_of_many_points_keep_the_tree():
+    """Its search is one operator, so that a compiled layer calls the tree, too."""
     pos = torch.rand(1500, 3)
     layer = PointConvNN(3, 4, 4)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from convnn_geo import search
 from convnn_geo.candidates import Subset
-from convnn_geo.metrics import Biased, Custom, Feature, Spatial, as_metric, interpolate
+from convnn_geo.metrics import Biased, Custom, Feature, PaperMix, Spatial, as_metric, interpolate
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import ENGINES, Query, engines, explain_search, find, k_smallest, knn
-from convnn_geo.search.dense import search_rows
+from convnn_geo.search.rows import Hidden, smallest_in_rows
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -597,7 +597,7 @@ def test_trees_say_what_they_refuse(name):
 
 
 def test_engines_that_are_missing_name_the_extra(monkeypatch):
-    monkeypatch.setattr("convnn_geo.search.tree._importable", lambda name: False)
+    monkeypatch.setattr("convnn_geo.search.torch_cluster.importable", lambda name: False)
     with pytest.raises(ValueError, match=r"convnn-geo\[cluster\]"):
         knn(X, X, 1, backend="torch_cluster")
 
@@ -669,17 +669,56 @@ def test_rows_are_searched_in_bounded_memory():
     seen = []
 
     class Spy(type(Spatial().bind(points, points))):
-        def sharp(self):
-            return self
-
-        def ordering(self):
-            return self
-
         def rows(self, start=0, stop=None):
             out = super().rows(start, stop)
             seen.append(out.numel() * 4)
             return out
 
     bound = Spatial().bind(points, points)
-    search_rows(Query(points, points, Spatial(), 2, memory=2**16), Spy(bound.q, bound.k, bound.p))
+    smallest_in_rows(Spy(bound.q, bound.k, bound.p), 2, Hidden(), 2**16, torch.float32)
     assert len(seen) > 1 and max(seen) <= 2**16
+
+
+@pytest.mark.parametrize("name", [n for n in ("dense", "torch_cluster") if n in installed()])
+@pytest.mark.parametrize("dimension", [3, 16, 192])
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine"])
+def test_tight_clusters_far_from_the_middle_are_told_apart(name, dimension, metric):
+    # Products of float32 cancel: |q|^2 + |k|^2 - 2 <q, k> of these is mostly rounding.
+    torch.manual_seed(0)
+    center = 1e3 * torch.randn(6, dimension).repeat_interleave(20, 0)
+    x = center + 1e-2 * torch.randn(120, dimension)
+    wide = x.double()
+    if metric == "cosine":
+        wide = (x / x.norm(dim=-1, keepdim=True)).double()
+    expected = (wide[:, None] - wide).square().sum(-1)
+    found = knn(x, None, 9, metric=metric, backend=name)
+    assert found.index[:, 0].tolist() == list(range(120))
+    assert (found.distance.diff(dim=-1) >= 0).all()
+    chosen, smallest = expected.gather(-1, found.index), expected.sort(-1).values[:, :9]
+    torch.testing.assert_close(chosen, smallest, rtol=1e-6, atol=0)
+
+
+def test_a_scale_of_the_axes_breaks_no_ties():
+    # 1 / 3 is rounded: coordinates that are scaled before they are subtracted lie unevenly.
+    points = Points(torch.zeros(1, 99, 4), grid=Grid((9, 11)))
+    for metric in (Spatial(scale=1 / 3), PaperMix(0.3)):
+        query = Query(points, points, metric, 3)
+        index = find(query, "dense").index.reshape(9, 11, 3)
+        middle = torch.arange(99).view(9, 11)[1:-1, 1:-1]
+        if metric.__class__ is Spatial:  # itself, then the pixel above, then the one to the left
+            assert torch.equal(index[1:-1, 1:-1, 1], middle - 11)
+            assert torch.equal(index[1:-1, 1:-1, 2], middle - 1)
+        assert torch.equal(
+            index[1:-1, 1:-1] - middle[..., None], (index[1, 1] - 12).expand(7, 9, 3)
+        )
+
+
+@pytest.mark.parametrize("engine", [n for n in ("dense", "torch_cluster") if n in installed()])
+@pytest.mark.parametrize("kind", ["points", "angles", "products"])
+def test_the_operator_keeps_the_rules_of_torch(engine, kind):
+    if (engine, kind) == ("torch_cluster", "products"):
+        pytest.skip("a tree serves no products")
+    q, keys = torch.randn(2, 7, 12), torch.randn(2, 30, 12)
+    bias = torch.randn(2, 30) if kind == "products" else None
+    arguments = (kind, q, keys, bias, 1.0, False, 4, None, None, 2**20, engine)
+    torch.library.opcheck(torch.ops.convnn_geo.nearest.default, arguments)

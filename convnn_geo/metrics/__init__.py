@@ -17,8 +17,11 @@ from convnn_geo.metrics.base import (
     metric_names,
     register_metric,
 )
-from convnn_geo.metrics.distances import Biased, Combination, Differences, Distances, Pairwise
-from convnn_geo.metrics.distances import Bilinear as BilinearForm
+from convnn_geo.metrics.bilinear import Angular
+from convnn_geo.metrics.bilinear import Bilinear as BilinearForm
+from convnn_geo.metrics.combined import Biased, Combination, Pairwise
+from convnn_geo.metrics.differences import Differences
+from convnn_geo.metrics.distances import Distances
 from convnn_geo.metrics.encoded import Encoded
 from convnn_geo.metrics.feature import Feature
 from convnn_geo.metrics.learned import Bilinear, Mahalanobis, PositionBias
@@ -26,6 +29,7 @@ from convnn_geo.metrics.paper import PaperMix
 from convnn_geo.metrics.spatial import Spatial
 
 __all__ = [
+    "Angular",
     "Biased",
     "Bilinear",
     "BilinearForm",

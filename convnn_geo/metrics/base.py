@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_number
-from convnn_geo.metrics.distances import Combination, Distances, Pairwise
+from convnn_geo.metrics.combined import Combination, Pairwise
+from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, gather_rows
 
 

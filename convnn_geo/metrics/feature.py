@@ -7,13 +7,9 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_alike, check_name, check_number
 from convnn_geo.metrics.base import Metric, precise, register_metric, seen_by
-from convnn_geo.metrics.distances import (
-    DIRECT_DIMENSIONS,
-    Bilinear,
-    Combination,
-    Differences,
-    Distances,
-)
+from convnn_geo.metrics.bilinear import Angular, Bilinear
+from convnn_geo.metrics.differences import Differences
+from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points
 
 KINDS = (
@@ -110,33 +106,11 @@ def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
     if kind == "pearson":
         q, k = _centred(q), _centred(k)
     if kind in ("cosine", "pearson"):
-        return _cosine(q, k)
+        unit = _unit(q)
+        return Angular(unit, unit if q is k else _unit(k))
     if kind == "manhattan":
         return Differences(q, k, 1.0)
     return Differences(q, k, p if kind == "minkowski" else 2.0, kind != "squared_euclidean")
-
-
-def _cosine(q: Tensor, k: Tensor) -> Distances:
-    """``1 - <q, k>`` of unit vectors, which is ``|q' - k'|^2 / 2`` for the vectors below.
-
-    Two more coordinates, (1, 0) for a query and (0, 1) for a key, mark zero vectors, so that these
-    are at 1 from everything. At low dimension the difference form is exact for near vectors, where
-    the product is not.
-    """
-    unit_q = _unit(q)
-    unit_k = unit_q if q is k else _unit(k)
-
-    def embedding() -> tuple[Tensor, Tensor]:
-        zero_q, zero_k = ((u == 0).all(-1, keepdim=True).to(u.dtype) for u in (unit_q, unit_k))
-        return (
-            torch.cat([unit_q, zero_q, torch.zeros_like(zero_q)], -1),
-            torch.cat([unit_k, torch.zeros_like(zero_k), zero_k], -1),
-        )
-
-    if q.shape[-1] > DIRECT_DIMENSIONS:
-        ones = unit_q.new_ones(unit_q.shape[:-1])
-        return Bilinear(unit_q, unit_k, ones, offset=1.0, embedding=embedding)
-    return Combination([(0.5, Differences(*embedding(), root=False, offset=2.0))])
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from convnn_geo.checks import check_number
 from convnn_geo.metrics.base import Metric, precise, register_metric
-from convnn_geo.metrics.distances import Combination, Differences, Distances
+from convnn_geo.metrics.combined import Combination
+from convnn_geo.metrics.differences import Differences
+from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, position_range
 
 
@@ -36,17 +38,12 @@ class PaperMix(Metric):
         if self.lam > 0:
             f_q, f_k = precise(target.features), precise(source.features)
             sigma = _deviation(f_k, source.mask)
-            parts.append((self.lam**2, Differences(f_q / sigma, f_k / sigma, root=False)))
+            parts.append((self.lam**2, Differences(f_q, f_k, root=False, scale=1 / sigma)))
         if self.lam < 1:
             p_q, p_k = precise(target.position), precise(source.position)
             low, high = position_range(p_k, source.mask)
-            middle, half = (low + high) / 2, ((high - low) / 2).clamp_min(1e-12)
-            parts.append(
-                (
-                    (1 - self.lam) ** 2,
-                    Differences((p_q - middle) / half, (p_k - middle) / half, root=False),
-                )
-            )
+            scale = 2 / (high - low).clamp_min(2e-12)  # to [-1, 1]; the middle drops out
+            parts.append(((1 - self.lam) ** 2, Differences(p_q, p_k, root=False, scale=scale)))
         return Combination(parts)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from convnn_geo.checks import check_name, check_number
 from convnn_geo.metrics.base import Metric, precise, register_metric
-from convnn_geo.metrics.distances import Differences, Distances
+from convnn_geo.metrics.differences import Differences
+from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points
 
 _NORMS = {"l1": 1.0, "manhattan": 1.0, "l2": 2.0, "euclidean": 2.0, "chebyshev": torch.inf}
@@ -61,14 +62,10 @@ class Spatial(Metric):
             raise ValueError(
                 f"positions of targets have {q.shape[-1]} axes, of sources {k.shape[-1]}"
             )
-        if self.scale is not None:
-            if len(self.scale) not in (1, q.shape[-1]):
-                raise ValueError(
-                    f"scale: expected 1 or {q.shape[-1]} factors, got {len(self.scale)}"
-                )
-            scale = q.new_tensor(self.scale)
-            q, k = q * scale, k * scale
-        return Differences(q, k, self.p, not self.squared)
+        if self.scale is not None and len(self.scale) not in (1, q.shape[-1]):
+            raise ValueError(f"scale: expected 1 or {q.shape[-1]} factors, got {len(self.scale)}")
+        scale = None if self.scale is None else q.new_tensor(self.scale, dtype=torch.float64)
+        return Differences(q, k, self.p, not self.squared, scale=scale)
 
     def extra_repr(self) -> str:
         extra = [f"p={self.p}"]

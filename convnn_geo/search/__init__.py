@@ -6,7 +6,7 @@ from convnn_geo.search.knn import check_batch, knn
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.registry import ENGINES, engines, explain_search, find, with_self_first
 from convnn_geo.search.smallest import k_smallest
-from convnn_geo.search.tree import PygLib, TorchCluster
+from convnn_geo.search.torch_cluster import PygLib, TorchCluster
 
 __all__ = [
     "ENGINES",

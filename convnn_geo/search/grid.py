@@ -39,17 +39,18 @@ class GridSearch(Engine):
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Boxes, doubled until they suffice."""
-        bound: Differences = query.bound.sharp()
+        bound: Differences = query.bound.refined().sharp()
         source: Grid = query.source.grid  # type: ignore[assignment]
         axes = len(source.size)
         radius = math.ceil(query.k ** (1 / axes) / 2) + 1
         while True:
             index, reach = _box(query.target.grid, source, radius, bound, query.target.device)  # type: ignore[arg-type]
             if index.shape[-1] >= query.k:
-                best, place = k_smallest(bound.at(index), query.k)
+                best, place = k_smallest(bound.at(index).to(query.dtype), query.k)
                 if index.shape[-1] == source.num_points or bool((best[..., -1:] < reach).all()):
                     index = index.gather(-1, place)
-                    return index, query.bound.at(index) if query.exact else best, None
+                    distance = query.bound.refined().at(index).to(query.dtype)
+                    return index, distance if query.exact else best, None
             radius *= 2
 
 
@@ -75,8 +76,9 @@ def _box(
         # What lies outside is at least as far as the first line left out on either side.
         beyond = torch.full_like(at, torch.inf)
         left, right = start > 0, start + width < length
-        before = (at - line[(start - 1).clamp_min(0)]).abs()
-        after = (at - line[(start + width).clamp_max(length - 1)]).abs()
+        scale = bound.axis_scale(axis)
+        before = (at - line[(start - 1).clamp_min(0)]).abs() * scale
+        after = (at - line[(start + width).clamp_max(length - 1)]).abs() * scale
         beyond = torch.where(left, torch.minimum(beyond, before), beyond)
         beyond = torch.where(right, torch.minimum(beyond, after), beyond)
         shape = [1] * (2 * axes)

@@ -58,10 +58,11 @@ class Query:
         return 2**23 if self.target.device.type == "cpu" else 2**28
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a distance: float32 or better."""
+    def dtype(self) -> torch.dtype:
+        """Of distances: float32 or better."""
         seen = self.target.x if self.target.x is not None else self.target.pos
-        return 4 if seen is None else max(4, seen.element_size())
+        double = seen is not None and seen.dtype == torch.float64
+        return torch.float64 if double else torch.float32
 
     @property
     def plain(self) -> bool:

@@ -11,7 +11,7 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.search.dense import Dense
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.query import Engine, Query
-from convnn_geo.search.tree import PygLib, TorchCluster
+from convnn_geo.search.torch_cluster import PygLib, TorchCluster
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine for engine in (GridSearch(), TorchCluster(), PygLib(), Dense())

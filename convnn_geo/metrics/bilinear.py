@@ -1,0 +1,183 @@
+"""Distances that are one matrix product: dot products and angles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convnn_geo.metrics.differences import Differences
+from convnn_geo.metrics.distances import (
+    DIRECT_DIMENSIONS,
+    Distances,
+    beginning,
+    pairs_shape,
+    some,
+    take,
+    take_one,
+)
+from convnn_geo.points import gather_rows
+
+
+@dataclass
+class Bilinear(Distances):
+    """``d(i, j) = a_i + b_j - scale <q_i, k_j>``.
+
+    Squared Euclidean, cosine and dot products have this form, and so have their non-negative
+    combinations; softmax over it is one attention call.
+
+    Args:
+        q: ``(..., n, d)``.
+        k: ``(..., m, d)``.
+        a: ``(..., n)`` or None.
+        b: ``(..., m)`` or None.
+        scale: of the product.
+        offset: similarity is ``offset - distance``.
+    """
+
+    q: Tensor
+    k: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    offset: float | Tensor = 0.0
+
+    @property
+    def shape(self) -> torch.Size:
+        return pairs_shape(self.q, self.k)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        q = self.q[..., start:stop, :]
+        if q.shape[-2] == 1:
+            # For a single row BLAS takes a path on which equal keys can get unequal products.
+            pair = Bilinear(q.expand(*q.shape[:-2], 2, -1), self.k, None, self.b, self.scale)
+            two = pair.rows()[..., :1, :]
+            return two if self.a is None else two + self.a[..., start:stop, None]
+        keys = self.k.transpose(-1, -2)
+        if self.b is None:
+            product = torch.matmul(q * -self.scale, keys)
+        elif q.ndim == keys.ndim == 2:
+            product = torch.addmm(self.b, q, keys, alpha=-self.scale)
+        elif q.ndim == keys.ndim == 3 and q.shape[0] == keys.shape[0]:
+            product = torch.baddbmm(self.b.unsqueeze(-2), q, keys, alpha=-self.scale)
+        else:
+            product = self.b.unsqueeze(-2) - self.scale * torch.matmul(q, keys)
+        return product if self.a is None else product + self.a[..., start:stop, None]
+
+    @property
+    def width(self) -> int:
+        return self.q.shape[-1]
+
+    def at(self, index: Tensor, start: int = 0) -> Tensor:
+        q = beginning(self.q, start, index).unsqueeze(-2)
+        distance = (gather_rows(self.k, index) * q).sum(-1) * -self.scale
+        if self.a is not None:
+            distance = distance + beginning(self.a.unsqueeze(-1), start, index)
+        if self.b is not None:
+            distance = distance + gather_rows(self.b.unsqueeze(-1), index).squeeze(-1)
+        return distance
+
+    def select(self, index: Tensor) -> Bilinear:
+        return replace(self, k=take(self.k, index), b=take_one(self.b, index))
+
+    def targets(self, index: Tensor) -> Bilinear:
+        return replace(self, q=take(self.q, index), a=take_one(self.a, index))
+
+    def examples(self, start: int, stop: int) -> Bilinear:
+        if len(self.shape) == 2:  # they are the same for every example
+            return self
+        lead = len(self.shape) - 2
+        a, b = (None if t is None else some(t, lead + 1, start, stop) for t in (self.a, self.b))
+        q, k = (some(t, lead + 2, start, stop) for t in (self.q, self.k))
+        return replace(self, q=q, k=k, a=a, b=b)
+
+    def bilinear(self) -> Bilinear:
+        return self
+
+    def sharp(self) -> Bilinear:
+        return replace(self, a=None)
+
+    def double(self) -> Bilinear:
+        a, b = (None if t is None else t.double() for t in (self.a, self.b))
+        return replace(self, q=self.q.double(), k=self.k.double(), a=a, b=b)
+
+    def refined(self) -> Bilinear:
+        return self.double()
+
+    def ordering(self, dtype: torch.dtype | None = None) -> Distances:
+        dtype = self.q.dtype if dtype is None else dtype
+        b = None if self.b is None else self.b.to(dtype)
+        return Bilinear(self.q.to(dtype), self.k.to(dtype), None, b, self.scale)
+
+    def exactly(self, dtype: torch.dtype) -> Distances | None:
+        return None if dtype == torch.float64 else self.refined()
+
+    def rounding(self) -> Tensor:
+        """How far off a value of each row can be, ``(..., n, 1)``."""
+        largest = self.k.norm(dim=-1).nan_to_num(0.0).amax(-1, keepdim=True)
+        size = abs(self.scale) * self.q.norm(dim=-1) * largest
+        if self.b is not None:
+            size = size + self.b.abs().nan_to_num(0.0).amax(-1, keepdim=True)
+        terms = self.q.shape[-1] / 2 + 6
+        return (terms * torch.finfo(self.q.dtype).eps * size).unsqueeze(-1)
+
+
+@dataclass
+class Angular(Bilinear):
+    """``d(i, j) = 1 - <q_i, k_j>`` of vectors of length one or zero; 1 from and to a zero vector.
+
+    That is ``|q' - k'|^2 / 2`` with two more coordinates, (1, 0) for a zero query and (0, 1) for a
+    zero key. For near vectors differences are exact where the product is not, so these decide.
+    """
+
+    offset: float | Tensor = 1.0
+
+    def _embedded(self) -> Differences:
+        zero_q, zero_k = ((t == 0).all(-1, keepdim=True).to(t.dtype) for t in (self.q, self.k))
+        return Differences(
+            torch.cat([self.q, zero_q, torch.zeros_like(zero_q)], -1),
+            torch.cat([self.k, torch.zeros_like(zero_k), zero_k], -1),
+            root=False,
+        )
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        if self.q.shape[-1] <= DIRECT_DIMENSIONS:
+            return self._embedded().rows(start, stop) / 2
+        return super().rows(start, stop) + 1
+
+    def at(self, index: Tensor, start: int = 0) -> Tensor:
+        return self._embedded().at(index, start) / 2
+
+    def bilinear(self) -> Bilinear:
+        ones = self.q.new_ones(self.q.shape[:-1])
+        return Bilinear(self.q, self.k, ones, offset=1.0)
+
+    @property
+    def dimension(self) -> int | None:
+        return self.q.shape[-1] + 2
+
+    def coordinates(self) -> tuple[Tensor, Tensor] | None:
+        return self._embedded().coordinates()
+
+    def sharp(self) -> Bilinear:
+        return self
+
+    def refined(self) -> Bilinear:
+        return self.double() if self.q.shape[-1] > DIRECT_DIMENSIONS else self
+
+    def ordering(self, dtype: torch.dtype | None = None) -> Distances:
+        if self.q.shape[-1] <= DIRECT_DIMENSIONS:
+            return self._embedded()
+        return super().ordering(dtype)
+
+    def exactly(self, dtype: torch.dtype) -> Distances | None:
+        if dtype == torch.float64:
+            return self._embedded()
+        q, k = self.q.double(), self.k.double()
+        a, b = (torch.where(square == 0, 0.5, square / 2) for square in _squares(q, k))
+        return Bilinear(q, k, a, b)
+
+
+def _squares(*points: Tensor) -> list[Tensor]:
+    return [t.square().sum(-1) for t in points]

@@ -1,0 +1,198 @@
+"""Distances from differences of coordinates: norms, squared or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from convnn_geo.metrics.distances import (
+    DIRECT_DIMENSIONS,
+    Distances,
+    beginning,
+    pairs_shape,
+    some,
+    take,
+)
+from convnn_geo.points import gather_rows
+
+if TYPE_CHECKING:
+    from convnn_geo.metrics.bilinear import Bilinear
+
+
+@dataclass
+class Differences(Distances):
+    """``d(i, j) = (sum_a |scale_a (q_ia - k_ja)|^p)^(1/p)``, p-th root optional.
+
+    Args:
+        q: ``(..., n, d)``.
+        k: ``(..., m, d)``.
+        p: exponent of the norm; ``inf`` for Chebyshev.
+        root: take the p-th root; False gives the squared distance for ``p = 2``.
+        offset: similarity is ``offset - distance``.
+        scale: ``(..., 1, d | 1)``, of the axes. Differences are scaled, not coordinates: so what
+            is equally far stays equally far.
+    """
+
+    q: Tensor
+    k: Tensor
+    p: float = 2.0
+    root: bool = True
+    offset: float | Tensor = 0.0
+    scale: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return pairs_shape(self.q, self.k)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the dimension is too high for sums in the order of axes."""
+        return self.q.shape[-1] > DIRECT_DIMENSIONS
+
+    def _norm(self, parts: Iterable[Tensor]) -> Tensor:
+        """Combine per-axis differences, in the order of axes: the same sum on every path."""
+        if self.p == torch.inf:
+            return reduce(torch.maximum, (part.abs() for part in parts))
+        if self.p == 1:
+            return reduce(torch.add, (part.abs() for part in parts))
+        if self.p == 2:
+            total = reduce(torch.add, (part.square() for part in parts))
+        else:
+            total = reduce(torch.add, (part.abs().pow(self.p) for part in parts))
+        return _safe_root(total, self.p) if self.root else total
+
+    def single(self, difference: Tensor) -> Tensor:
+        """The distance of points that differ, after scaling, on one axis alone."""
+        return self._norm([difference])
+
+    def axis_scale(self, axis: int) -> Tensor | float:
+        """Of one axis, ``(..., 1)``."""
+        if self.scale is None:
+            return 1.0
+        return self.scale[..., min(axis, self.scale.shape[-1] - 1)].to(self.q.dtype)
+
+    def _direct(self, q: Tensor, k: Tensor) -> Tensor:
+        # One axis at a time, so that one slab of memory is enough.
+        axes = range(q.shape[-1])
+        if self.scale is None:
+            return self._norm(q[..., axis] - k[..., axis] for axis in axes)
+        scales = (self.axis_scale(axis).unsqueeze(-1) for axis in axes)  # type: ignore[union-attr]
+        return self._norm(
+            (q[..., axis] - k[..., axis]) * scale for axis, scale in zip(axes, scales, strict=True)
+        )
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        q = self.q[..., start:stop, :]
+        if not self.wide:
+            return self._direct(q.unsqueeze(-2), self.k.unsqueeze(-3))
+        k = self.k
+        if self.scale is not None:
+            q, k = (t * self.scale.to(t.dtype) for t in (q, k))
+        distance = torch.cdist(q, k, self.p, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance if self.root else distance.pow(self.p)
+
+    @property
+    def width(self) -> int:
+        return self.q.shape[-1]
+
+    def at(self, index: Tensor, start: int = 0) -> Tensor:
+        q, k = beginning(self.q, start, index).unsqueeze(-2), gather_rows(self.k, index)
+        if not self.wide:
+            return self._direct(q, k)
+        parts = q - k
+        if self.scale is not None:
+            parts = parts * self.scale.to(parts.dtype).unsqueeze(-2)
+        if self.p == torch.inf:
+            return parts.abs().amax(-1)
+        if self.p == 1:
+            return parts.abs().sum(-1)
+        total = (parts.square() if self.p == 2 else parts.abs().pow(self.p)).sum(-1)
+        return _safe_root(total, self.p) if self.root else total
+
+    def select(self, index: Tensor) -> Differences:
+        return replace(self, k=take(self.k, index))
+
+    def targets(self, index: Tensor) -> Differences:
+        return replace(self, q=take(self.q, index))
+
+    def examples(self, start: int, stop: int) -> Differences:
+        if len(self.shape) == 2:
+            return self
+        axes = len(self.shape)
+        q, k = (some(t, axes, start, stop) for t in (self.q, self.k))
+        scale = None if self.scale is None else some(self.scale, axes, start, stop)
+        return replace(self, q=q, k=k, scale=scale)
+
+    @property
+    def dimension(self) -> int | None:
+        return self.q.shape[-1] if self.p == 2 else None
+
+    def coordinates(self) -> tuple[Tensor, Tensor] | None:
+        if self.p != 2 or self.scale is None:
+            return (self.q, self.k) if self.p == 2 else None
+        scale = self.scale.double()
+        return self.q.double() * scale, self.k.double() * scale
+
+    def bilinear(self) -> Bilinear | None:
+        return None if self.p != 2 or self.root else self.product(self.q.dtype)
+
+    def product(self, dtype: torch.dtype) -> Bilinear:
+        """Squared distances as one matrix product.
+
+        Centred, so that |q|^2 + |k|^2 - 2 <q, k> cancels as little as it can. The centre is a
+        constant: it drops out of the result, and one point's NaN must not reach all others.
+        """
+        from convnn_geo.metrics.bilinear import Bilinear
+
+        center = _center(self.k.detach())
+        q, k = self.q - center, self.k - center
+        if self.scale is not None:
+            q, k = (t * self.scale.to(t.dtype) for t in (q, k))
+        q, k = q.to(dtype), k.to(dtype)
+        return Bilinear(q, k, q.square().sum(-1), k.square().sum(-1), 2.0, self.offset)
+
+    def sharp(self) -> Differences:
+        return replace(self, root=False) if self.root else self
+
+    def double(self) -> Differences:
+        scale = None if self.scale is None else self.scale.double()
+        return replace(self, q=self.q.double(), k=self.k.double(), scale=scale)
+
+    def refined(self) -> Differences:
+        # What is rounded more than once, or by a vectorised root, goes by roundoff in float32.
+        rounds = self.scale is not None or (self.wide and self.p == 2)
+        return self.double() if rounds or self.p not in (1, 2, torch.inf) else self
+
+    def exactly(self, dtype: torch.dtype) -> Distances | None:
+        sharp = replace(self.refined(), root=False)
+        return sharp.product(torch.float64) if dtype != torch.float64 else sharp
+
+    def ordering(self, dtype: torch.dtype | None = None) -> Distances:
+        if self.p != 2 or not self.wide:
+            return self.refined().sharp()
+        return self.product(self.q.dtype if dtype is None else dtype).sharp()
+
+
+def _center(points: Tensor) -> Tensor:
+    """A point amid ``points``, on a lattice: its step is a power of two no wider than they lie.
+
+    So integers less the centre are integers, and what is equally far stays equally far.
+    """
+    if not points.shape[-2]:
+        return points.new_zeros(1, points.shape[-1])
+    finite = points.nan_to_num(0.0, 0.0, 0.0)
+    mean = finite.mean(-2, keepdim=True)
+    spread = (finite - mean).abs().amax((-2, -1), keepdim=True)
+    step = spread / torch.frexp(spread).mantissa / 2
+    return torch.where(spread > 0, (mean / step).round() * step, mean)
+
+
+def _safe_root(total: Tensor, p: float) -> Tensor:
+    """The p-th root, with gradient 0 instead of infinity where points coincide."""
+    zero = total == 0  # a NaN is none, and stays
+    return torch.where(zero, 0, torch.where(zero, 1, total).pow(1 / p))

@@ -1,0 +1,239 @@
+"""The operator behind every search: opaque to torch.compile, one order on every engine.
+
+Neighbours come in the order of (distance, index), where distances are compared as the *referee*
+has them: summed from differences, in float64 beyond eight dimensions or where coordinates are
+scaled, then rounded to the dtype of the points. A faster way of computing serves where its
+rounding can't change that order; rows where it might are searched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
+from convnn_geo.metrics.distances import DIRECT_DIMENSIONS, take
+from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Whose ``k`` nearest are wanted, in terms of tensors alone.
+
+    Args:
+        kind: ``"points"``: by distance; ``"angles"``: of vectors of length one or zero;
+            ``"products"``: by ``bias - scale <q, keys>``.
+        q: ``(..., n, d)``.
+        keys: ``(..., m, d)``.
+        bias: ``(..., m)`` or None, of ``"products"``.
+        scale: of ``"products"``.
+        dtype: in which distances are compared.
+    """
+
+    kind: str
+    q: Tensor
+    keys: Tensor
+    bias: Tensor | None
+    scale: float
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, bound: Distances, dtype: torch.dtype) -> Problem | None:
+        """Distances as a problem; None for forms that are neither points nor products."""
+        sharp = bound.sharp()
+        if isinstance(sharp, Angular) and sharp.q.shape[-1] > DIRECT_DIMENSIONS:
+            return cls("angles", sharp.q, sharp.k, None, 1.0, dtype)
+        points = sharp.coordinates()
+        if points is not None:
+            return cls("points", *points, None, 1.0, dtype)
+        product = sharp.double().bilinear() if sharp.bilinear() is not None else None
+        if isinstance(sharp, BilinearForm):
+            product = sharp  # nothing was combined, so nothing is rounded yet
+        if product is None:
+            return None
+        return cls("products", product.q, product.k, product.b, product.scale, dtype)
+
+    def targets(self, index: Tensor) -> Problem:
+        """The same from the targets ``index (..., 1, r)`` alone."""
+        return replace(self, q=take(self.q, index))
+
+    def bound(self) -> Distances:
+        """The distances again."""
+        if self.kind == "angles":
+            return Angular(self.q, self.keys)
+        if self.kind == "points":
+            return Differences(self.q, self.keys, root=False)
+        return BilinearForm(self.q, self.keys, None, self.bias, self.scale)
+
+
+Implementation = Callable[[Problem, int, Hidden, int], tuple[Tensor, Tensor]]
+"""``(problem, k, hidden, slab) -> (values, places)``, each ``(..., n, k)``."""
+
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+
+def nearest(
+    problem: Problem, k: int, hidden: Hidden, slab: int, engine: str
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest of a problem by an engine: values, good to rounding, and places."""
+    p = problem
+    return _nearest(
+        p.kind,
+        p.q.detach(),
+        p.keys.detach(),
+        None if p.bias is None else p.bias.detach(),
+        float(p.scale),
+        p.dtype == torch.float64,
+        k,
+        hidden.mask,
+        hidden.own,
+        slab,
+        engine,
+    )
+
+
+@torch.library.custom_op("convnn_geo::nearest", mutates_args=())
+def _nearest(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    double: bool,
+    k: int,
+    mask: Tensor | None,
+    own: Tensor | None,
+    slab: int,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if double else torch.float32
+    problem = Problem(kind, q, keys, bias, scale, dtype)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours
+    try:
+        values, places = IMPLEMENTATIONS[engine](problem, k, Hidden(mask, own), slab)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return values.contiguous(), places.contiguous()
+
+
+@_nearest.register_fake
+def _shapes(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    double: bool,
+    k: int,
+    mask: Tensor | None,
+    own: Tensor | None,
+    slab: int,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    lead = torch.broadcast_shapes(
+        q.shape[:-2], keys.shape[:-2], () if mask is None else mask.shape[:-2]
+    )
+    shape = (*lead, q.shape[-2], k)
+    values = q.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+    return values, values.new_empty(shape, dtype=torch.long)
+
+
+def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
+    """Dense search: rows of distances by one matrix product, or by differences where few axes."""
+    bound, dtype = problem.bound(), problem.dtype
+    rough = bound.ordering(dtype)
+    if not isinstance(rough, BilinearForm):
+        return smallest_in_rows(rough, k, hidden, slab, dtype)
+    m = problem.keys.shape[-2]
+    exact = bound.exactly(dtype)
+    asked = k if exact is None else min(k + 1, m)
+    values, places = smallest_in_rows(rough, asked, hidden, slab, dtype)
+    if exact is not None:
+        unsure = _undecided(problem, rough, values, places)
+        if bool(unsure.any()):
+            values, places = values.contiguous(), places.contiguous()
+            _settle(bound, exact, unsure, values, places, hidden, slab)
+    return values[..., :k], places[..., :k]
+
+
+def _undecided(problem: Problem, rough: BilinearForm, values: Tensor, places: Tensor) -> Tensor:
+    """Rows ``(..., n)`` with neighbours closer to one another than rounding, but not equal."""
+    gap = values[..., 1:] - values[..., :-1]
+    hidden = values[..., 1:] == torch.inf
+    unclear = ~((gap > 2 * rough.rounding()) | hidden)
+    if not bool(unclear.any()):
+        return unclear.any(-1)
+    # Equal keys have equal products, so their order, by index, is right.
+    name = _fingerprint(problem).expand(*places.shape[:-2], -1)
+    named = name.unsqueeze(-2).expand(*places.shape[:-1], -1).gather(-1, places)
+    return (unclear & ~((gap == 0) & (named[..., 1:] == named[..., :-1]))).any(-1)
+
+
+def _fingerprint(problem: Problem) -> Tensor:
+    """A number ``(..., m)`` for each key, the same for equal keys and for no others."""
+    keys = problem.keys
+    if problem.bias is not None:
+        keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
+    bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32).long()
+    generator = torch.Generator().manual_seed(0)
+    odd = torch.randint(2**62, (2, bits.shape[-1]), generator=generator).to(keys.device) * 2 + 1
+    mixed = (bits * odd[0]) ^ ((bits * odd[1]) >> 29)
+    return (mixed * odd[1]).sum(-1)
+
+
+def _settle(
+    bound: Distances,
+    exact: Distances,
+    unsure: Tensor,
+    values: Tensor,
+    places: Tensor,
+    hidden: Hidden,
+    slab: int,
+) -> None:
+    """Search the rows that are unsure again, exactly, and put what is found into its place."""
+    rows = unsure_rows(unsure)
+    value, place = smallest_in_rows(
+        exact.targets(rows), places.shape[-1], hidden.targets(rows), slab, values.dtype
+    )
+    exactly = referee(bound.targets(rows), place, slab, value.dtype)
+    value = torch.where(value == torch.inf, value, exactly)
+    value, order = by_value_then_place(value, place)
+    where = rows.transpose(-1, -2).expand(order.shape)
+    values.scatter_(-2, where, value)
+    places.scatter_(-2, where, place.gather(-1, order))
+
+
+def unsure_rows(unsure: Tensor) -> Tensor:
+    """Rows marked in ``(..., n)`` as ``(..., 1, r)``, filled up with others to equal number."""
+    first = unsure.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return first[..., : int(unsure.sum(-1).max())].unsqueeze(-2)
+
+
+def referee(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
+    """Distances of chosen pairs as they are compared, ``(..., n, k)``."""
+    return in_slabs(bound.refined(), place, slab, dtype)
+
+
+def measured(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
+    """Distances of the nearest, in order.
+
+    They were compared by their squares. Of two that are equal but for rounding, the root of the
+    later may round to less: it is raised to the root of the earlier.
+    """
+    return (
+        referee(bound, place, slab, dtype).cummax(-1).values if place.numel() else place.to(dtype)
+    )
+
+
+def by_value_then_place(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of each row sorted, ties by place, and the order that sorts them."""
+    order = place.argsort(dim=-1)
+    order = order.gather(-1, value.gather(-1, order).argsort(dim=-1, stable=True))
+    return value.gather(-1, order), order
+
+
+IMPLEMENTATIONS["dense"] = by_rows

@@ -1,0 +1,120 @@
+"""The k smallest of each row of distances, a slab of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convnn_geo.metrics import Distances
+from convnn_geo.metrics.distances import take, take_one
+from convnn_geo.search.smallest import k_smallest
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Pairs that are not to be chosen.
+
+    Args:
+        mask: ``(..., n | 1, m)``, True where choice is allowed.
+        own: ``(..., n)``, one place in each row that is not; -1 for none.
+    """
+
+    mask: Tensor | None = None
+    own: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.mask is not None or self.own is not None
+
+    def targets(self, index: Tensor) -> Hidden:
+        """Those of the targets ``index (..., 1, r)`` alone."""
+        mask = self.mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = take(mask, index)
+        return Hidden(mask, take_one(self.own, index))
+
+    def put_behind(self, values: Tensor, start: int, stop: int) -> Tensor:
+        """Values of rows ``start:stop`` with what is hidden last; NaN stays before it, seen."""
+        if not self:
+            return values
+        hidden = torch.zeros((), dtype=torch.bool, device=values.device)
+        if self.mask is not None:
+            hidden = ~(self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask)
+        if self.own is not None:
+            places = torch.arange(values.shape[-1], device=values.device)
+            hidden = hidden | (places == self.own[..., start:stop, None])
+        largest = torch.finfo(values.dtype).max
+        return values.nan_to_num(largest, largest, -largest).masked_fill(hidden, torch.inf)
+
+    def kept(self, place: Tensor) -> Tensor | None:
+        """Which of the chosen were allowed; None where nothing was hidden."""
+        kept = None
+        if self.mask is not None:
+            lead = torch.broadcast_shapes(self.mask.shape[:-2], place.shape[:-2])
+            mask = self.mask.expand(*lead, place.shape[-2], self.mask.shape[-1])
+            kept = mask.gather(-1, place.expand(*lead, *place.shape[-2:]))
+        if self.own is not None:
+            other = place != self.own.unsqueeze(-1)
+            kept = other if kept is None else kept & other
+        return kept
+
+
+def smallest_in_rows(
+    distances: Distances, k: int, hidden: Hidden, slab: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` smallest values of each row, rounded to ``dtype``, and their places.
+
+    Args:
+        distances: ``(..., n, m)``.
+        k: at most ``m``.
+        hidden: what is not to be chosen.
+        slab: bytes that a slab of rows may take.
+        dtype: of the values.
+    """
+    shape = distances.shape
+    if hidden.mask is not None:
+        shape = torch.broadcast_shapes(shape, hidden.mask.shape)
+    batch = shape[0] if len(shape) > 2 and not hidden else 1
+    size = dtype.itemsize * math.prod(shape[1:])
+    fitting = max(1, slab // max(1, size))
+    if fitting >= batch or distances.examples(0, 1) is None:
+        return _by_rows(distances, k, hidden, slab, dtype, shape)
+    found = []  # whole examples where they fit: one large product beats many small ones
+    for start in range(0, batch, fitting):
+        stop = min(start + fitting, batch)
+        part: Distances = distances.examples(start, stop)  # type: ignore[assignment]
+        some = torch.Size((stop - start, *shape[1:]))
+        found.append(_by_rows(part, k, hidden, slab, dtype, some))
+    values, places = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(places)
+
+
+def in_slabs(distances: Distances, index: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
+    """Distances of chosen pairs ``(..., n, k)``, a slab of targets at a time."""
+    *lead, n, k = torch.broadcast_shapes((*distances.shape[:-1], 1), index.shape)
+    step = max(1, slab // max(1, 8 * distances.width * math.prod(lead) * k))
+    if step >= n:
+        return distances.at(index).to(dtype)
+    parts = []
+    for start in range(0, n, step):
+        some = index[..., start : start + step, :]
+        parts.append(distances.at(some, start).to(dtype))
+    return torch.cat(parts, -2)
+
+
+def _by_rows(
+    distances: Distances, k: int, hidden: Hidden, slab: int, dtype: torch.dtype, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Slabs of rows of all examples at once."""
+    *lead, n, m = shape
+    step = max(1, slab // max(1, dtype.itemsize * math.prod(lead) * m))
+    values, places = [], []
+    for start in range(0, max(n, 1), step):
+        stop = min(start + step, n)
+        rows = distances.rows(start, stop).to(dtype).expand(*lead, stop - start, m)
+        value, place = k_smallest(hidden.put_behind(rows, start, stop), k)
+        values.append(value)
+        places.append(place)
+    return torch.cat(values, -2), torch.cat(places, -2)
