@@ -58,7 +58,8 @@ class ConvNNAttention(nn.Module):
         batch_first: ``(b, n, c)`` rather than ``(n, b, c)``.
         device: of the parameters.
         dtype: of the parameters.
-        k: neighbours kept; None for all candidates.
+        k: neighbours kept; None for all candidates. More than sizes allow are an error; where a
+            border or a mask leaves fewer, the last are empty.
         metric: of projected queries and keys, head by head. It may look at positions, too. One
             by name takes the layer's dtype and device; a module keeps its own.
         candidates: where a query may look: ``Window``, ``Block``, ``Causal``, ``Random``, ...

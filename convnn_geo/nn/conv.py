@@ -286,7 +286,8 @@ _DOC = """A drop-in for :class:`torch.nn.Conv{n}d` over chosen neighbours of {a}
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: of the parameters.
         dtype: of the parameters.
-        k: neighbours.
+        k: neighbours. More than a window or the {what} has are an error; where a border or a mask
+            leaves fewer, the last are empty.
         metric: a metric or its name, e.g. ``"cosine"``; needed with ``k``. One by name takes the
             layer's dtype and device; a module keeps its own.
         candidates: where to look; the window where there is one, everywhere otherwise.
