@@ -24,8 +24,8 @@ from convnn_geo.search.registry import find
 
 def knn(
     x: Tensor | Points,
-    y: Tensor | Points | None,
-    k: int,
+    y: Tensor | Points | None = None,
+    k: int | None = None,
     batch_x: Tensor | None = None,
     batch_y: Tensor | None = None,
     metric: Metric | str = "euclidean",
@@ -41,7 +41,7 @@ def knn(
 
     Args:
         x: sources, ``(m, c)``, or dense examples ``(b, m, c)``, or :class:`Points`.
-        y: targets, ``(n, c)`` or ``(b, n, c)``; None for ``x`` itself.
+        y: targets, ``(n, c)`` or ``(b, n, c)``; ``x`` itself by default.
         k: neighbours, at most the number of sources in the smallest example.
         batch_x: ``(m,)``, sorted example numbers of the rows of ``x``, as in PyG.
         batch_y: ``(n,)``, likewise.
@@ -63,16 +63,20 @@ def knn(
         >>> import torch
         >>> from convnn_geo.search import knn
         >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-        >>> knn(x, x, k=2).index.tolist()
+        >>> knn(x, k=2).index.tolist()
         [[0, 1], [1, 0], [2, 3], [3, 2]]
     """
     metric = as_metric(metric)
+    if k is None:
+        raise TypeError("knn: expected the number of neighbours, k=")
     k = check_int("k", k)
     source = _points("x", x)
     target = source if y is None else _points("y", y)
     if y is None:
         batch_y = batch_x
     _check_pair(source, target)
+    if memory is not None:
+        memory = check_int("memory", memory)
     if check:
         check_finite("x", source.x, source.pos)
         check_finite("y", target.x, target.pos)
