@@ -134,4 +134,5 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
     if not lost:
         return out
     # Added rather than filled in: four times faster on the CPU, and backward copies nothing.
-    return out + torch.where(reduce(torch.logical_or, lost), torch.nan, 0.0).to(out.dtype)
+    nan = torch.where(reduce(torch.logical_or, lost), torch.nan, 0.0).to(out.dtype)
+    return out + nan if out.requires_grad else out.add_(nan)  # a kernel's result is its own

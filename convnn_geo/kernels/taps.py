@@ -78,31 +78,41 @@ class Taps(Kernel):
         index = index.t().contiguous()
         rho = None if weight is None else spread(weight.to(rows.dtype), lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
-        out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), self.groups)
-        out = out.view(*lead, hood.num_targets, out.shape[-1])
-        return self._biased(out)
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), bias, self.groups)
+        return out.view(*lead, hood.num_targets, out.shape[-1])
+
+
+_CACHED = 2**20
+"""Bytes of gathered rows that are worked on at a time, on the CPU."""
 
 
 class _GatherTaps(torch.autograd.Function):
-    """``out_i = sum_j W_j rho_ij x[index_ji]`` with the gathered rows recomputed in backward."""
+    """``out_i = b + sum_j W_j rho_ij x[index_ji]``, gathered rows recomputed in backward."""
 
     @staticmethod
-    def forward(rows, index, rho, taps, groups):  # type: ignore[no-untyped-def]
-        k, d = taps.shape[:2]
-        out = rows.new_zeros(index.shape[1], d)
-        for j in range(k):
-            _accumulate(out, _weighted(rows, index, rho, j), taps[j], groups)
+    def forward(rows, index, rho, taps, bias, groups):  # type: ignore[no-untyped-def]
+        (k, d), n = taps.shape[:2], index.shape[1]
+        out = rows.new_zeros(n, d) if bias is None else bias.repeat(n, 1)
+        # On the CPU a few targets at a time, so that their sums stay in cache for all taps.
+        step = max(1, _CACHED // (rows.shape[1] * rows.element_size())) if rows.is_cpu else n
+        for start in range(0, n, max(step, 1)):
+            part = slice(start, start + step)
+            some = None if rho is None else rho[:, part]
+            for j in range(k):
+                gathered = _weighted(rows, index[:, part], some, j)
+                _accumulate(out[part], gathered, taps[j], groups)
         return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.groups = inputs
-        ctx.save_for_backward(*tensors)
+        rows, index, rho, taps, _, ctx.groups = inputs
+        ctx.save_for_backward(rows, index, rho, taps)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         rows, index, rho, taps = ctx.saved_tensors
-        need_rows, _, need_rho, need_taps, _ = ctx.needs_input_grad
+        need_rows, _, need_rho, need_taps, need_bias, _ = ctx.needs_input_grad
         grad_rows = torch.zeros_like(rows)
         grad_taps, grad_rho = [], []
         for j in range(taps.shape[0]):
@@ -122,6 +132,7 @@ class _GatherTaps(torch.autograd.Function):
             None,
             torch.stack(grad_rho) if need_rho else None,
             torch.stack(grad_taps) if need_taps else None,
+            grad.sum(0) if need_bias else None,
             None,
         )
 

@@ -34,6 +34,8 @@ class Bilinear(Distances):
         b: ``(..., m)`` or None.
         scale: of the product.
         offset: similarity is ``offset - distance``.
+        precision: dtype to compute in, that of ``q`` by default. Points are converted where they
+            are used: often that is a few.
     """
 
     q: Tensor
@@ -42,12 +44,20 @@ class Bilinear(Distances):
     b: Tensor | None = None
     scale: float = 1.0
     offset: float | Tensor = 0.0
+    precision: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which distances are computed."""
+        return self.q.dtype if self.precision is None else self.precision
 
     @property
     def shape(self) -> torch.Size:
         return pairs_shape(self.q, self.k)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        if self.precision is not None:
+            return self.bilinear().rows(start, stop)
         q = self.q[..., start:stop, :]
         if q.shape[-2] == 1:
             # For a single row BLAS takes a path on which equal keys can get unequal products.
@@ -70,8 +80,8 @@ class Bilinear(Distances):
         return self.q.shape[-1]
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        q = beginning(self.q, start, index).unsqueeze(-2)
-        distance = (gather_rows(self.k, index) * q).sum(-1) * -self.scale
+        q = beginning(self.q, start, index).unsqueeze(-2).to(self.dtype)
+        distance = (gather_rows(self.k, index).to(self.dtype) * q).sum(-1) * -self.scale
         if self.a is not None:
             distance = distance + beginning(self.a.unsqueeze(-1), start, index)
         if self.b is not None:
@@ -93,20 +103,24 @@ class Bilinear(Distances):
         return replace(self, q=q, k=k, a=a, b=b)
 
     def bilinear(self) -> Bilinear:
-        return self
+        if self.precision is None:
+            return self
+        q, k, a, b = (
+            None if t is None else t.to(self.precision) for t in (self.q, self.k, self.a, self.b)
+        )
+        return Bilinear(q, k, a, b, self.scale, self.offset)  # type: ignore[arg-type]
 
     def sharp(self) -> Bilinear:
         return replace(self, a=None)
 
     def double(self) -> Bilinear:
-        a, b = (None if t is None else t.double() for t in (self.a, self.b))
-        return replace(self, q=self.q.double(), k=self.k.double(), a=a, b=b)
+        return replace(self, precision=torch.float64)
 
     def refined(self) -> Bilinear:
         return self.double()
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
-        dtype = self.q.dtype if dtype is None else dtype
+        dtype = self.dtype if dtype is None else dtype
         b = None if self.b is None else self.b.to(dtype)
         return Bilinear(self.q.to(dtype), self.k.to(dtype), None, b, self.scale)
 
@@ -127,57 +141,63 @@ class Bilinear(Distances):
 class Angular(Bilinear):
     """``d(i, j) = 1 - <q_i, k_j>`` of vectors of length one or zero; 1 from and to a zero vector.
 
-    That is ``|q' - k'|^2 / 2`` with two more coordinates, (1, 0) for a zero query and (0, 1) for a
-    zero key. For near vectors differences are exact where the product is not, so these decide.
+    For vectors of length one that is ``|q - k|^2 / 2``. For near ones differences are exact where
+    the product is not, so these decide.
     """
 
     offset: float | Tensor = 1.0
 
-    def _embedded(self) -> Differences:
-        zero_q, zero_k = ((t == 0).all(-1, keepdim=True).to(t.dtype) for t in (self.q, self.k))
-        return Differences(
-            torch.cat([self.q, zero_q, torch.zeros_like(zero_q)], -1),
-            torch.cat([self.k, torch.zeros_like(zero_k), zero_k], -1),
-            root=False,
-        )
+    @property
+    def wide(self) -> bool:
+        """Whether rows are computed by a product."""
+        return self.q.shape[-1] > DIRECT_DIMENSIONS
+
+    def _halved(self) -> Differences:
+        return Differences(self.q, self.k, root=False, precision=self.precision)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        if self.q.shape[-1] <= DIRECT_DIMENSIONS:
-            return self._embedded().rows(start, stop) / 2
-        return super().rows(start, stop) + 1
+        if self.wide and self.a is None:
+            return self.bilinear().rows(start, stop)
+        rows = super().rows(start, stop) if self.wide else self._halved().rows(start, stop) / 2
+        zero = _is_zero(self.q[..., start:stop, :]) | _is_zero(self.k).transpose(-1, -2)
+        return rows.masked_fill(zero, 1.0)
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        return self._embedded().at(index, start) / 2
+        zero = gather_rows(_is_zero(self.k), index).squeeze(-1)
+        zero = zero | _is_zero(beginning(self.q, start, index))
+        return (self._halved().at(index, start) / 2).masked_fill(zero, 1.0)
 
     def bilinear(self) -> Bilinear:
-        ones = self.q.new_ones(self.q.shape[:-1])
-        return Bilinear(self.q, self.k, ones, offset=1.0)
+        q, k = self.q.to(self.dtype), self.k.to(self.dtype)
+        return Bilinear(q, k, q.new_ones(q.shape[:-1]), offset=1.0)
 
     @property
     def dimension(self) -> int | None:
         return self.q.shape[-1] + 2
 
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
-        return self._embedded().coordinates()
+        """With two more axes: (1, 0) for a zero query and (0, 1) for a zero key."""
+        zero_q, zero_k = (_is_zero(t).to(t.dtype) for t in (self.q, self.k))
+        return (
+            torch.cat([self.q, zero_q, torch.zeros_like(zero_q)], -1),
+            torch.cat([self.k, torch.zeros_like(zero_k), zero_k], -1),
+        )
 
     def sharp(self) -> Bilinear:
         return self
 
     def refined(self) -> Bilinear:
-        return self.double() if self.q.shape[-1] > DIRECT_DIMENSIONS else self
+        return self.double() if self.wide else self
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
-        if self.q.shape[-1] <= DIRECT_DIMENSIONS:
-            return self._embedded()
-        return super().ordering(dtype)
+        return super().ordering(dtype) if self.wide else self
 
     def exactly(self, dtype: torch.dtype) -> Distances | None:
         if dtype == torch.float64:
-            return self._embedded()
+            return None
         q, k = self.q.double(), self.k.double()
-        a, b = (torch.where(square == 0, 0.5, square / 2) for square in _squares(q, k))
-        return Bilinear(q, k, a, b)
+        return Angular(q, k, q.square().sum(-1) / 2, k.square().sum(-1) / 2)
 
 
-def _squares(*points: Tensor) -> list[Tensor]:
-    return [t.square().sum(-1) for t in points]
+def _is_zero(vectors: Tensor) -> Tensor:
+    return vectors.detach().norm(dim=-1, keepdim=True) < 0.5

@@ -36,6 +36,8 @@ class Differences(Distances):
         offset: similarity is ``offset - distance``.
         scale: ``(..., 1, d | 1)``, of the axes. Differences are scaled, not coordinates: so what
             is equally far stays equally far.
+        precision: dtype to compute in, that of the points by default. Points are converted where
+            they are used: often that is a few.
     """
 
     q: Tensor
@@ -44,6 +46,12 @@ class Differences(Distances):
     root: bool = True
     offset: float | Tensor = 0.0
     scale: Tensor | None = None
+    precision: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which distances are computed."""
+        return self.q.dtype if self.precision is None else self.precision
 
     @property
     def shape(self) -> torch.Size:
@@ -74,7 +82,7 @@ class Differences(Distances):
         """Of one axis, ``(..., 1)``."""
         if self.scale is None:
             return 1.0
-        return self.scale[..., min(axis, self.scale.shape[-1] - 1)].to(self.q.dtype)
+        return self.scale[..., min(axis, self.scale.shape[-1] - 1)].to(self.dtype)
 
     def _direct(self, q: Tensor, k: Tensor) -> Tensor:
         # One axis at a time, so that one slab of memory is enough.
@@ -87,10 +95,9 @@ class Differences(Distances):
         )
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        q = self.q[..., start:stop, :]
+        q, k = self.q[..., start:stop, :].to(self.dtype), self.k.to(self.dtype)
         if not self.wide:
-            return self._direct(q.unsqueeze(-2), self.k.unsqueeze(-3))
-        k = self.k
+            return self._direct(q.unsqueeze(-2), k.unsqueeze(-3))
         if self.scale is not None:
             q, k = (t * self.scale.to(t.dtype) for t in (q, k))
         distance = torch.cdist(q, k, self.p, compute_mode="donot_use_mm_for_euclid_dist")
@@ -101,7 +108,8 @@ class Differences(Distances):
         return self.q.shape[-1]
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        q, k = beginning(self.q, start, index).unsqueeze(-2), gather_rows(self.k, index)
+        q = beginning(self.q, start, index).unsqueeze(-2).to(self.dtype)
+        k = gather_rows(self.k, index).to(self.dtype)
         if not self.wide:
             return self._direct(q, k)
         parts = q - k
@@ -139,7 +147,7 @@ class Differences(Distances):
         return self.q.double() * scale, self.k.double() * scale
 
     def bilinear(self) -> Bilinear | None:
-        return None if self.p != 2 or self.root else self.product(self.q.dtype)
+        return None if self.p != 2 or self.root else self.product(self.dtype)
 
     def product(self, dtype: torch.dtype) -> Bilinear:
         """Squared distances as one matrix product.
@@ -149,8 +157,8 @@ class Differences(Distances):
         """
         from convnn_geo.metrics.bilinear import Bilinear
 
-        center = _center(self.k.detach())
-        q, k = self.q - center, self.k - center
+        center = _center(self.k.detach()).to(self.dtype)
+        q, k = self.q.to(self.dtype) - center, self.k.to(self.dtype) - center
         if self.scale is not None:
             q, k = (t * self.scale.to(t.dtype) for t in (q, k))
         q, k = q.to(dtype), k.to(dtype)
@@ -160,8 +168,7 @@ class Differences(Distances):
         return replace(self, root=False) if self.root else self
 
     def double(self) -> Differences:
-        scale = None if self.scale is None else self.scale.double()
-        return replace(self, q=self.q.double(), k=self.k.double(), scale=scale)
+        return replace(self, precision=torch.float64)
 
     def refined(self) -> Differences:
         # What is rounded more than once, or by a vectorised root, goes by roundoff in float32.
@@ -175,7 +182,7 @@ class Differences(Distances):
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
         if self.p != 2 or not self.wide:
             return self.refined().sharp()
-        return self.product(self.q.dtype if dtype is None else dtype).sharp()
+        return self.product(self.dtype if dtype is None else dtype).sharp()
 
 
 def _center(points: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
-from convnn_geo.metrics.distances import DIRECT_DIMENSIONS, take
+from convnn_geo.metrics.distances import take
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 
 
@@ -44,7 +44,7 @@ class Problem:
     def of(cls, bound: Distances, dtype: torch.dtype) -> Problem | None:
         """Distances as a problem; None for forms that are neither points nor products."""
         sharp = bound.sharp()
-        if isinstance(sharp, Angular) and sharp.q.shape[-1] > DIRECT_DIMENSIONS:
+        if isinstance(sharp, Angular):
             return cls("angles", sharp.q, sharp.k, None, 1.0, dtype)
         points = sharp.coordinates()
         if points is not None:
@@ -146,65 +146,88 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
     """Dense search: rows of distances by one matrix product, or by differences where few axes."""
     bound, dtype = problem.bound(), problem.dtype
     rough = bound.ordering(dtype)
-    if not isinstance(rough, BilinearForm):
+    if type(rough) is not BilinearForm:
         return smallest_in_rows(rough, k, hidden, slab, dtype)
-    m = problem.keys.shape[-2]
-    exact = bound.exactly(dtype)
-    asked = k if exact is None else min(k + 1, m)
+    asked = min(k + 1, problem.keys.shape[-2])
     values, places = smallest_in_rows(rough, asked, hidden, slab, dtype)
-    if exact is not None:
-        unsure = _undecided(problem, rough, values, places)
-        if bool(unsure.any()):
-            values, places = values.contiguous(), places.contiguous()
-            _settle(bound, exact, unsure, values, places, hidden, slab)
-    return values[..., :k], places[..., :k]
+    margin = 2 * rough.rounding()
+    unsure = _undecided(problem, values, places, margin)
+    values, places = values[..., :k], places[..., :k]
+    if bool(unsure.any()):
+        rows = unsure_rows(unsure)
+        settled = _settle(problem, rough, rows, k, hidden, margin, slab)
+        values, places = put_rows(values, places, rows, settled)
+    return values, places
 
 
-def _undecided(problem: Problem, rough: BilinearForm, values: Tensor, places: Tensor) -> Tensor:
+def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor) -> Tensor:
     """Rows ``(..., n)`` with neighbours closer to one another than rounding, but not equal."""
-    gap = values[..., 1:] - values[..., :-1]
-    hidden = values[..., 1:] == torch.inf
-    unclear = ~((gap > 2 * rough.rounding()) | hidden)
-    if not bool(unclear.any()):
-        return unclear.any(-1)
-    # Equal keys have equal products, so their order, by index, is right.
-    name = _fingerprint(problem).expand(*places.shape[:-2], -1)
-    named = name.unsqueeze(-2).expand(*places.shape[:-1], -1).gather(-1, places)
-    return (unclear & ~((gap == 0) & (named[..., 1:] == named[..., :-1]))).any(-1)
+    gap = values.diff(dim=-1)
+    unclear = ~((gap > margin) | (values[..., 1:] == torch.inf))  # what is hidden is in no order
+    equal = unclear & (gap == 0)
+    if bool(equal.any()):
+        # Equal keys have equal products, so their order, by index, is right.
+        name = _fingerprint(problem).expand(*places.shape[:-2], -1)
+        named = name.unsqueeze(-2).expand(*places.shape[:-1], -1).gather(-1, places)
+        unclear = unclear & ~(equal & (named.diff(dim=-1) == 0))
+    return unclear.any(-1)
 
 
 def _fingerprint(problem: Problem) -> Tensor:
-    """A number ``(..., m)`` for each key, the same for equal keys and for no others."""
+    """A number ``(..., m)`` for each key: the same for equal keys and, but for luck, no others."""
     keys = problem.keys
     if problem.bias is not None:
         keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
-    bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32).long()
+    bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32)
     generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(2**62, (2, bits.shape[-1]), generator=generator).to(keys.device) * 2 + 1
-    mixed = (bits * odd[0]) ^ ((bits * odd[1]) >> 29)
-    return (mixed * odd[1]).sum(-1)
+    odd = torch.randint(-(2**30), 2**30, (bits.shape[-1],), generator=generator) * 2 + 1
+    return (bits * odd.to(bits)).sum(-1)
 
 
 def _settle(
-    bound: Distances,
-    exact: Distances,
-    unsure: Tensor,
-    values: Tensor,
-    places: Tensor,
+    problem: Problem,
+    rough: BilinearForm,
+    rows: Tensor,
+    k: int,
     hidden: Hidden,
+    margin: Tensor,
     slab: int,
-) -> None:
-    """Search the rows that are unsure again, exactly, and put what is found into its place."""
-    rows = unsure_rows(unsure)
-    value, place = smallest_in_rows(
-        exact.targets(rows), places.shape[-1], hidden.targets(rows), slab, values.dtype
-    )
-    exactly = referee(bound.targets(rows), place, slab, value.dtype)
-    value = torch.where(value == torch.inf, value, exactly)
-    value, order = by_value_then_place(value, place)
-    where = rows.transpose(-1, -2).expand(order.shape)
-    values.scatter_(-2, where, value)
-    places.scatter_(-2, where, place.gather(-1, order))
+) -> tuple[Tensor, Tensor]:
+    """Neighbours of the targets ``rows`` as the referee orders them.
+
+    A somewhat longer list by the rough product mostly holds them all; where it may not, the rows
+    are searched by an exact product.
+    """
+    bound, behind = problem.targets(rows).bound(), hidden.targets(rows)
+    longer, m = k + 8, problem.keys.shape[-2]
+    if longer < m:
+        listed, place = smallest_in_rows(rough.targets(rows), longer, behind, slab, problem.dtype)
+        value, place, order = _as_referee(bound, listed, place, k, slab)
+        farthest = listed.gather(-1, order[..., :k]).amax(-1)
+        beyond = listed[..., -1]  # what the list leaves out is no nearer
+        complete = (farthest + take(margin, rows).squeeze(-1) < beyond) | (beyond == torch.inf)
+        if bool(complete.all()):
+            return value, place
+    exact = bound.exactly(problem.dtype) or rough.targets(rows)
+    listed, place = smallest_in_rows(exact, min(k + 1, m), behind, slab, problem.dtype)
+    return _as_referee(bound, listed, place, k, slab)[:2]
+
+
+def _as_referee(
+    bound: Distances, listed: Tensor, place: Tensor, k: int, slab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``k`` of a list by the referee: values, places, and the order that sorts it."""
+    value = referee(bound, place, slab, listed.dtype)
+    value, order = by_value_then_place(torch.where(listed == torch.inf, listed, value), place)
+    return value[..., :k], place.gather(-1, order)[..., :k], order
+
+
+def put_rows(
+    values: Tensor, places: Tensor, rows: Tensor, found: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``values`` and ``places`` ``(..., n, k)`` with the targets ``rows`` replaced."""
+    where = rows.transpose(-1, -2).expand(found[1].shape)
+    return values.scatter(-2, where, found[0]), places.scatter(-2, where, found[1])
 
 
 def unsure_rows(unsure: Tensor) -> Tensor:

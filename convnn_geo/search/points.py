@@ -14,6 +14,7 @@ from convnn_geo.search.nearest import (
     by_value_then_place,
     measured,
     nearest,
+    put_rows,
     referee,
     unsure_rows,
 )
@@ -115,6 +116,5 @@ class PointEngine(Engine):
                 again = self._settled(few, part, keys, lead, k, more, slab)
             else:
                 again = by_rows(few, k, Hidden(), slab)
-            where = rows.transpose(-1, -2).expand(*again[1].shape)
-            value, place = value.scatter(-2, where, again[0]), place.scatter(-2, where, again[1])
+            value, place = put_rows(value, place, rows, again)
         return value, place
