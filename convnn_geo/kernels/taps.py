@@ -93,12 +93,13 @@ class _GatherTaps(torch.autograd.Function):
     @staticmethod
     def forward(rows, index, rho, taps, bias, groups):  # type: ignore[no-untyped-def]
         (k, d), n = taps.shape[:2], index.shape[1]
-        out = rows.new_zeros(n, d) if bias is None else bias.repeat(n, 1)
+        out = rows.new_empty(n, d)
         # On the CPU a few targets at a time, so that their sums stay in cache for all taps.
         step = max(1, _CACHED // (rows.shape[1] * rows.element_size())) if rows.is_cpu else n
         for start in range(0, n, max(step, 1)):
             part = slice(start, start + step)
             some = None if rho is None else rho[:, part]
+            out[part] = 0.0 if bias is None else bias  # in cache for what follows
             for j in range(k):
                 gathered = _weighted(rows, index[:, part], some, j)
                 _accumulate(out[part], gathered, taps[j], groups)

@@ -75,6 +75,14 @@ class Bilinear(Distances):
             product = self.b.unsqueeze(-2) - self.scale * torch.matmul(q, keys)
         return product if self.a is None else product + self.a[..., start:stop, None]
 
+    def rows_into(self, out: Tensor) -> Tensor:
+        """All rows, written into ``out (b, n, m)``: fresh memory costs more than the product."""
+        keys = self.k.transpose(-1, -2)
+        if self.b is None:
+            return torch.bmm(self.q * -self.scale, keys, out=out)
+        b = self.b.unsqueeze(-2).expand(out.shape)
+        return torch.baddbmm(b, self.q, keys, alpha=-self.scale, out=out)
+
     @property
     def width(self) -> int:
         return self.q.shape[-1]

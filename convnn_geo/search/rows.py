@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn_geo.metrics import Distances
+from convnn_geo.metrics import BilinearForm, Distances
 from convnn_geo.metrics.distances import take, take_one
 from convnn_geo.search.smallest import k_smallest
 
@@ -82,13 +82,31 @@ def smallest_in_rows(
     if fitting >= batch or distances.examples(0, 1) is None:
         return _by_rows(distances, k, hidden, slab, dtype, shape)
     found = []  # whole examples where they fit: one large product beats many small ones
+    buffer = _buffer(distances, fitting, dtype, shape)
     for start in range(0, batch, fitting):
         stop = min(start + fitting, batch)
         part: Distances = distances.examples(start, stop)  # type: ignore[assignment]
         some = torch.Size((stop - start, *shape[1:]))
-        found.append(_by_rows(part, k, hidden, slab, dtype, some))
+        if buffer is None:
+            found.append(_by_rows(part, k, hidden, slab, dtype, some))
+        else:
+            found.append(k_smallest(part.rows_into(buffer[: stop - start]), k))  # type: ignore[attr-defined]
     values, places = zip(*found, strict=True)
     return torch.cat(values), torch.cat(places)
+
+
+def _buffer(
+    distances: Distances, examples: int, dtype: torch.dtype, shape: torch.Size
+) -> Tensor | None:
+    """Memory for the products of some examples, where products are all that rows are."""
+    if type(distances) is not BilinearForm or len(shape) != 3 or torch.compiler.is_compiling():
+        return None
+    plain = distances.a is None and distances.precision is None and distances.q.dtype == dtype
+    if not plain or distances.q.shape[0] != shape[0] or distances.k.shape[0] != shape[0]:
+        return None
+    if distances.q.ndim != 3 or distances.k.ndim != 3 or shape[1] < 2:
+        return None
+    return distances.q.new_empty(examples, *shape[1:])
 
 
 def in_slabs(distances: Distances, index: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
