@@ -6,7 +6,6 @@ VENV   ?= .venv
 # What pip is asked for. Installed first, so that what needs torch takes the one that is there.
 TORCH  ?= torch==2.13.0
 PYTEST_ARGS ?=
-BENCH_ARGS  ?=
 
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check --no-input
@@ -19,7 +18,7 @@ STAMPS := $(VENV)/.stamps
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  PYTEST_ARGS=  BENCH_ARGS="
+	@echo "Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)  PYTEST_ARGS="
 
 demo: $(STAMPS)/demo ## pictures of what the package does; nothing is compiled
 	$(PY) -m convnn_geo demo
@@ -41,13 +40,8 @@ format: $(STAMPS)/all ## format and fix what can be fixed
 typecheck: $(STAMPS)/all ## mypy
 	$(PY) -m mypy
 
-bench: $(STAMPS)/all $(STAMPS)/cluster ## every benchmark, one after the other
-	@for file in benchmarks/*.py; do \
-	  name=$$(basename "$$file" .py); \
-	  case "$$name" in measure|\*) continue ;; esac; \
-	  echo "== $$file"; \
-	  $(PY) "$$file" $(BENCH_ARGS) || exit 1; \
-	done
+bench: $(STAMPS)/all $(STAMPS)/cluster ## every benchmark; writes benchmarks/RESULTS.md
+	$(PY) benchmarks/results.py
 
 clean: ## remove build leftovers and caches, keep $(VENV)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,7 +109,7 @@ class InverseDistance(Weighting):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Normalised inverse distances."""
-        distance = pairs.distance.clamp_min(0.0)  # rounding may put 1 - <u, u> below 0
+        distance = pairs.distance.clamp_min(0.0)  # none is nearer than a coincident point
         if pairs.mask is not None:
             distance = distance.masked_fill(~pairs.mask, torch.inf)
         weight = 1 / (distance + self.eps)

@@ -1,0 +1,39 @@
+"""Run every benchmark of this folder and write RESULTS.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+from measure import machine
+
+FOLDER = Path(__file__).parent
+HEAD = """# Results
+
+Made by `make bench` on {date}. Each table is one run, side by side: medians, tenth percentiles,
+ratios to its first row, and the memory that one call adds. Compare ratios, not milliseconds.
+
+Machine: {machine}
+"""
+
+
+def main() -> None:
+    """Run the scripts one after the other; a failure stops."""
+    parts = [HEAD.format(date=date.today().isoformat(), machine=machine())]
+    for script in sorted(FOLDER.glob("*_cost*.py")):
+        claim = ast.get_docstring(ast.parse(script.read_text())) or script.stem
+        print(claim, flush=True)
+        done = subprocess.run(
+            [sys.executable, script], check=True, capture_output=True, text=True, cwd=FOLDER
+        )
+        tables = done.stdout.split("\n", 1)[1].strip()  # the first line names the machine again
+        parts.append(f"## {claim}\n\n`benchmarks/{script.name}`\n\n{tables}\n")
+        print(tables, flush=True)
+    (FOLDER / "RESULTS.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
