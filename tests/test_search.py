@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,7 +15,16 @@ from convnn_geo import search
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Biased, Custom, Feature, PaperMix, Spatial, as_metric, interpolate
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import ENGINES, Query, engines, explain_search, find, k_smallest, knn
+from convnn_geo.search import (
+    ENGINES,
+    Query,
+    compiled,
+    engines,
+    explain_search,
+    find,
+    k_smallest,
+    knn,
+)
 from convnn_geo.search.rows import Hidden, smallest_in_rows
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -608,10 +618,14 @@ SPECIAL = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-45
 
 
 def is_stable_sort(values, k):
-    best, index = k_smallest(values, k)
+    """By the compiled selection and by torch's and numpy's."""
     expected = values.sort(dim=-1, stable=True)
-    assert torch.equal(index, expected.indices[..., :k])
-    assert torch.equal(best.nan_to_num(7.5), values.gather(-1, index).nan_to_num(7.5))
+    for library in (compiled.library, lambda: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "library", library)
+            best, index = k_smallest(values, k)
+        assert torch.equal(index, expected.indices[..., :k])
+        assert torch.equal(best.nan_to_num(7.5), values.gather(-1, index).nan_to_num(7.5))
 
 
 @quick
@@ -628,19 +642,67 @@ def test_the_k_smallest_are_those_of_a_stable_sort(row, data, dtype):
 @quick
 @given(
     st.integers(0, 2**31),
-    st.sampled_from([511, 512, 513, 640, 700, 1030]),
-    st.sampled_from([1, 2, 9, 16, 17]),
-    st.sampled_from([2, 50, 10**6]),
+    st.sampled_from([511, 512, 513, 640, 700, 1030, 2100]),
+    st.sampled_from([1, 2, 9, 16, 17, 64, 128, 129]),
+    st.sampled_from([1, 2, 50, 10**6]),
+    st.booleans(),
     st.booleans(),
 )
-def test_the_k_smallest_of_long_rows(seed, m, k, levels, special):
+def test_the_k_smallest_of_long_rows(seed, m, k, levels, special, near):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(levels, (3, 2, m), generator=generator).float() - levels // 2
+    if near:
+        values = 1 + 1.2e-7 * values
     if special:
         where = torch.randint(m, (6,), generator=generator)
         values[0, 0, where] = torch.tensor(SPECIAL)[torch.randint(11, (6,), generator=generator)]
         values[2, 1] = math.nan
     is_stable_sort(values, k)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 1e-45, math.inf, -math.inf, math.nan])
+def test_the_k_smallest_of_equal_values_are_the_first(value):
+    for m in (5, 197, 1500):
+        is_stable_sort(torch.full((2, m), value), min(m, 9))
+    is_stable_sort(torch.arange(1500.0).flip(0)[None], 9)
+
+
+def test_the_k_smallest_where_denormals_are_flushed():
+    values = torch.full((2, 600), 1.0)
+    values[:, 100:] = 0.0
+    assert torch.set_flush_denormal(True)
+    try:
+        assert k_smallest(values, 3)[1].tolist() == [[100, 101, 102]] * 2
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_selection_is_compiled_here():
+    assert compiled.library() is not None or shutil.which("cc") is None
+
+
+def test_selection_works_without_a_compiler(monkeypatch, tmp_path):
+    compile_ = compiled.library.__wrapped__  # not the cached one
+    for name, value in (
+        ("CONVNN_GEO_COMPILE", "0"),
+        ("CC", "no_such_compiler"),
+        ("CC", "false"),  # a compiler that fails
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+            assert compile_() is None
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_selection_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_ = compiled.library.__wrapped__
+    assert compile_() is not None
+    monkeypatch.setattr("subprocess.run", lambda *args, **kwargs: pytest.fail("compiled again"))
+    assert compile_() is not None
+    assert len(list(tmp_path.rglob("*"))) == 2  # the folder and the library
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -658,7 +720,7 @@ def test_the_k_smallest_of_nothing():
 def test_the_k_smallest_leave_their_input_alone():
     values = torch.randn(3, 600)
     before = values.clone()
-    k_smallest(values, 5)
+    is_stable_sort(values, 5)
     assert torch.equal(values, before)
 
 

@@ -79,7 +79,7 @@ class Bilinear(Distances):
         """All rows, written into ``out (b, n, m)``: fresh memory costs more than the product."""
         keys = self.k.transpose(-1, -2)
         if self.b is None:
-            return torch.bmm(self.q * -self.scale, keys, out=out)
+            return torch.baddbmm(out, self.q, keys, beta=0.0, alpha=-self.scale, out=out)
         b = self.b.unsqueeze(-2).expand(out.shape)
         return torch.baddbmm(b, self.q, keys, alpha=-self.scale, out=out)
 

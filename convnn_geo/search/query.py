@@ -52,7 +52,7 @@ class Query:
 
     @property
     def slab(self) -> int:
-        """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 2 to 32)."""
+        """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 4 to 64)."""
         if self.memory is not None:
             return self.memory
         return 2**23 if self.target.device.type == "cpu" else 2**28

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convnn_geo.search import compiled
+
 GROUPS = 128
 """Groups into which long rows are cut."""
 
@@ -33,6 +35,8 @@ def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     m = values.shape[-1]
     if k == 0 or values.numel() == 0:
         return _shapes(values, k)
+    if compiled.serves(values, k):
+        return compiled.k_smallest(values, k)
     if values.dtype != torch.float32 or m >= 2**31:
         best, index = values.sort(dim=-1, stable=True)
         return best[..., :k].clone(), index[..., :k].clone()
@@ -74,11 +78,56 @@ def _first(keys: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.sort(rows, axis=-1)[..., :k])
 
 
-def _shortlist(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places of about the ``count`` smallest, by keys of half the size.
+def _short(values: Tensor, k: int) -> Tensor:
+    """Columns of the ``k`` smallest, from few keys of half the size.
 
-    The last bits of a value give way to its place. Also returned is a bound, as the upper half of
-    a key of :func:`_keys`: what is left out does not lie under it.
+    Rows where these leave the choice unsure are looked at whole.
+    """
+    index, unsure, total = _listed(values, k)
+    if bool(total.isnan()):
+        index, unsure, _ = _listed(values.nan_to_num(torch.inf, torch.inf, -torch.inf), k)
+    if bool(unsure.any()):
+        columns = torch.arange(values.shape[-1])
+        index[unsure] = _first(_keys(values[unsure], columns), k) & 0xFFFFFFFF
+    return index
+
+
+def _listed(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns of the ``k`` smallest, NaN aside, rows where that is not sure, and a sum that is NaN
+    if any value is.
+
+    Of long rows only the groups with the smallest minima are looked at. Column ``j`` is in group
+    ``j % GROUPS``, so that minima are plain vector minima.
+    """
+    depth, rest = divmod(values.shape[-1], GROUPS)
+    if depth < 4 or 2 * k > GROUPS:
+        column, beyond = _shortlist(values, k + 1)
+        total = values.sum()
+    else:
+        whole = values[..., : depth * GROUPS].unflatten(-1, (depth, GROUPS))
+        minima = whole.amin(-2)
+        group, far = _shortlist(minima, k + 1)
+        shape = (*whole.shape[:-1], k + 1)
+        chosen = whole.gather(-1, group.unsqueeze(-2).expand(shape)).flatten(-2)
+        if rest:
+            chosen = torch.cat([values[..., depth * GROUPS :], chosen], -1)
+        place, beyond = _shortlist(chosen, k + 1)
+        level = place.sub_(rest).div(k + 1, rounding_mode="floor")
+        column = group.gather(-1, place - level * (k + 1)).add_(level, alpha=GROUPS)
+        total = minima.sum()  # a NaN is the minimum of its group
+        if rest:
+            column = column.where(place >= 0, place + values.shape[-1])
+            total = total + values[..., depth * GROUPS :].sum()
+        beyond = torch.minimum(beyond, far)
+    keys = _first(_keys(values.gather(-1, column), column), k)
+    return keys & 0xFFFFFFFF, (keys[..., -1] >> 32) >= beyond, total
+
+
+def _shortlist(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Places of about the ``count`` smallest, NaN aside, and a bound.
+
+    The last bits of a value give way to its place: keys of half the size, no two equal. The bound
+    is the upper half of a key of :func:`_keys`: no value that is left out lies under it.
     """
     low = 1 << (values.shape[-1] - 1).bit_length()
     bits = values.view(torch.int32)
@@ -86,45 +135,3 @@ def _shortlist(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     keys.bitwise_or_(torch.arange(values.shape[-1], dtype=torch.int32))
     keys.numpy().partition(count - 1, axis=-1)
     return (keys[..., :count] & (low - 1)).long(), keys[..., count - 1] & -low
-
-
-def _short(values: Tensor, k: int) -> Tensor:
-    """The same from few keys: of long rows, then of short lists.
-
-    Rows where the short lists leave the choice unsure, or that hold a NaN, are looked at whole.
-    """
-    m = values.shape[-1]
-    chosen, column, limit, total = values, torch.arange(m), None, values
-    if 2 * k <= GROUPS <= m // 4:
-        chosen, column, limit, total = _from_groups(values, k + 1)
-    place, beyond = _shortlist(chosen, k + 1)
-    column = column.expand(chosen.shape).gather(-1, place)
-    keys = _first(_keys(chosen.gather(-1, place), column), k)
-    index = keys & 0xFFFFFFFF
-    beyond = beyond if limit is None else torch.minimum(beyond, limit)
-    unsure = ((keys[..., -1] >> 32) >= beyond) | total.sum(-1).isnan()
-    if bool(unsure.any()):
-        index[unsure] = _first(_keys(values[unsure], torch.arange(m)), k) & 0xFFFFFFFF
-    return index
-
-
-def _from_groups(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values of the ``count`` groups whose smallest are smallest, their columns, a bound of the
-    rest, and the groups' minima.
-
-    Column ``j`` is in group ``j % GROUPS``, so that minima are plain vector minima.
-    """
-    m = values.shape[-1]
-    depth = m // GROUPS
-    whole = values[..., : depth * GROUPS].unflatten(-1, (depth, GROUPS))
-    minima = whole.amin(-2)
-    group, beyond = _shortlist(minima, count)
-    group = group.unsqueeze(-2)
-    chosen = whole.gather(-1, group.expand(*whole.shape[:-1], count)).flatten(-2)
-    column = (group + (torch.arange(depth) * GROUPS).unsqueeze(-1)).flatten(-2)
-    rest = values[..., depth * GROUPS :]
-    if rest.shape[-1]:
-        tail = torch.arange(depth * GROUPS, m).expand(rest.shape)
-        chosen, column = torch.cat([chosen, rest], -1), torch.cat([column, tail], -1)
-        minima = torch.cat([minima, rest], -1)
-    return chosen, column, beyond, minima

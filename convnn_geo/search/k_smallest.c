@@ -1,0 +1,134 @@
+/* The k smallest of each row, ties to the lowest index; NaN counts as the largest.
+
+   A bound comes first: a value that at least k of the row do not exceed, and few more, by bisection.
+   In a long row it is sought among the minima of interleaved groups, so that the row is read once.
+   What does not exceed the bound is listed, and each listed value's rank is the number of those
+   before it. There is hardly a branch that depends on the data, and the loops over blocks of fixed
+   size vectorise. */
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { WIDE = 16, BLOCK = 32, GROUPS = 128, LIST = 512, SPARE = 4 };
+
+typedef struct {
+  float value[LIST];
+  int64_t index[LIST];
+  int count;
+} List;
+
+/* Integers in the order of floats, and back. */
+static int32_t key_of(float value) {
+  int32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits ^ ((bits >> 31) & INT32_MAX);
+}
+
+static float value_of(int32_t key) {
+  int32_t bits = key ^ ((key >> 31) & INT32_MAX);
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static int count_up_to(const int32_t *keys, int32_t limit) {
+  int count = 0;
+  for (int j = 0; j < GROUPS; j++) count += keys[j] <= limit;
+  return count;
+}
+
+/* A value that at least k of the row do not exceed, and few more. */
+static float bound(const float *row, int64_t m, int k) {
+  float minimum[GROUPS];
+  for (int j = 0; j < GROUPS; j++) minimum[j] = INFINITY;
+  int64_t start = 0;
+  for (; start + GROUPS <= m; start += GROUPS)
+    for (int j = 0; j < GROUPS; j++)
+      minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
+  for (int j = 0; start + j < m; j++)
+    minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
+  int32_t key[GROUPS], least = INT32_MAX, most = INT32_MIN;
+  for (int j = 0; j < GROUPS; j++) key[j] = key_of(minimum[j]);
+  for (int j = 0; j < GROUPS; j++) least = key[j] < least ? key[j] : least;
+  for (int j = 0; j < GROUPS; j++) most = key[j] > most ? key[j] : most;
+  int64_t low = (int64_t)least - 1, high = most;
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    int count = count_up_to(key, (int32_t)middle);
+    if (count < k) {
+      low = middle;
+    } else {
+      high = middle;
+      if (count <= k + SPARE) break;
+    }
+  }
+  return value_of((int32_t)high);
+}
+
+/* Sort the list, keep k. A value's rank is the number of those before it. */
+static void sort(List *list, int k) {
+  List sorted;
+  for (int start = 0; start < list->count; start += WIDE) {
+    const float *value = list->value + start;
+    int32_t rank[WIDE] = {0};
+    for (int j = 0; j < list->count; j++) {
+      float other = list->value[j];
+      for (int i = 0; i < WIDE; i++)
+        rank[i] += (other < value[i]) | ((other == value[i]) & (j - start < i));
+    }
+    for (int i = 0; i < WIDE && start + i < list->count; i++)
+      if (rank[i] < k) {
+        sorted.value[rank[i]] = value[i];
+        sorted.index[rank[i]] = list->index[start + i];
+      }
+  }
+  if (list->count > k) list->count = k;
+  memcpy(list->value, sorted.value, (size_t)list->count * sizeof *sorted.value);
+  memcpy(list->index, sorted.index, (size_t)list->count * sizeof *sorted.index);
+}
+
+static void one_row(const float *row, int64_t m, int k, float *best, int64_t *index) {
+  List list;
+  list.count = 0;
+  float limit = bound(row, m, k); /* values under it are listed, so just above the bound */
+  limit = fabsf(limit) <= FLT_MIN ? 2 * FLT_MIN : nextafterf(limit, INFINITY); /* never denormal */
+  for (int64_t start = 0; start < m; start += BLOCK) {
+    int width = BLOCK;
+    if (m - start < BLOCK) {
+      width = (int)(m - start);
+    } else {
+      int any = 0;
+      for (int j = 0; j < BLOCK; j++) any |= row[start + j] < limit;
+      if (!any) continue;
+    }
+    int count = list.count;
+    for (int j = 0; j < width; j++) { /* whether it counts decides what the next overwrites */
+      list.value[count] = row[start + j];
+      list.index[count] = start + j;
+      count += row[start + j] < limit;
+    }
+    list.count = count;
+    if (list.count > LIST - 2 * BLOCK) {
+      sort(&list, k);
+      if (list.count == k) limit = list.value[k - 1]; /* of equal ones, those before it stay */
+    }
+  }
+  sort(&list, k);
+  int count = list.count;
+  memcpy(best, list.value, (size_t)count * sizeof *best);
+  memcpy(index, list.index, (size_t)count * sizeof *index);
+  for (int64_t j = 0; j < m && count < k; j++) /* infinity, then NaN, where little else is */
+    if (row[j] == INFINITY) best[count] = row[j], index[count++] = j;
+  for (int64_t j = 0; j < m && count < k; j++)
+    if (isnan(row[j])) best[count] = row[j], index[count++] = j;
+}
+
+/* values (rows, m); best and index (rows, k); k at most m and GROUPS. */
+void k_smallest(const float *values, int64_t rows, int64_t m, int k, int threads, float *best,
+                int64_t *index) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; i++)
+    one_row(values + i * m, m, k, best + i * k, index + i * k);
+}
