@@ -38,7 +38,7 @@ def main() -> None:
         f"{b * c * h * w * k * 4 / 2**20:.0f} MiB; all scores are "
         f"{b * (h * w) ** 2 * 4 / 2**20:.0f} MiB. Floor: the scores' product and the taps' "
         f"are {1 + h * w / (c * k):.1f} times the convolution's arithmetic.",
-        rounds=9,
+        rounds=15,
     )
 
 

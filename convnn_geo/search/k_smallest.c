@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { WIDE = 16, BLOCK = 32, GROUPS = 128, LIST = 512, SPARE = 4 };
+enum { WIDE = 16, BLOCK = 32, GROUPS = 128, LIST = 512, SPARE = 2 };
 
 typedef struct {
   float value[LIST];

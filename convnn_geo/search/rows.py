@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convnn_geo.metrics import BilinearForm, Distances
 from convnn_geo.metrics.distances import take, take_one
-from convnn_geo.search.smallest import k_smallest
+from convnn_geo.search.smallest import k_smallest, select
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def smallest_in_rows(
         if buffer is None:
             found.append(_by_rows(part, k, hidden, slab, dtype, some))
         else:
-            found.append(k_smallest(part.rows_into(buffer[: stop - start]), k))  # type: ignore[attr-defined]
+            found.append(select(part.rows_into(buffer[: stop - start]), k))  # type: ignore[attr-defined]
     values, places = zip(*found, strict=True)
     return torch.cat(values), torch.cat(places)
 

@@ -32,6 +32,11 @@ def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("convnn_geo::k_smallest", mutates_args=())
 def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return select(values, k)
+
+
+def select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same without the operator around it, for use within another."""
     m = values.shape[-1]
     if k == 0 or values.numel() == 0:
         return _shapes(values, k)
