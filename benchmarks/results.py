@@ -27,7 +27,7 @@ def main() -> None:
         claim = ast.get_docstring(ast.parse(script.read_text())) or script.stem
         print(claim, flush=True)
         done = subprocess.run(
-            [sys.executable, script], check=True, capture_output=True, text=True, cwd=FOLDER
+            [sys.executable, script], check=True, stdout=subprocess.PIPE, text=True
         )
         tables = done.stdout.split("\n", 1)[1].strip()  # the first line names the machine again
         parts.append(f"## {claim}\n\n`benchmarks/{script.name}`\n\n{tables}\n")

@@ -1149,4 +1149,4 @@ def test_non_finite_values_pass_where_told():
 def test_every_engine_is_named_by_the_error():
     with pytest.raises(ValueError) as caught:
         near(search="none")
-    assert all(name in str(caught.value) for name in search.engines())
+    assert all(name in str(caught.value) for name in search.ENGINES)

@@ -29,7 +29,7 @@ from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.taps import check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import engines
+from convnn_geo.search import ENGINES
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Softmax, Weighting, as_weighting
@@ -151,7 +151,7 @@ class ConvNNAttention(nn.Module):
         self.dropout = check_number("dropout", dropout)
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
         self.backend = check_name("backend", backend, BACKENDS)
-        self.search = check_name("search backend", search, ("auto", *engines()))
+        self.search = check_name("search backend", search, ("auto", *ENGINES))
         self.candidates = (
             All() if candidates is None else check_instance("candidates", candidates, Candidates)
         )

@@ -28,7 +28,7 @@ from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import engines
+from convnn_geo.search import ENGINES
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
@@ -72,7 +72,7 @@ class _ConvNN(TapLayer):
         self.out_channels = None if free else check_int("out_channels", out_channels)
         self.shuffle = check_int("shuffle", shuffle)
         self.backend = check_name("backend", backend, BACKENDS)
-        self.search = check_name("search backend", search, ("auto", *engines()))
+        self.search = check_name("search backend", search, ("auto", *ENGINES))
         self.padding_mode = padding_mode
         self.stride = check_tuple("stride", stride, self.axes)
         if kernel_size is None and k is None and selection is None:

@@ -28,7 +28,7 @@ from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
-from convnn_geo.search import check_batch, engines
+from convnn_geo.search import ENGINES, check_batch
 from convnn_geo.selection import Given, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
@@ -126,7 +126,7 @@ class PointConvNN(TapLayer):
         )
         self.order = check_name("order", order, ORDERS)
         self.backend = check_name("backend", backend, BACKENDS)
-        self.search = check_name("search backend", search, ("auto", *engines()))
+        self.search = check_name("search backend", search, ("auto", *ENGINES))
         extra = 0 if self.encoding is None else self.encoding.extra_channels(axes)
         taps = None if self.k is None else (self.k,)
         self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})

@@ -49,7 +49,10 @@ class PointEngine(Engine):
         return (q.shape[-1] + 4) * torch.finfo(q.dtype).eps * value
 
     def refuses(self, query: Query) -> str | None:
-        """Needs Euclidean coordinates, all candidates, and one point more than k."""
+        """Needs its package, Euclidean coordinates, all candidates, one point more than k."""
+        missing = self.missing()
+        if missing is not None:
+            return missing
         if not query.plain:
             return "candidates are restricted; it searches all sources only"
         if query.k + 1 > query.source.num_points:

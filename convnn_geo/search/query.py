@@ -78,6 +78,10 @@ class Engine(ABC):
 
     name: str
 
+    def missing(self) -> str | None:
+        """What is not installed, and how to; None where nothing is missing."""
+        return None
+
     @abstractmethod
     def refuses(self, query: Query) -> str | None:
         """Why this engine can't answer the query; None where it can."""

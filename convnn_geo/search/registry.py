@@ -19,8 +19,15 @@ ENGINES: dict[str, Engine] = {
 
 
 def engines() -> list[str]:
-    """Names of the engines, in the order in which ``backend="auto"`` asks them."""
-    return list(ENGINES)
+    """Names of the engines installed here, in the order in which ``backend="auto"`` asks them.
+
+    :data:`ENGINES` has all, and :meth:`Engine.missing` tells what one needs.
+
+    Example:
+        >>> "dense" in engines()
+        True
+    """
+    return [name for name, engine in ENGINES.items() if engine.missing() is None]
 
 
 def explain_search(query: Query) -> list[tuple[str, str | None]]:

@@ -18,11 +18,11 @@ class TorchCluster(PointEngine):
 
     name = "torch_cluster"
 
-    def refuses(self, query: Query) -> str | None:
-        """As every engine for points, and torch_cluster must be importable."""
-        if not importable("torch_cluster"):
-            return "torch_cluster is not installed: pip install 'convnn-geo[cluster]'"
-        return super().refuses(query)
+    def missing(self) -> str | None:
+        """torch_cluster must be importable."""
+        if importable("torch_cluster"):
+            return None
+        return "torch_cluster is not installed: pip install 'convnn-geo[cluster]'"
 
     def worthwhile(self, query: Query) -> str | None:
         """A tree wins on the CPU, on many points of few dimensions."""
@@ -75,13 +75,13 @@ class PygLib(TorchCluster):
 
     name = "pyg_lib"
 
-    def refuses(self, query: Query) -> str | None:
-        """As every engine for points, and pyg-lib must be importable."""
+    def missing(self) -> str | None:
+        """pyg-lib must have its own k-NN."""
         import torch_geometric.typing
 
-        if not getattr(torch_geometric.typing, "WITH_KNN", False):
-            return "pyg-lib >= 0.6 is not installed"
-        return PointEngine.refuses(self, query)
+        if getattr(torch_geometric.typing, "WITH_KNN", False):
+            return None
+        return "pyg-lib >= 0.6 is not installed"
 
     def _knn(self) -> Callable[..., Tensor]:
         return importlib.import_module("torch_geometric.nn").knn
