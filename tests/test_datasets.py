@@ -1,11 +1,14 @@
 """Data that ships with packages: complete, disjoint, and the same for the same seed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from convnn_geo.datasets import (
     digit_clouds,
     digits,
+    motorcycle_cloud,
     photograph,
     photographs,
     read_image,
@@ -112,6 +115,32 @@ def test_resize_keeps_proportions_and_range():
     assert small.min() >= 0 and small.max() <= 1
     assert resize(image, 60) is image
     assert resize(torch.rand(1, 2, 100), 10).shape == (1, 1, 10)
+
+
+def test_motorcycle_is_seen_again_through_the_right_camera():
+    """The cloud projects onto the right image where that has the same colours."""
+    data = motorcycle_cloud()
+    assert data.x.shape == data.pos.shape == (343274, 3)
+    assert data.x.min() >= 0 and data.x.max() <= 1 and data.pos.isfinite().all()
+    folder = Path(pytest.importorskip("skimage.data").__file__).parent
+    right = read_image(folder / "motorcycle_right.png").permute(1, 2, 0)
+    x, y, z = data.pos.unbind(-1)
+    row = (y / z * 994.978 + 254.877).round().long()
+    column = ((x - 0.193001) / z * 994.978 + 311.193 + 31.086).round().long()
+    seen = (column >= 0) & (column < right.shape[1])
+    assert seen.float().mean() > 0.95
+    there = right[row[seen], column[seen]]
+    assert (there - data.x[seen]).abs().mean() < 0.04
+    assert (right[row[seen], (column[seen] + 5) % 741] - data.x[seen]).abs().mean() > 0.08
+
+
+def test_motorcycle_with_a_stride_is_part_of_the_whole():
+    whole, part = motorcycle_cloud(), motorcycle_cloud((8, 5))
+    assert len(part.pos) == pytest.approx(len(whole.pos) / 40, rel=0.02)
+    rows_of_whole = {tuple(point) for point in whole.pos[:, 1:].tolist()}
+    assert {tuple(point) for point in part.pos[:, 1:].tolist()} <= rows_of_whole
+    with pytest.raises(ValueError, match="stride"):
+        motorcycle_cloud(0)
 
 
 def test_missing_package_is_named():

@@ -11,6 +11,7 @@ Example:
 from convnn_geo.datasets.clouds import CloudSplit, CloudSplits, digit_clouds
 from convnn_geo.datasets.digits import ImageSplit, ImageSplits, digits
 from convnn_geo.datasets.photographs import photograph, photographs, read_image, resize
+from convnn_geo.datasets.stereo import motorcycle_cloud
 
 __all__ = [
     "CloudSplit",
@@ -19,6 +20,7 @@ __all__ = [
     "ImageSplits",
     "digit_clouds",
     "digits",
+    "motorcycle_cloud",
     "photograph",
     "photographs",
     "read_image",
