@@ -25,6 +25,7 @@ PIPELINE = [
     {"candidates"},
     {"neighborhood"},
     {"search"},
+    {"transforms"},
     {"selection"},
     {"pairs"},
     {"weighting"},
