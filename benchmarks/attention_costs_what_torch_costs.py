@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from measure import forward_and_backward, machine
 from torch import Tensor, nn
 
+from convnn_geo.bench import forward_and_backward, machine
 from convnn_geo.metrics import interpolate
 from convnn_geo.nn import ConvNNAttention
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from measure import forward_and_backward, machine
 from torch import nn
 
+from convnn_geo.bench import forward_and_backward, machine
 from convnn_geo.nn import ConvNN2d
 
 

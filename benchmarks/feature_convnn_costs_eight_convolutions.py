@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from measure import forward_and_backward, machine
 from torch import Tensor, nn
 
+from convnn_geo.bench import forward_and_backward, machine
 from convnn_geo.nn import ConvNN2d
 
 

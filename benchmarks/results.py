@@ -8,7 +8,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-from measure import machine
+from convnn_geo.bench import machine
 
 FOLDER = Path(__file__).parent
 HEAD = """# Results

@@ -1,0 +1,250 @@
+"""Pictures of results: how engines scale, which wins where, and what recall costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from convnn_geo.bench import graph, layers
+from convnn_geo.bench.style import Style, number_style, style
+from convnn_geo.bench.tables import seconds
+from convnn_geo.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> Figure:
+    """Time over points, log-log: a panel for each metric and dimension, a line for each engine.
+
+    Args:
+        results: on one input, with one k and one batch.
+        title: of the picture.
+        limit: seconds after which calls were ended; these are drawn as arrows.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure, panels = _panels(results, title)
+    for (metric, dimension), axis in panels.items():
+        some = [r for r in results if (r.cell.metric, r.cell.dimension) == (metric, dimension)]
+        for name in _engines(some):
+            look = style(name)
+            mine = [r for r in some if r.cell.engine == name]
+            timed = [r for r in mine if not r.note]
+            axis.plot(
+                [r.cell.n for r in timed], [r.median for r in timed], label=name, **_line(look)
+            )
+            ended = [r.cell.n for r in mine if r.ended]
+            axis.plot(ended, [limit] * len(ended), "^", color=look.color, markersize=9, alpha=0.8)
+        if any(r.ended for r in some):
+            axis.axhline(limit, color="#999999", linewidth=0.8, linestyle=":")
+            axis.annotate(
+                f"ended after {limit:g} s",
+                (0.02, limit),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                xytext=(0, -10),
+                fontsize=8,
+                color="#666666",
+            )
+        _sizes(axis, sorted({r.cell.n for r in some}))
+    _legend(figure, panels)
+    return figure
+
+
+def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
+    """Time over recall at the largest size, and the front: what no engine beats in both.
+
+    Args:
+        results: on one input, with one k and one batch.
+        title: of the picture.
+    """
+    figure, panels = _panels(results, title)
+    for (metric, dimension), axis in panels.items():
+        some = [
+            r
+            for r in results
+            if (r.cell.metric, r.cell.dimension) == (metric, dimension) and not r.note
+        ]
+        largest = max((r.cell.n for r in some), default=0)
+        some = sorted((r for r in some if r.cell.n == largest), key=lambda r: r.median)
+        for result in some:
+            look = style(result.cell.engine)
+            line = {**_line(look), "linestyle": "none", "markersize": 9}
+            axis.plot([result.recall], [result.median], label=result.cell.engine, zorder=3, **line)
+        front, best = [], -math.inf
+        for result in some:
+            if result.recall > best:
+                front.append(result)
+                best = result.recall
+        axis.step(
+            [r.recall for r in front],
+            [r.median for r in front],
+            where="pre",
+            color="#999999",
+            zorder=1,
+        )
+        axis.set(yscale="log", xlabel=f"recall at {largest} points")
+        low = min((r.recall for r in some), default=1.0)
+        axis.set_xlim(min(low, 0.9) - 0.02, 1.02)
+        axis.grid(alpha=0.3)
+    _legend(figure, panels)
+    return figure
+
+
+def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.999) -> Figure:
+    """Which engine is the fastest: a row for each dimension and k, a column for each size.
+
+    Args:
+        results: on one input, by one metric.
+        title: of the picture.
+        recall: engines that find less do not count.
+    """
+    rows = sorted({(r.cell.dimension, r.cell.k) for r in results})
+    columns = sorted({(r.cell.batch, r.cell.n) for r in results})
+    figure = require("matplotlib.figure", extra="viz").Figure(
+        figsize=(2.2 + 1.55 * len(columns), 1.6 + 0.62 * len(rows)), dpi=110, layout="constrained"
+    )
+    axis = figure.subplots()
+    for y, (dimension, k) in enumerate(rows):
+        for x, (batch, n) in enumerate(columns):
+            mine = [
+                r
+                for r in results
+                if (r.cell.dimension, r.cell.k, r.cell.batch, r.cell.n) == (dimension, k, batch, n)
+                and not r.note
+                and r.recall >= recall
+                and r.cell.engine != "auto"
+            ]
+            best = min(mine, key=lambda r: r.median, default=None)
+            look = Style("#FFFFFF", "") if best is None else style(best.cell.engine)
+            box = {"hatch": "////", "edgecolor": "#BBBBBB"} if best is None else {"edgecolor": "w"}
+            axis.add_patch(_patch(x, y, facecolor=look.color, linewidth=2, **box))
+            text = "no result" if best is None else f"{best.cell.engine}\n{seconds(best.median)}"
+            background = {"facecolor": "white", "edgecolor": "none"} if best is None else None
+            axis.text(
+                *(x, y, text),
+                **{"ha": "center", "va": "center", "fontsize": 8.5, "color": look.text},
+                bbox=background,
+            )
+    axis.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axis.set_xticks(range(len(columns)), [_size(batch, n) for batch, n in columns])
+    axis.set_yticks(range(len(rows)), [f"{d} dimensions, k = {k}" for d, k in rows])
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=12, loc="left")
+    return figure
+
+
+def _panels(
+    results: Sequence[graph.Result], title: str
+) -> tuple[Figure, dict[tuple[str, int], Axes]]:
+    """A panel for each metric (down) and dimension (across)."""
+    metrics = list(dict.fromkeys(r.cell.metric for r in results))
+    dimensions = sorted({r.cell.dimension for r in results})
+    figure = require("matplotlib.figure", extra="viz").Figure(
+        figsize=(max(6.5, 3.3 * len(dimensions)), 1.2 + 2.9 * len(metrics)),
+        dpi=110,
+        layout="constrained",
+    )
+    axes = figure.subplots(len(metrics), len(dimensions), squeeze=False)
+    figure.suptitle(title, fontsize=12)
+    panels = {}
+    for row, metric in zip(axes, metrics, strict=True):
+        for axis, dimension in zip(row, dimensions, strict=True):
+            axis.set_title(f"{metric}, {dimension} dimensions", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+            panels[metric, dimension] = axis
+        row[0].set_ylabel("seconds")
+    return figure, panels
+
+
+def _engines(results: Sequence[graph.Result]) -> list[str]:
+    """Those with something to draw, in the order in which they were asked."""
+    drawn = (r for r in results if not r.note or r.ended)
+    return list(dict.fromkeys(r.cell.engine for r in drawn))
+
+
+def _line(look: Style) -> dict[str, Any]:
+    return {
+        "color": look.color,
+        "marker": look.marker,
+        "linestyle": look.dash,
+        "markersize": 6,
+        "markerfacecolor": "white" if look.open else look.color,
+        "linewidth": 1.6,
+    }
+
+
+def _legend(figure: Figure, panels: dict[Any, Axes]) -> None:
+    """One for all panels, below them."""
+    handles: dict[str, Any] = {}
+    for axis in panels.values():
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        columns = min(len(handles), 4)
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+        )
+
+
+def _patch(x: int, y: int, **style: Any) -> Any:
+    patches = require("matplotlib.patches", extra="viz")
+    return patches.Rectangle((x - 0.5, y - 0.5), 1, 1, **style)
+
+
+def _sizes(axis: Axes, sizes: Sequence[int]) -> None:
+    """Logarithmic axes with a tick for each number of points."""
+    axis.set(xscale="log", yscale="log", xlabel="points")
+    axis.set_xticks(sizes, [str(n) for n in sizes])
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    axis.grid(alpha=0.3)
+
+
+def _size(batch: int, n: int) -> str:
+    return f"{n} points" if batch == 1 else f"{batch} x {n}"
+
+
+def plot_layers(results: Sequence[layers.Result], title: str) -> Figure:
+    """Forward, forward and backward, and memory over points: a row for each family of layers.
+
+    Args:
+        results: on one input, of one number of channels and one batch.
+        title: of the picture.
+    """
+    families = list(dict.fromkeys(r.cell.family for r in results))
+    figure = require("matplotlib.figure", extra="viz").Figure(
+        figsize=(12, 0.6 + 2.7 * len(families)), dpi=110, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=12)
+    columns: dict[str, Callable[[layers.Result], float]] = {
+        "forward, seconds": lambda r: r.forward,
+        "forward and backward, seconds": lambda r: r.both,
+        "memory of both, MiB": lambda r: max(r.both_memory, 1.0),
+    }
+    axes = figure.subplots(len(families), len(columns), squeeze=False)
+    for row, family in zip(axes, families, strict=True):
+        some = [r for r in results if r.cell.family == family and not r.note]
+        for axis, (what, value) in zip(row, columns.items(), strict=True):
+            for number, name in enumerate(dict.fromkeys(r.cell.layer for r in some)):
+                mine = [r for r in some if r.cell.layer == name]
+                axis.plot(
+                    [r.cell.n for r in mine],
+                    [value(r) for r in mine],
+                    label=name,
+                    **_line(number_style(number)),
+                )
+            axis.set_title(f"{family}: {what}", fontsize=10)
+            _sizes(axis, sorted({r.cell.n for r in some}))
+            axis.spines[["top", "right"]].set_visible(False)
+        if some:
+            row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    return figure
