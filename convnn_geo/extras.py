@@ -41,6 +41,22 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
+def installed(module: str) -> bool:
+    """Whether a package is there; it is not imported, which may take seconds.
+
+    Example:
+        >>> installed("json"), installed("no_such_package")
+        (True, False)
+    """
+    return _is_there(module)
+
+
+@functools.cache
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@torch.compiler.assume_constant_result
 def importable(module: str) -> bool:
     """Whether a module can be imported: a package built for another torch can't.
 
@@ -53,7 +69,7 @@ def importable(module: str) -> bool:
 
 @functools.cache
 def _imports(module: str) -> bool:
-    if importlib.util.find_spec(module) is None:
+    if not _is_there(module):
         return False
     try:
         importlib.import_module(module)

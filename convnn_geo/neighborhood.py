@@ -61,6 +61,26 @@ class Neighborhood:
         """The same for leading axes ``lead``, as views."""
         return self.apply(lambda t: t.expand(*lead, *t.shape[-2:]))
 
+    def padded(self, k: int) -> Neighborhood:
+        """The same with empty slots up to ``k``."""
+        missing = k - self.k
+        if missing <= 0:
+            return self
+        pad = torch.nn.functional.pad
+        full = torch.ones_like(self.index) if self.mask is None else self.mask
+        mask, distance = pad(full, (0, missing)).bool(), self.distance
+        if distance is not None:
+            distance = pad(distance, (0, missing), value=torch.inf)
+        index = pad(self.index, (0, missing))
+        return replace(self, index=index, distance=distance, mask=mask)
+
+    def within(self, distance: float) -> Neighborhood:
+        """The same with slots empty whose neighbour is farther; a NaN stays, so that it shows."""
+        if self.distance is None:
+            raise ValueError("within: this neighbourhood has no distances")
+        near = ~(self.distance > distance)
+        return replace(self, mask=near if self.mask is None else near & self.mask)
+
     def raster(self, among: Tensor | None = None) -> Neighborhood:
         """The same neighbours in raster order, empty slots last.
 

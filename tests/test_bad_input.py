@@ -434,7 +434,7 @@ TABLE: list[Row] = [
         "conv-search",
         lambda: near(search="kd"),
         V,
-        "unknown search backend 'kd'; expected one of: auto, grid, torch_cluster",
+        "unknown search backend 'kd'; expected one of: auto, grid, cells",
     ),
     (
         "conv-search-refuses",

@@ -62,9 +62,14 @@ def able(name, query):
 
 
 def installed():
-    """Engines whose package is there; a missing torch_cluster shows as skipped."""
+    """Exact engines; those whose package is missing show as skipped.
+
+    KeOps compiles for a while for each new k and dimension: it has a test of its own, for the night.
+    """
     names = []
     for name, engine in ENGINES.items():
+        if engine.approximate or name == "keops":
+            continue
         mark = pytest.mark.skipif(engine.missing() is not None, reason=f"{name} is not installed")
         names.append(pytest.param(name, marks=mark))
     return names
@@ -360,15 +365,13 @@ def calls(monkeypatch):
     return asked
 
 
-def test_torch_cluster_is_what_runs_on_large_clouds(calls):
+def test_torch_cluster_is_what_runs(calls):
     x = cloud(1500, 3)
-    found = knn(x, None, 6)
+    found = knn(x, None, 6, backend="torch_cluster")
     assert calls[0] == (1500, 7)
     dense = knn(x, None, 6, backend="dense")
     assert torch.equal(found.index, dense.index)
     assert torch.equal(found.distance, dense.distance)
-    knn(cloud(100, 3), None, 6)
-    assert len(calls) == 1
 
 
 def test_torch_cluster_is_asked_again_only_where_ties_cross_the_boundary(calls):
@@ -777,9 +780,7 @@ def test_a_scale_of_the_axes_breaks_no_ties():
 @pytest.mark.parametrize("engine", [n for n in ("dense", "torch_cluster") if n in engines()])
 @pytest.mark.parametrize("kind", ["points", "angles", "products"])
 def test_the_operator_keeps_the_rules_of_torch(engine, kind):
-    if (engine, kind) == ("torch_cluster", "products"):
-        pytest.skip("a tree serves no products")
     q, keys = torch.randn(2, 7, 12), torch.randn(2, 30, 12)
     bias = torch.randn(2, 30) if kind == "products" else None
-    arguments = (kind, q, keys, bias, 1.0, False, 4, None, None, 2**20, engine)
+    arguments = (kind, q, keys, bias, None, 1.0, False, 4, None, None, 2**20, engine)
     torch.library.opcheck(torch.ops.convnn_geo.nearest.default, arguments)

@@ -95,7 +95,9 @@ class _GatherTaps(torch.autograd.Function):
         (k, d), n = taps.shape[:2], index.shape[1]
         out = rows.new_empty(n, d)
         # On the CPU a few targets at a time, so that their sums stay in cache for all taps.
-        step = max(1, _CACHED // (rows.shape[1] * rows.element_size())) if rows.is_cpu else n
+        step = max(1, _CACHED // max(1, rows.shape[1] * rows.element_size()))
+        if not rows.is_cpu or torch.compiler.is_compiling():  # a loop would fix the batch's size
+            step = n
         for start in range(0, n, max(step, 1)):
             part = slice(start, start + step)
             some = None if rho is None else rho[:, part]

@@ -165,7 +165,8 @@ class Differences(Distances):
         return Bilinear(q, k, q.square().sum(-1), k.square().sum(-1), 2.0, self.offset)
 
     def sharp(self) -> Differences:
-        return replace(self, root=False) if self.root else self
+        # Other powers than squares leave the range of floats too soon.
+        return replace(self, root=False) if self.root and self.p == 2 else self
 
     def double(self) -> Differences:
         return replace(self, precision=torch.float64)
@@ -176,7 +177,7 @@ class Differences(Distances):
         return self.double() if rounds or self.p not in (1, 2, torch.inf) else self
 
     def exactly(self, dtype: torch.dtype) -> Distances | None:
-        sharp = replace(self.refined(), root=False)
+        sharp = self.refined().sharp()
         return sharp.product(torch.float64) if dtype != torch.float64 else sharp
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:

@@ -52,11 +52,15 @@ class PaperMix(Metric):
 
 def _deviation(features: Tensor, mask: Tensor | None) -> Tensor:
     """Unbiased deviation over all real points and channels, ``(..., 1, 1)``; 1 where it is 0."""
+    dtype = features.dtype
     if mask is None:
-        many = features.shape[-2] * features.shape[-1] > 1
-        sigma = features.flatten(-2).std(-1)[..., None, None] if many else 1.0
+        sigma = features.double().flatten(-2)  # of numbers far from 0, float32 keeps little
+        sigma = (sigma.std(-1) if sigma.shape[-1] > 1 else torch.ones_like(sigma[..., 0]))[
+            ..., None, None
+        ]
     else:
-        real = mask.unsqueeze(-1).to(features.dtype)
+        real = mask.unsqueeze(-1).double()
+        features = features.double()
         count = real.sum((-2, -1), keepdim=True) * features.shape[-1]
         real_features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
         mean = real_features.sum((-2, -1), keepdim=True) / count.clamp_min(1)
@@ -64,8 +68,7 @@ def _deviation(features: Tensor, mask: Tensor | None) -> Tensor:
         positive = square > 0  # the root's slope at 0 is infinite
         sigma = (torch.where(positive, square, 1.0) / (count - 1).clamp_min(1)).sqrt()
         sigma = torch.where(positive, sigma, 0.0)
-    sigma = torch.as_tensor(sigma, device=features.device, dtype=features.dtype)
-    return torch.where(sigma > 0, sigma, 1.0)
+    return torch.where(sigma > 0, sigma, 1.0).to(dtype)
 
 
 register_metric("paper_mix", PaperMix)

@@ -3,6 +3,7 @@
 from convnn_geo.search.dense import Dense
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.knn import check_batch, knn
+from convnn_geo.search.knn_graph import knn_graph
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.registry import ENGINES, engines, explain_search, find, with_self_first
 from convnn_geo.search.smallest import k_smallest
@@ -22,5 +23,6 @@ __all__ = [
     "find",
     "k_smallest",
     "knn",
+    "knn_graph",
     "with_self_first",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convnn_geo.search.nearest import Problem, by_value_then_place, measured, nearest, referee
+from convnn_geo.search.nearest import Problem, measured, nearest, order_by_value_then_place, referee
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import k_smallest
@@ -31,7 +31,7 @@ class Dense(Engine):
             return _windowed(query, shared)
         bound = query.bound if shared is None else query.bound.select(shared)
         hidden = Hidden(query.subset.mask, _own_place(query))
-        problem = Problem.of(bound, query.dtype)
+        problem = query.problem if shared is None else Problem.of(bound, query.dtype)
         if problem is not None:
             values, place = nearest(problem, query.k, hidden, query.slab, self.name)
         else:
@@ -43,7 +43,7 @@ class Dense(Engine):
         elif query.exact:  # rows and pairs may round otherwise
             values = referee(bound, place, query.slab, query.dtype)
             seen = values if kept is None else values.masked_fill(~kept, torch.inf)
-            _, order = by_value_then_place(seen, place)
+            order = order_by_value_then_place(seen, place)
             values, place = values.gather(-1, order), place.gather(-1, order)
             kept = None if kept is None else kept.gather(-1, order)
         if shared is not None:

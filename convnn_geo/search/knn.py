@@ -13,13 +13,20 @@ from convnn_geo.checks import (
     check_finite,
     check_floating,
     check_int,
+    check_name,
+    check_number,
     check_tensor,
 )
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
 from convnn_geo.search.query import Query
-from convnn_geo.search.registry import find
+from convnn_geo.search.ragged import Ragged
+from convnn_geo.search.registry import find, with_self_first
+from convnn_geo.typing import SELF_POINTS
+
+SHORT = ("error", "truncate", "pad")
+"""What becomes of a k that is over the number of candidates."""
 
 
 def knn(
@@ -31,13 +38,16 @@ def knn(
     metric: Metric | str = "euclidean",
     backend: str = "auto",
     *,
+    self_point: str = "natural",
+    max_distance: float | None = None,
+    short: str = "error",
     memory: int | None = None,
     check: bool = True,
 ) -> Neighborhood:
     """For each point of ``y`` its ``k`` nearest in ``x``, as ``torch_cluster.knn`` has it.
 
     Ties go to the lowest index in ``x``, on every backend and device. Differentiable distances of
-    the chosen pairs: ``metric.pairs(...)``.
+    the chosen pairs: ``metric.pairs(...)``, or :func:`knn_graph` with ``return_distance=True``.
 
     Args:
         x: sources, ``(m, c)``, or dense examples ``(b, m, c)``, or :class:`Points`.
@@ -47,12 +57,18 @@ def knn(
         batch_y: ``(n,)``, likewise.
         metric: a metric or its name. A tensor serves as both features and positions.
         backend: an engine of :func:`engines`, or ``"auto"``.
+        self_point: of a set searched in itself: ``"natural"``: where it ranks; ``"first"``:
+            neighbour 0, whatever its distance; ``"excluded"``: never a neighbour.
+        max_distance: neighbours farther than this leave their slot empty; in the metric's unit,
+            squared for a squared metric.
+        short: what becomes of a k over the number of candidates: ``"error"``; ``"truncate"``: all
+            examples get as many neighbours as the smallest can; ``"pad"``: slots stay empty.
         memory: bytes that a slab of distances may take; by default what suits the device.
         check: refuse non-finite values.
 
     Returns:
         A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, k)`` or ``(b, n, k)``,
-        nearest first; ``index`` counts rows of ``x``.
+        nearest first; ``index`` counts rows of ``x``. Where slots may be empty it has a ``mask``.
 
     Raises:
         ValueError: k < 1, k over the number of sources, unsorted batch, non-finite values,
@@ -65,14 +81,23 @@ def knn(
         >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
         >>> knn(x, k=2).index.tolist()
         [[0, 1], [1, 0], [2, 3], [3, 2]]
+        >>> knn(x, k=1, self_point="excluded").index.flatten().tolist()
+        [1, 0, 3, 2]
     """
     metric = as_metric(metric)
     if k is None:
         raise TypeError("knn: expected the number of neighbours, k=")
     k = check_int("k", k)
+    check_name("self_point", self_point, SELF_POINTS)
+    check_name("short", short, SHORT)
+    if max_distance is not None:
+        check_number("max_distance", max_distance)
     source = _points("x", x)
-    target = source if y is None else _points("y", y)
-    if y is None:
+    same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
+    target = source if same else _points("y", y)  # type: ignore[arg-type]
+    if self_point != "natural" and not same:
+        raise ValueError(f"self_point={self_point!r} is for a set searched in itself: leave y out")
+    if same and batch_y is None:
         batch_y = batch_x
     _check_pair(source, target)
     if memory is not None:
@@ -80,19 +105,57 @@ def knn(
     if check:
         check_finite("x", source.x, source.pos)
         check_finite("y", target.x, target.pos)
+    search = _Search(metric, backend, self_point, short, memory)
     if batch_x is None and batch_y is None:
-        available = source.num_points
+        found = search(target, source, k)
+    else:
+        rows = source.features if source.x is not None else source.position
+        if rows.ndim != 2:
+            raise ValueError(
+                "batch vectors go with rows (n, c); dense examples (b, n, c) carry their own batch"
+            )
+        batch_x = check_batch("batch_x", batch_x, source)
+        batch_y = check_batch("batch_y", batch_y, target)
+        found = Ragged(source, target, batch_x, batch_y, same)(search, k, backend)
+    return found if max_distance is None else found.within(max_distance)
+
+
+class _Search:
+    """What is done with each set of dense examples."""
+
+    def __init__(
+        self, metric: Metric, backend: str, self_point: str, short: str, memory: int | None
+    ) -> None:
+        self.metric, self.backend, self.memory = metric, backend, memory
+        self.self_point, self.short = self_point, short
+
+    def __call__(self, target: Points, source: Points, k: int) -> Neighborhood:
+        own = self.self_point == "excluded"
+        least = most = source.num_points
         if source.mask is not None and source.mask.numel():
-            available = int(source.mask.sum(-1).min())
-        if k > available and target.num_points:
-            raise ValueError(_too_many(k, available))
-        if not target.num_points:
-            rows = target.features if target.x is not None else target.position
-            return _empty((*rows.shape[:-1], k), source)
+            counts = source.mask.sum(-1)
+            if target.mask is not None:  # examples without targets do not count
+                counts = counts.where(target.mask.any(-1), source.num_points)
+            least = int(counts.min())
+        least, most = least - own, most - own
+        if k > least and target.num_points:
+            if self.short == "error":
+                raise ValueError(_too_many(k, least, own))
+            if self.short == "truncate":
+                k, most = max(least, 0), least
+        if not target.num_points or min(k, most) < 1:
+            return _empty(target, source, k)
         mask = None if source.mask is None else source.mask.unsqueeze(-2)
-        query = Query(target, source, metric, k, Subset(mask=mask), memory=memory)
-        return find(query, backend)
-    return _ragged(source, target, k, batch_x, batch_y, metric, backend, memory)
+        subset = Subset(mask=mask)
+        query = Query(target, source, self.metric, min(k, most), subset, memory=self.memory)
+        if self.self_point == "natural":
+            return find(query, self.backend).padded(k)
+        self_index = torch.arange(source.num_points, device=source.device)
+        if own:
+            found = find(replace(query, excluded=self_index), self.backend)
+        else:
+            found = with_self_first(query, self.backend, self_index)
+        return found.padded(k)
 
 
 def _points(name: str, value: Tensor | Points) -> Points:
@@ -119,19 +182,22 @@ def _check_pair(source: Points, target: Points) -> None:
             raise ValueError(f"x and y: batches differ: {s.shape[0]} in x, {t.shape[0]} in y")
 
 
-def _too_many(k: int, available: int) -> str:
+def _too_many(k: int, available: int, excluded: bool) -> str:
     return (
-        f"k={k} is larger than the number of candidates, {available}; lower k "
-        "or merge examples that are too small"
+        f"k={k} is larger than the number of candidates, {available}"
+        + (" besides the point itself" if excluded else "")
+        + "; lower k, merge examples that are too small, or pass short='pad' or 'truncate'"
     )
 
 
-def _empty(shape: tuple[int, ...], source: Points) -> Neighborhood:
+def _empty(target: Points, source: Points, k: int) -> Neighborhood:
+    rows = target.features if target.x is not None else target.position
+    shape = (*rows.shape[:-1], k)
     index = torch.zeros(shape, dtype=torch.long, device=source.device)
-    rows = source.features if source.x is not None else source.position
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    distance = torch.zeros(shape, dtype=dtype, device=source.device)
-    return Neighborhood(index, source.num_points, distance)
+    distance = torch.full(shape, torch.inf, dtype=dtype, device=source.device)
+    mask = torch.zeros(shape, dtype=torch.bool, device=source.device) if index.numel() else None
+    return Neighborhood(index, source.num_points, distance, mask)
 
 
 def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
@@ -154,41 +220,3 @@ def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
     if batch.numel() and int(batch[0]) < 0:
         raise ValueError(f"{name}: expected numbers from 0 on, got {int(batch[0])}")
     return batch
-
-
-def _ragged(
-    source: Points,
-    target: Points,
-    k: int,
-    batch_x: Tensor | None,
-    batch_y: Tensor | None,
-    metric: Metric,
-    backend: str,
-    memory: int | None,
-) -> Neighborhood:
-    rows = source.features if source.x is not None else source.position
-    if rows.ndim != 2:
-        raise ValueError(
-            "batch vectors go with rows (n, c); dense examples (b, n, c) carry their own batch"
-        )
-    batch_x = check_batch("batch_x", batch_x, source)
-    batch_y = check_batch("batch_y", batch_y, target)
-    if not target.num_points:
-        return _empty((0, k), source)
-    examples = 1 + int(max(batch_x.max() if batch_x.numel() else 0, batch_y.max()))
-    count_x = torch.bincount(batch_x, minlength=examples)
-    count_y = torch.bincount(batch_y, minlength=examples)
-    smallest = int(count_x[count_y > 0].min())
-    if k > smallest:
-        raise ValueError(_too_many(k, smallest))
-    dense_x = Points.from_batch(source.x, source.pos, batch_x, examples)
-    dense_y = Points.from_batch(target.x, target.pos, batch_y, examples)
-    if bool((count_x == count_x[0]).all()):
-        dense_x = replace(dense_x, mask=None)
-    mask = None if dense_x.mask is None else dense_x.mask.unsqueeze(-2)
-    query = Query(dense_y, dense_x, metric, k, Subset(mask=mask), memory=memory)
-    found = find(query, backend)
-    start = count_x.cumsum(0) - count_x
-    index = found.index + start[:, None, None]
-    keep = dense_y.to_rows
-    return Neighborhood(keep(index), source.num_points, keep(found.distance))  # type: ignore[arg-type]

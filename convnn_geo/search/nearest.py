@@ -31,6 +31,7 @@ class Problem:
         bias: ``(..., m)`` or None, of ``"products"``.
         scale: of ``"products"``.
         dtype: in which distances are compared.
+        axes: ``(..., 1, d | 1)``, by which differences of ``"points"`` are scaled; None for 1.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Problem:
     bias: Tensor | None
     scale: float
     dtype: torch.dtype
+    axes: Tensor | None = None
 
     @classmethod
     def of(cls, bound: Distances, dtype: torch.dtype) -> Problem | None:
@@ -46,6 +48,8 @@ class Problem:
         sharp = bound.sharp()
         if isinstance(sharp, Angular):
             return cls("angles", sharp.q, sharp.k, None, 1.0, dtype)
+        if isinstance(sharp, Differences) and sharp.p == 2:
+            return cls("points", sharp.q, sharp.k, None, 1.0, dtype, sharp.scale)
         points = sharp.coordinates()
         if points is not None:
             return cls("points", *points, None, 1.0, dtype)
@@ -60,12 +64,40 @@ class Problem:
         """The same from the targets ``index (..., 1, r)`` alone."""
         return replace(self, q=take(self.q, index))
 
+    def between(self, start: int, stop: int) -> Problem:
+        """The same from the targets ``start:stop`` alone."""
+        return replace(self, q=self.q[..., start:stop, :])
+
+    @property
+    def dimension(self) -> int | None:
+        """Of :meth:`coordinates`; None where there are none."""
+        if self.kind == "products":
+            return self.q.shape[-1] + 1 if self.scale > 0 else None
+        return self.bound().dimension
+
+    def coordinates(self) -> tuple[Tensor, Tensor]:
+        """Points ``(..., n, d)`` and ``(..., m, d)`` whose Euclidean order is the same order.
+
+        Of products by one more axis, which makes ``|key|^2 - 2 bias / scale`` the same for all
+        keys (Bachrach et al., RecSys 2014).
+        """
+        if self.kind != "products":
+            return self.bound().coordinates()  # type: ignore[return-value]
+        keys = self.keys.double()
+        size = keys.square().sum(-1)
+        if self.bias is not None:
+            size = size - 2 / self.scale * self.bias.double()
+        rest = (size.amax(-1, keepdim=True) - size).sqrt().to(self.keys.dtype).unsqueeze(-1)
+        lead = torch.broadcast_shapes(self.keys.shape[:-2], rest.shape[:-2])
+        wide = self.keys.expand(*lead, *self.keys.shape[-2:])
+        return torch.nn.functional.pad(self.q, (0, 1)), torch.cat([wide, rest], -1)
+
     def bound(self) -> Distances:
         """The distances again."""
         if self.kind == "angles":
             return Angular(self.q, self.keys)
         if self.kind == "points":
-            return Differences(self.q, self.keys, root=False)
+            return Differences(self.q, self.keys, root=False, scale=self.axes)
         return BilinearForm(self.q, self.keys, None, self.bias, self.scale)
 
 
@@ -85,6 +117,7 @@ def nearest(
         p.q.detach(),
         p.keys.detach(),
         None if p.bias is None else p.bias.detach(),
+        None if p.axes is None else p.axes.detach(),
         float(p.scale),
         p.dtype == torch.float64,
         k,
@@ -101,6 +134,7 @@ def _nearest(
     q: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    axes: Tensor | None,
     scale: float,
     double: bool,
     k: int,
@@ -110,7 +144,7 @@ def _nearest(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if double else torch.float32
-    problem = Problem(kind, q, keys, bias, scale, dtype)
+    problem = Problem(kind, q, keys, bias, scale, dtype, axes)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours
     try:
@@ -126,6 +160,7 @@ def _shapes(
     q: Tensor,
     keys: Tensor,
     bias: Tensor | None,
+    axes: Tensor | None,
     scale: float,
     double: bool,
     k: int,
@@ -208,9 +243,20 @@ def _settle(
         complete = (farthest + take(margin, rows).squeeze(-1) < beyond) | (beyond == torch.inf)
         if bool(complete.all()):
             return value, place
-    exact = bound.exactly(problem.dtype) or rough.targets(rows)
-    listed, place = smallest_in_rows(exact, min(k + 1, m), behind, slab, problem.dtype)
-    return _as_referee(bound, listed, place, k, slab)[:2]
+    exact, asked = bound.exactly(problem.dtype) or rough.targets(rows), min(k + 1, m)
+    listed, place = smallest_in_rows(exact, asked, behind, slab, problem.dtype)
+    value, chosen, _ = _as_referee(bound, listed, place, k, slab)
+    points = bound.coordinates()
+    if type(exact) is not BilinearForm or points is None:
+        return value, chosen
+    # Vectors that differ by their last bits alone are too near even for float64's product.
+    unsure = _undecided(problem.targets(rows), listed, place, 2 * exact.rounding())
+    if not bool(unsure.any()):
+        return value, chosen
+    few = unsure_rows(unsure)
+    apart = Differences(*points, root=False, precision=torch.float64).targets(few)
+    listed, place = smallest_in_rows(apart, k, behind.targets(few), slab, problem.dtype)
+    return put_rows(value, chosen, few, _as_referee(bound.targets(few), listed, place, k, slab)[:2])
 
 
 def _as_referee(
@@ -218,8 +264,10 @@ def _as_referee(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``k`` of a list by the referee: values, places, and the order that sorts it."""
     value = referee(bound, place, slab, listed.dtype)
-    value, order = by_value_then_place(torch.where(listed == torch.inf, listed, value), place)
-    return value[..., :k], place.gather(-1, order)[..., :k], order
+    value = torch.where(listed == torch.inf, listed, value)
+    order = order_by_value_then_place(value, place)
+    first = order[..., :k]
+    return value.gather(-1, first), place.gather(-1, first), order
 
 
 def put_rows(
@@ -241,6 +289,12 @@ def referee(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> T
     return in_slabs(bound.refined(), place, slab, dtype)
 
 
+def order_by_value_then_place(value: Tensor, place: Tensor) -> Tensor:
+    """The order that sorts each row by value, ties by place."""
+    order = place.argsort(dim=-1)
+    return order.gather(-1, value.gather(-1, order).argsort(dim=-1, stable=True))
+
+
 def measured(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
     """Distances of the nearest, in order.
 
@@ -250,13 +304,6 @@ def measured(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> 
     return (
         referee(bound, place, slab, dtype).cummax(-1).values if place.numel() else place.to(dtype)
     )
-
-
-def by_value_then_place(value: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of each row sorted, ties by place, and the order that sorts them."""
-    order = place.argsort(dim=-1)
-    order = order.gather(-1, value.gather(-1, order).argsort(dim=-1, stable=True))
-    return value.gather(-1, order), order
 
 
 IMPLEMENTATIONS["dense"] = by_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from convnn_geo.search.nearest import (
     IMPLEMENTATIONS,
     Problem,
     by_rows,
-    by_value_then_place,
     measured,
     nearest,
     put_rows,
@@ -20,6 +20,7 @@ from convnn_geo.search.nearest import (
 )
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden
+from convnn_geo.search.smallest import by_value_then_place
 
 
 class PointEngine(Engine):
@@ -30,12 +31,19 @@ class PointEngine(Engine):
     again, for more neighbours and at last by rows.
     """
 
+    whole = False
+    """Whether all targets must be asked at once; some at a time take less memory."""
+
     def __init__(self) -> None:
-        IMPLEMENTATIONS[self.name] = self._nearest
+        IMPLEMENTATIONS[self.name] = self.nearest
+
+    def prepare(self, keys: Tensor) -> Any:
+        """What :meth:`propose` looks into: a tree or the like over points ``(b, m, d)``."""
+        return keys
 
     @abstractmethod
-    def propose(self, q: Tensor, keys: Tensor, asked: int) -> Tensor | None:
-        """The ``asked`` nearest of points ``(b, n, d)`` among ``(b, m, d)``: ``(b, n, asked)``.
+    def propose(self, prepared: Any, q: Tensor, asked: int) -> Tensor | None:
+        """The ``asked`` nearest of points ``(b, n, d)`` among those prepared: ``(b, n, asked)``.
 
         None where it gives up.
         """
@@ -45,7 +53,7 @@ class PointEngine(Engine):
         return None
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
-        """How far off its comparison of distances near ``value (b, n)`` can be."""
+        """How far off its comparison of squared distances near ``value (b, n)`` can be."""
         return (q.shape[-1] + 4) * torch.finfo(q.dtype).eps * value
 
     def refuses(self, query: Query) -> str | None:
@@ -53,71 +61,106 @@ class PointEngine(Engine):
         missing = self.missing()
         if missing is not None:
             return missing
-        if not query.plain:
+        if query.k < 1:
+            return "nothing is to be found"
+        if query.subset.index is not None or query.subset.mask is not None:
             return "candidates are restricted; it searches all sources only"
-        if query.k + 1 > query.source.num_points:
-            return f"needs more than k={query.k} sources, got {query.source.num_points}"
+        asked = query.k + 1 + (query.excluded is not None)
+        if asked > query.source.num_points:
+            others = query.source.num_points - (query.excluded is not None)
+            return f"needs more than k={query.k} sources to choose from, got {others}"
         limit = self.limit(query.target.device)
-        if limit is not None and query.k + 1 > limit:
+        if limit is not None and asked > limit:
             return f"k={query.k} is over its limit of {limit - 1} on {query.target.device.type}"
-        if query.bound.dimension is None:
-            return "the metric's order is not that of Euclidean distances of points"
+        if query.dimension is None:
+            return "the metric's order is not that of Euclidean distances, nor of products"
         return None
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Search, and measure."""
-        problem = Problem.of(query.bound, query.dtype)
-        if problem is None:
+        if query.problem is None:
             raise TypeError(f"{self.name} needs a metric with coordinates")
-        values, place = nearest(problem, query.k, Hidden(), query.slab, self.name)
+        hidden = Hidden(own=query.excluded)
+        values, place = nearest(query.problem, query.k, hidden, query.slab, self.name)
         if query.exact:
             values = measured(query.bound, place, query.slab, query.dtype)
         return place, values, None
 
-    def _nearest(
-        self, problem: Problem, k: int, hidden: Hidden, slab: int
-    ) -> tuple[Tensor, Tensor]:
-        points: tuple[Tensor, Tensor] = problem.bound().coordinates()  # type: ignore[assignment]
+    def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
+        """Values and places of the ``k`` nearest, some targets at a time."""
+        points = problem.coordinates()
         lead = torch.broadcast_shapes(*(t.shape[:-2] for t in points))
         q, keys = (
             t.expand(*lead, *t.shape[-2:]).flatten(0, -3) if lead else t[None] for t in points
         )
-        values, places = self._settled(
-            problem, q.contiguous(), keys.contiguous(), lead, k, k + 1, slab
-        )
-        return values[..., :k], places[..., :k]
+        q, keys = q.contiguous(), keys.contiguous()
+        asked = k + 1 + (hidden.own is not None)
+        finite = bool(q.isfinite().all() and keys.isfinite().all())  # a tree of NaN is no tree
+        if not finite or not q.numel():
+            return by_rows(problem, k, hidden, slab)
+        prepared = self.prepare(keys)
+        examples, n = q.shape[:2]
+        step = n if self.whole else max(1, slab // (16 * asked * max(1, examples)))
+        values = q.new_empty(*lead, n, k, dtype=problem.dtype)
+        places = torch.empty_like(values, dtype=torch.long)
+        for start in range(0, n, max(step, 1)):
+            part = slice(start, min(start + step, n))
+            values[..., part, :], places[..., part, :] = self._settled(
+                problem.between(part.start, part.stop),
+                *(prepared, q[:, part], keys, lead, k),
+                *(hidden.between(part.start, part.stop), asked, slab),
+            )
+        return values, places
 
     def _settled(
         self,
         problem: Problem,
+        prepared: Any,
         q: Tensor,
         keys: Tensor,
         lead: torch.Size,
         k: int,
+        hidden: Hidden,
         asked: int,
         slab: int,
     ) -> tuple[Tensor, Tensor]:
         """Ask for ``asked`` neighbours, and for more where ties reach past them."""
-        finite = bool(q.isfinite().all() and keys.isfinite().all())  # a tree of NaN is no tree
-        proposed = self.propose(q, keys, asked) if finite else None
+        proposed = self.propose(prepared, q, asked)
         if proposed is None:
-            return by_rows(problem, k, Hidden(), slab)
-        bound = problem.bound()
+            return by_rows(problem, k, hidden, slab)
         place = proposed.view(*lead, *proposed.shape[-2:])
-        value, order = by_value_then_place(referee(bound, place, slab, problem.dtype), place)
-        place = place.gather(-1, order)
-        slack = self.slack(q, keys, value[..., -1].reshape(q.shape[0], -1)).view(value.shape[:-1])
-        unsure = ~(value[..., -1] - value[..., k - 1] > slack)
+        value = referee(problem.bound(), place, slab, problem.dtype)
+        farthest = value.amax(-1)  # what was not proposed is no nearer, but for rounding
+        if hidden.own is not None:
+            value = value.masked_fill(place == hidden.own.unsqueeze(-1), torch.inf)
+        value, place = by_value_then_place(value, place)
+        slack = self._slack(problem, q, keys, farthest.reshape(q.shape[:2])).view(farthest.shape)
+        unsure = ~(farthest - value[..., k - 1] > slack)
         value, place = value[..., :k].contiguous(), place[..., :k].contiguous()
         if bool(unsure.any()):
             rows = unsure_rows(unsure)
-            few = problem.targets(rows)
+            few, behind = problem.targets(rows), hidden.targets(rows)
             more, limit = 4 * asked, self.limit(q.device)
             if more <= keys.shape[-2] and (limit is None or more <= limit):
-                part = few.bound().coordinates()[0]  # type: ignore[index]
+                part = few.coordinates()[0]
                 part = part.expand(*lead, *part.shape[-2:]).reshape(q.shape[0], -1, q.shape[-1])
-                again = self._settled(few, part, keys, lead, k, more, slab)
+                again = self._settled(few, prepared, part, keys, lead, k, behind, more, slab)
             else:
-                again = by_rows(few, k, Hidden(), slab)
+                again = by_rows(few, k, behind, slab)
             value, place = put_rows(value, place, rows, again)
         return value, place
+
+    def _slack(self, problem: Problem, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
+        """:meth:`slack` in terms of the problem's values."""
+        if problem.kind == "points":
+            slack = self.slack(q, keys, value)
+            if problem.axes is None:
+                return slack
+            length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
+            return slack + 8 * torch.finfo(q.dtype).eps * length * value.sqrt()  # scaled first
+        if problem.kind == "angles":  # whose values are half of squared distances
+            return self.slack(q, keys, 2 * value) / 2
+        # The axis that turns products into distances is as long as the longest key, and rounded.
+        length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
+        rounding = 8 * torch.finfo(q.dtype).eps * length.square()
+        return (self.slack(q, keys, length.square()) + rounding) * (problem.scale / 2)

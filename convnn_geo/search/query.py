@@ -12,6 +12,7 @@ from convnn_geo.caching import once
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
+from convnn_geo.search.nearest import Problem
 
 EVERYWHERE = Subset()
 
@@ -50,6 +51,16 @@ class Query:
         with torch.no_grad():
             return self.metric.bind(self.target, self.source)
 
+    @once
+    def problem(self) -> Problem | None:
+        """The same in terms of tensors; None for metrics that are neither points nor products."""
+        return Problem.of(self.bound, self.dtype)
+
+    @property
+    def dimension(self) -> int | None:
+        """Of points whose Euclidean order is the metric's; None where there are none."""
+        return None if self.problem is None else self.problem.dimension
+
     @property
     def slab(self) -> int:
         """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 4 to 64)."""
@@ -77,6 +88,8 @@ class Engine(ABC):
     """
 
     name: str
+    approximate = False
+    """Whether it may miss neighbours."""
 
     def missing(self) -> str | None:
         """What is not installed, and how to; None where nothing is missing."""
@@ -85,10 +98,6 @@ class Engine(ABC):
     @abstractmethod
     def refuses(self, query: Query) -> str | None:
         """Why this engine can't answer the query; None where it can."""
-
-    def worthwhile(self, query: Query) -> str | None:
-        """Why ``backend="auto"`` should look further; None where this engine is a good choice."""
-        return None
 
     @abstractmethod
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,13 +8,32 @@ import torch
 
 from convnn_geo.checks import check_name
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.search.approximate import NNDescent, RandomProjections
+from convnn_geo.search.cells import Cells
+from convnn_geo.search.costs import expected
 from convnn_geo.search.dense import Dense
+from convnn_geo.search.faiss import Faiss, FaissIVF
 from convnn_geo.search.grid import GridSearch
+from convnn_geo.search.kd_tree import KDTree
+from convnn_geo.search.keops import KeOps
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.torch_cluster import PygLib, TorchCluster
 
 ENGINES: dict[str, Engine] = {
-    engine.name: engine for engine in (GridSearch(), TorchCluster(), PygLib(), Dense())
+    engine.name: engine
+    for engine in (
+        GridSearch(),
+        Cells(),
+        KDTree(),
+        TorchCluster(),
+        PygLib(),
+        Faiss(),
+        KeOps(),
+        Dense(),
+        FaissIVF(),
+        NNDescent(),
+        RandomProjections(),
+    )
 }
 
 
@@ -31,18 +50,46 @@ def engines() -> list[str]:
 
 
 def explain_search(query: Query) -> list[tuple[str, str | None]]:
-    """Each engine with the reason why it would not be taken; None for the one that is."""
+    """Each engine that was asked, and why it is not taken; None for the one that is, the last."""
     rows: list[tuple[str, str | None]] = []
+    able = []
     for name, engine in ENGINES.items():
-        reason = engine.refuses(query) or engine.worthwhile(query)
-        rows.append((name, reason))
-        if reason is None:
+        reason = "approximate: ask for it by name" if engine.approximate else engine.refuses(query)
+        if reason is not None:
+            rows.append((name, reason))
+            continue
+        able.append(name)
+        if name == GridSearch.name:  # nothing is searched where all is known
             break
-    return rows
+    best, reasons = _fastest(query, able)
+    rows += [(name, reasons[name]) for name in able if name != best]
+    return [*rows, (best, None)]
+
+
+def _fastest(query: Query, able: list[str]) -> tuple[str, dict[str, str]]:
+    """The engine to take, and what is said of the others."""
+    if GridSearch.name in able:
+        return GridSearch.name, dict.fromkeys(able, "positions on a grid need no search")
+    # What is measured counts; but sizes that are traced must not be looked at one by one.
+    seconds = {} if torch.compiler.is_compiling() else expected(query)
+    known = {name: seconds[name] for name in able if name in seconds}
+    if not known:
+        many = query.source.num_points >= 4096
+        best = Cells.name if Cells.name in able and many else Dense.name
+        return best, dict.fromkeys(able, "not measured on this kind of device")
+    best = min(known, key=known.__getitem__)
+    reasons = {
+        name: f"slower in the case most like this: {1e3 * known[name]:.3g} ms, "
+        f"{best} {1e3 * known[best]:.3g} ms"
+        if name in known
+        else "too slow to measure, or not measured"
+        for name in able
+    }
+    return best, reasons
 
 
 def find(query: Query, backend: str = "auto") -> Neighborhood:
-    """Run a query on the engine named, or on the first that is worthwhile."""
+    """Run a query on the engine named, or on the one that is likely fastest."""
     among = query.subset.index
     available = query.source.num_points if among is None else among.shape[-1]
     if query.k > available:

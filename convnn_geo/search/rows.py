@@ -28,6 +28,13 @@ class Hidden:
     def __bool__(self) -> bool:
         return self.mask is not None or self.own is not None
 
+    def between(self, start: int, stop: int) -> Hidden:
+        """Those of the targets ``start:stop`` alone."""
+        mask, own = self.mask, self.own
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., start:stop, :]
+        return Hidden(mask, None if own is None else own[..., start:stop])
+
     def targets(self, index: Tensor) -> Hidden:
         """Those of the targets ``index (..., 1, r)`` alone."""
         mask = self.mask

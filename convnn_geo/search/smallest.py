@@ -22,11 +22,16 @@ def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values: ``(..., m)``; NaN counts as the largest.
         k: at most ``m``.
 
+    Raises:
+        ValueError: k is negative or over ``m``.
+
     Example:
         >>> import torch
         >>> k_smallest(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2)[1].tolist()
         [3, 1]
     """
+    if not 0 <= k <= values.shape[-1]:
+        raise ValueError(f"k_smallest: expected k from 0 to {values.shape[-1]}, got {k}")
     return _k_smallest(values.detach(), k)
 
 
@@ -40,8 +45,9 @@ def select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     m = values.shape[-1]
     if k == 0 or values.numel() == 0:
         return _shapes(values, k)
-    if compiled.serves(values, k):
-        return compiled.k_smallest(values, k)
+    found = compiled.k_smallest(values, k)
+    if found is not None:
+        return found
     if values.dtype != torch.float32 or m >= 2**31:
         best, index = values.sort(dim=-1, stable=True)
         return best[..., :k].clone(), index[..., :k].clone()
@@ -67,6 +73,24 @@ def _keys(values: Tensor, index: Tensor) -> Tensor:
     bits = (values + 0.0).view(torch.int32)
     bits = torch.where(values.isnan(), 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
     return (bits.long() << 32) | index
+
+
+def by_value_then_place(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``(..., k)`` and their places, below 2^31, sorted by value, ties by place; NaN last.
+
+    Example:
+        >>> import torch
+        >>> by_value_then_place(torch.tensor([2.0, 1.0, 1.0]), torch.tensor([0, 7, 3]))
+        (tensor([1., 1., 2.]), tensor([3, 7, 0]))
+    """
+    if values.dtype != torch.float32:
+        order = places.argsort(dim=-1)
+        order = order.gather(-1, values.gather(-1, order).argsort(dim=-1, stable=True))
+        return values.gather(-1, order), places.gather(-1, order)
+    keys = _first(_keys(values, places), values.shape[-1])
+    bits = (keys >> 32).to(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    return bits.view(torch.float32), keys & 0xFFFFFFFF
 
 
 def _first(keys: Tensor, k: int) -> Tensor:

@@ -10,30 +10,19 @@ from torch import Tensor
 
 from convnn_geo.extras import importable
 from convnn_geo.search.points import PointEngine
-from convnn_geo.search.query import Query
 
 
 class TorchCluster(PointEngine):
     """``torch_cluster.knn``, from the extra ``cluster``."""
 
     name = "torch_cluster"
+    whole = True
 
     def missing(self) -> str | None:
         """torch_cluster must be importable."""
         if importable("torch_cluster"):
             return None
         return "torch_cluster is not installed: pip install 'convnn-geo[cluster]'"
-
-    def worthwhile(self, query: Query) -> str | None:
-        """A tree wins on the CPU, on many points of few dimensions."""
-        dimension = query.bound.dimension
-        if query.target.device.type != "cpu":
-            return "the tree is the CPU's; brute force on the GPU"
-        if dimension is not None and dimension > 3:
-            return f"a tree gains little in {dimension} dimensions"
-        if query.source.num_points < 1024:
-            return f"a tree gains little on {query.source.num_points} points"
-        return None
 
     def limit(self, device: torch.device) -> int:
         """CUDA finds 100; on the CPU more is slower than looking at all."""
@@ -47,8 +36,9 @@ class TorchCluster(PointEngine):
         rounding = 2 * (q.shape[-1] + 4) * torch.finfo(q.dtype).eps
         return slack + rounding * _extent(keys) * value.sqrt()
 
-    def propose(self, q: Tensor, keys: Tensor, asked: int) -> Tensor | None:
+    def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor | None:
         """By example: batches of equal size."""
+        keys = prepared
         (examples, n, d), m = q.shape, keys.shape[-2]
         sources, targets = keys.reshape(-1, d), q.reshape(-1, d)
         if q.is_cuda:  # squared distances over 1e10 are dropped

@@ -97,7 +97,7 @@ class KNearest(Selection):
         else:
             excluded = own if self.self_point == "excluded" else None
             found = find(replace(query, excluded=excluded), search)
-        return _pad(_dilate(found, self.dilation), self.k)
+        return _dilate(found, self.dilation).padded(self.k)
 
     def _spare(self, query: Query) -> int:
         """The most that a target may be left with, as far as sizes tell."""
@@ -131,9 +131,7 @@ class Radius(Selection):
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """The nearest ``max_k``, masked beyond the radius."""
         found = KNearest(self.max_k, short="pad")(replace(query, exact=True), own, search)
-        near = ~(found.distance > self.r)  # a NaN stays, so that it shows
-        mask = near if found.mask is None else near & found.mask
-        return replace(found, mask=mask)
+        return found.within(self.r)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, max_k={self.max_k}"
@@ -153,20 +151,3 @@ class Given(Selection):
 
 def _dilate(found: Neighborhood, dilation: int) -> Neighborhood:
     return found if dilation == 1 else found.apply(lambda t: t[..., ::dilation])
-
-
-def _pad(found: Neighborhood, k: int) -> Neighborhood:
-    missing = k - found.k
-    if missing <= 0:
-        return found
-    pad = torch.nn.functional.pad
-    mask = torch.ones_like(found.index, dtype=torch.bool) if found.mask is None else found.mask
-    distance = (
-        None if found.distance is None else pad(found.distance, (0, missing), value=torch.inf)
-    )
-    return replace(
-        found,
-        index=pad(found.index, (0, missing)),
-        distance=distance,
-        mask=pad(mask, (0, missing), value=False),
-    )

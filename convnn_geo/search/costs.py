@@ -1,0 +1,87 @@
+"""What a search costs on each engine, as measured: by this table ``backend="auto"`` chooses.
+
+The table that comes with the package was measured on two CPU cores. ``convnn-geo bench graph
+--calibrate`` measures one on the user's machine and stores it in the user's cache directory; it
+goes before the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from convnn_geo.search.query import Query
+
+SHIPPED = Path(__file__).with_name("costs.json")
+
+Case = tuple[int, int, int, int]
+"""dimension, sources, neighbours, examples."""
+
+
+def user_table() -> Path:
+    """Where this user's table is, or would be."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "convnn_geo" / "costs.json"
+
+
+def save(cells: list[dict[str, Any]]) -> Path:
+    """Store what was measured as this user's table.
+
+    Args:
+        cells: dictionaries with ``engine``, ``device`` (``"cpu"`` or ``"cuda"``), ``dimension``,
+            ``n`` targets, ``m`` sources, ``k``, ``batch`` and ``seconds``.
+    """
+    path = user_table()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(cell) for cell in cells)
+    path.write_text(f"[\n{lines}\n]\n")
+    table.cache_clear()
+    _expected.cache_clear()
+    return path
+
+
+@functools.cache
+def table(device: str) -> dict[Case, dict[str, float]]:
+    """Seconds by case and engine on a kind of device: the user's where there are any."""
+    for path in (user_table(), SHIPPED):
+        try:
+            cells = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        found: dict[Case, dict[str, float]] = {}
+        for cell in cells:
+            if cell["device"] == device:
+                case = (cell["dimension"], cell["m"], cell["k"], cell["batch"])
+                found.setdefault(case, {})[cell["engine"]] = cell["seconds"]
+        if found:
+            return found
+    return {}
+
+
+def expected(query: Query) -> dict[str, float]:
+    """Seconds by engine in the measured case that is most like a query; empty for none."""
+    return _expected(
+        query.target.device.type,
+        query.dimension or max(1, query.bound.width),
+        query.source.num_points,
+        query.k,
+        math.prod(query.bound.shape[:-2]),
+    )
+
+
+@functools.lru_cache(1024)
+def _expected(device: str, *size: int) -> dict[str, float]:
+    weights = (2.0, 1.0, 0.5, 0.5)  # another dimension changes most
+
+    def unlike(case: Case) -> float:
+        return sum(
+            weight * abs(math.log(max(a, 1) / max(b, 1)))
+            for weight, a, b in zip(weights, case, size, strict=True)
+        )
+
+    cases = table(device)
+    return cases[min(cases, key=unlike)] if cases else {}

@@ -1,0 +1,105 @@
+"""Search by faiss on the CPU: exact by brute force, approximate by inverted lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convnn_geo.extras import installed, require
+from convnn_geo.search.approximate import ApproximateEngine
+from convnn_geo.search.points import PointEngine
+from convnn_geo.search.query import Query
+
+
+class Faiss(PointEngine):
+    """``faiss.IndexFlatL2``: a matrix product and a heap for each query."""
+
+    name = "faiss"
+
+    def missing(self) -> str | None:
+        """Faiss must be installed."""
+        if installed("faiss"):
+            return None
+        return "faiss is not installed: pip install 'convnn-geo[search]'"
+
+    def refuses(self, query: Query) -> str | None:
+        """As every engine for points, of float32 on the CPU."""
+        reason = _unlike(query)
+        return super().refuses(query) if reason is None else reason
+
+    def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
+        """That of ``|q|^2 + |k|^2 - 2 <q, k>``, whatever is left of it."""
+        length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
+        return (q.shape[-1] + 4) * torch.finfo(torch.float32).eps * length.square()
+
+    def prepare(self, keys: Tensor) -> list[Any]:
+        """An index for each example."""
+        return [_filled(require("faiss", extra="search").IndexFlatL2, k) for k in keys]
+
+    def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
+        """Ask the indices, one after the other."""
+        return _ask(prepared, q, asked)
+
+
+class FaissIVF(ApproximateEngine):
+    """``faiss.IndexIVFFlat``: keys in clusters, the nearest few of which are looked through.
+
+    As many clusters as four roots of the number of keys; each query looks into 16.
+    """
+
+    name = "faiss_ivf"
+
+    def missing(self) -> str | None:
+        """Faiss must be installed."""
+        return Faiss.missing(self)  # type: ignore[arg-type]
+
+    def refuses(self, query: Query) -> str | None:
+        """As every engine for points, of float32 on the CPU."""
+        reason = _unlike(query)
+        return super().refuses(query) if reason is None else reason
+
+    def prepare(self, keys: Tensor) -> list[Any]:
+        """Cluster the keys of each example."""
+        faiss = require("faiss", extra="search")
+
+        def clustered(dimension: int) -> Any:
+            lists = max(1, min(int(4 * keys.shape[-2] ** 0.5), keys.shape[-2] // 39))
+            index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimension), dimension, lists)
+            index.nprobe = 16
+            return index
+
+        return [_filled(clustered, points) for points in keys]
+
+    def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
+        """Ask the indices, one after the other."""
+        return _ask(prepared, q, asked)
+
+
+def _unlike(query: Query) -> str | None:
+    if query.target.device.type != "cpu":
+        return f"faiss-cpu, and the points are on {query.target.device}"
+    if query.problem is not None and query.problem.q.dtype != torch.float32:
+        return "faiss has float32 only, and these distances need float64"
+    return None
+
+
+def _filled(make: Any, points: Tensor) -> Any:
+    faiss = require("faiss", extra="search")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = make(points.shape[-1])
+    rows = points.numpy()
+    if not index.is_trained:
+        index.train(rows)
+    index.add(rows)
+    return index
+
+
+def _ask(prepared: list[Any], q: Tensor, asked: int) -> Tensor:
+    found = [
+        index.search(np.ascontiguousarray(points.numpy()), asked)[1]
+        for index, points in zip(prepared, q, strict=True)
+    ]
+    return torch.from_numpy(np.stack(found))

@@ -1,0 +1,54 @@
+"""Search by a KD-tree on the CPU: pykdtree, or scipy where that is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convnn_geo.extras import installed, require
+from convnn_geo.search.points import PointEngine
+from convnn_geo.search.query import Query
+
+Ask = Callable[[np.ndarray, int], np.ndarray]
+
+
+class KDTree(PointEngine):
+    """A tree over points of few dimensions, from the extra ``search``."""
+
+    name = "kd_tree"
+
+    def missing(self) -> str | None:
+        """Pykdtree or scipy must be installed."""
+        if installed("pykdtree") or installed("scipy"):
+            return None
+        return "neither pykdtree nor scipy is installed: pip install 'convnn-geo[search]'"
+
+    def refuses(self, query: Query) -> str | None:
+        """As every engine for points, on the CPU."""
+        if query.target.device.type != "cpu":
+            return f"the tree is the CPU's, the points are on {query.target.device}"
+        return super().refuses(query)
+
+    def prepare(self, keys: Tensor) -> list[Ask]:
+        """A tree for each example."""
+        grow = _pykdtree if installed("pykdtree") and keys.shape[-1] < 128 else _scipy
+        return [grow(points.numpy()) for points in keys]
+
+    def propose(self, prepared: list[Ask], q: Tensor, asked: int) -> Tensor:
+        """Ask the trees, one after the other."""
+        found = [ask(points.numpy(), asked) for ask, points in zip(prepared, q, strict=True)]
+        index = np.stack([rows.reshape(-1, asked) for rows in found])
+        return torch.from_numpy(index.astype(np.int64))
+
+
+def _pykdtree(points: np.ndarray) -> Ask:
+    tree = require("pykdtree.kdtree", extra="search").KDTree(points)
+    return lambda q, k: tree.query(np.ascontiguousarray(q), k=k)[1]
+
+
+def _scipy(points: np.ndarray) -> Ask:
+    tree = require("scipy.spatial", extra="search").cKDTree(points)
+    return lambda q, k: tree.query(q, k=k, workers=torch.get_num_threads())[1]

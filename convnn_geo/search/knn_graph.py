@@ -1,0 +1,98 @@
+"""search.knn_graph: the k-NN graph of a point set, in PyG's form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch_geometric import EdgeIndex
+
+from convnn_geo.checks import check_name
+from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.points import Points
+from convnn_geo.search.knn import knn
+
+FLOWS = ("source_to_target", "target_to_source")
+
+
+def knn_graph(
+    x: Tensor | Points,
+    k: int,
+    batch: Tensor | None = None,
+    loop: bool = False,
+    flow: str = "source_to_target",
+    metric: Metric | str = "euclidean",
+    backend: str = "auto",
+    *,
+    max_distance: float | None = None,
+    short: str = "error",
+    return_distance: bool = False,
+    memory: int | None = None,
+    check: bool = True,
+) -> EdgeIndex | tuple[EdgeIndex, Tensor]:
+    """Edges to each point from its ``k`` nearest, as ``torch_geometric.nn.knn_graph`` has them.
+
+    Args:
+        x: ``(n, c)``, or :class:`Points` with such rows.
+        k: neighbours.
+        batch: ``(n,)``, sorted example numbers.
+        loop: whether a point may be its own neighbour.
+        flow: ``"source_to_target"``: row 0 of the edges has the neighbours, row 1 the points;
+            ``"target_to_source"``: the other way round.
+        metric: a metric or its name. A tensor serves as both features and positions.
+        backend: an engine of :func:`engines`, or ``"auto"``.
+        max_distance: farther neighbours give no edge.
+        short: what becomes of a k over the number of candidates: ``"error"``, ``"truncate"`` to
+            what the smallest example has, or ``"pad"``: points get as many edges as there are.
+        return_distance: return the distance of each edge, too, with gradient.
+        memory: bytes that a slab of distances may take.
+        check: refuse non-finite values.
+
+    Returns:
+        An :class:`torch_geometric.EdgeIndex` ``(2, E)``, sorted by point, then by rank; and
+        distances ``(E,)`` where asked for.
+
+    Raises:
+        ValueError, TypeError: as :func:`knn`.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.search import knn_graph
+        >>> edge_index, distance = knn_graph(
+        ...     torch.tensor([[0.0], [1.0], [3.0]]), k=1, return_distance=True
+        ... )
+        >>> edge_index.tolist(), edge_index.sort_order.value, distance.tolist()
+        ([[1, 0, 1], [0, 1, 2]], 'col', [1.0, 1.0, 2.0])
+    """
+    check_name("flow", flow, FLOWS)
+    metric = as_metric(metric)
+    points = x if isinstance(x, Points) else Points(x, x) if isinstance(x, Tensor) else x
+    found = knn(
+        points,
+        None,
+        k,
+        batch,
+        None,
+        metric,
+        backend,
+        self_point="natural" if loop else "excluded",
+        max_distance=max_distance,
+        short=short,
+        memory=memory,
+        check=check,
+    )
+    if found.index.ndim != 2:
+        raise ValueError(
+            f"knn_graph: expected rows (n, c) and a batch vector, got neighbours of shape "
+            f"{tuple(found.index.shape)}; flatten the examples, or use knn"
+        )
+    edges, _, slot = found.edges()
+    if flow == "target_to_source":
+        edges = edges.flip(0)
+    edge_index = EdgeIndex(
+        edges,
+        sparse_size=(found.num_sources, found.num_sources),
+        sort_order="col" if flow == "source_to_target" else "row",
+    )
+    if not return_distance:
+        return edge_index
+    distance = metric.pairs(points, points, found.index)
+    return edge_index, distance.flatten().index_select(0, slot)

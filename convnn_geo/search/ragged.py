@@ -1,0 +1,113 @@
+"""Clouds of unequal size, searched one by one or filled up to one size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.points import Points
+
+LARGE = 256
+"""Points a cloud from which on clouds are worth a search each."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of several clouds, in PyG's form.
+
+    Args:
+        source: ``m`` rows.
+        target: ``n`` rows.
+        batch_x: ``(m,)``, sorted, the cloud of each source.
+        batch_y: ``(n,)``, likewise of each target.
+        same: whether the targets are the sources.
+    """
+
+    source: Points
+    target: Points
+    batch_x: Tensor
+    batch_y: Tensor
+    same: bool
+
+    def __call__(
+        self, search: Callable[[Points, Points, int], Neighborhood], k: int, backend: str
+    ) -> Neighborhood:
+        """Neighbours ``(n, k)`` within each cloud, counted as rows of the source."""
+        last = [int(b[-1]) for b in (self.batch_x, self.batch_y) if b.numel()]
+        clouds = 1 + max(last, default=-1)
+        sources = torch.bincount(self.batch_x, minlength=clouds)
+        targets = torch.bincount(self.batch_y, minlength=clouds)
+        level = clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
+        small = self.target.num_points < LARGE * max(clouds, 1)
+        if level or (small and backend in ("auto", "dense")):
+            return self._together(search, k, clouds, sources)
+        return self._apart(search, k, sources.tolist(), targets.tolist())
+
+    def _together(
+        self,
+        search: Callable[[Points, Points, int], Neighborhood],
+        k: int,
+        clouds: int,
+        sources: Tensor,
+    ) -> Neighborhood:
+        """Filled up to the size of the largest."""
+        source = Points.from_batch(self.source.x, self.source.pos, self.batch_x, clouds)
+        target = source
+        if not self.same:
+            target = Points.from_batch(self.target.x, self.target.pos, self.batch_y, clouds)
+        rows = target
+        if bool((sources == source.num_points).all()):
+            source = replace(source, mask=None)
+            target = source if self.same else target
+        found = search(target, source, k)
+        start = sources.cumsum(0) - sources
+        found = replace(found, index=found.index + start[:, None, None])
+        if found.mask is not None:
+            found = replace(found, index=found.index.where(found.mask, 0))
+        found = replace(found.apply(rows.to_rows), num_sources=self.source.num_points)
+        filled = found.mask is None or bool(found.mask.all())
+        return replace(found, mask=None) if filled else found
+
+    def _apart(
+        self,
+        search: Callable[[Points, Points, int], Neighborhood],
+        k: int,
+        sources: list[int],
+        targets: list[int],
+    ) -> Neighborhood:
+        """One after the other."""
+        found: list[Neighborhood] = []
+        first_source = first_target = 0
+        for m, n in zip(sources, targets, strict=True):
+            source = _part(self.source, first_source, m)
+            target = source if self.same else _part(self.target, first_target, n)
+            if n:
+                part = search(target, source, k)
+                index = part.index + first_source
+                if part.mask is not None:
+                    index = index.where(part.mask, 0)
+                found.append(replace(part, index=index))
+            first_source, first_target = first_source + m, first_target + n
+        slots = min((part.k for part in found), default=k)  # the smallest cloud's, if truncated
+        return _joined([part.apply(lambda t: t[:, :slots]) for part in found], self.source, slots)
+
+
+def _part(points: Points, start: int, size: int) -> Points:
+    x, pos = (None if t is None else t[start : start + size] for t in (points.x, points.pos))
+    return Points(x, pos)
+
+
+def _joined(parts: list[Neighborhood], source: Points, k: int) -> Neighborhood:
+    rows = source.features if source.x is not None else source.position
+    index = torch.cat([p.index for p in parts] or [rows.new_zeros(0, k, dtype=torch.long)])
+    distance = torch.cat([p.distance for p in parts] or [rows.new_zeros(0, k)])  # type: ignore[misc]
+    mask = None
+    if any(p.mask is not None for p in parts):
+        masks = [p.mask if p.mask is not None else torch.ones_like(p.index) for p in parts]
+        mask = torch.cat([m.bool() for m in masks])
+        mask = None if bool(mask.all()) else mask
+    return Neighborhood(index, source.num_points, distance, mask)
