@@ -6,16 +6,16 @@ from typing import Any
 
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
-from torch_geometric.transforms import BaseTransform
 
 from convnn_geo.checks import check_tuple
 from convnn_geo.points import Grid
+from convnn_geo.transforms.base import Transform
 from convnn_geo.transforms.images import Mask, check_mask, kept_pixels, take_image
 from convnn_geo.typing import Size
 
 
 @functional_transform("image_to_points")
-class ImageToPoints(BaseTransform):
+class ImageToPoints(Transform):
     r"""Pixels as points: colours in ``data.x``, places in ``data.pos`` (``image_to_points``).
 
     .. math:: x_{r w + c} = \text{image}[:, r, c], \quad p_{r w + c} = (r, c)
@@ -63,6 +63,3 @@ class ImageToPoints(BaseTransform):
             x, pos = x[chosen], pos[chosen]
         data.x, data.pos = x.contiguous(), pos
         return data
-
-    def __repr__(self) -> str:
-        return f"{self.__class__.__name__}(stride={self.stride})"

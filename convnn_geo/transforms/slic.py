@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
-from torch_geometric.transforms import BaseTransform
 from torch_geometric.utils import scatter
 
 from convnn_geo.checks import check_finite, check_int, check_number
 from convnn_geo.extras import require
 from convnn_geo.points import Grid
+from convnn_geo.transforms.base import Transform
 from convnn_geo.transforms.images import Mask, check_mask, kept_pixels, take_image
 
 
 @functional_transform("slic")
-class SLIC(BaseTransform):
+class SLIC(Transform):
     r"""Superpixels as points: mean colours in ``data.x``, centroids in ``data.pos`` (``slic``).
 
     .. math:: x_s = \frac{1}{|s|} \sum_{i \in s} x_i, \quad p_s = \frac{1}{|s|} \sum_{i \in s} p_i
@@ -115,10 +115,3 @@ class SLIC(BaseTransform):
         labels = torch.from_numpy(labels).to(image.device)[kept]
         found, segment = labels.unique(return_inverse=True)
         return segment, found.numel()
-
-    def __repr__(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.options.items())
-        return (
-            f"{self.__class__.__name__}(n_segments={self.n_segments}, "
-            f"compactness={self.compactness}{options})"
-        )
