@@ -3,47 +3,37 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from convnn_geo import search
 from convnn_geo.bench import graph
-from convnn_geo.bench.cells import run
+from convnn_geo.bench.cells import NOT_ASKED, run
 from convnn_geo.bench.worker import Worker
 
 SIZES = (256, 1024, 4096, 16384, 65536)
-DIMENSIONS = (2, 3, 8, 32, 64, 192)
-NEIGHBORS = (9, 40)
-BATCHES = (1, 8)
-LARGEST = 2**19
-"""Points in all examples of a cell, at most."""
-LIMIT = 5.0
+DIMENSIONS = (2, 3, 16, 64, 192)
+NEIGHBORS_AND_BATCHES = ((9, 1), (40, 1), (9, 8))
+LIMIT = 3.0
 """Seconds that a call may take."""
 
 
 def cells(device: str = "cpu") -> list[graph.Cell]:
-    """What is measured: exact engines on random points, and on a lattice what needs one.
+    """What is measured: exact engines on random points, and ``grid`` on a lattice.
 
     Example:
         >>> {cell.input for cell in cells()} <= {"random", "lattice"}
         True
     """
+    exact = [name for name in search.engines() if name != "grid" and not graph.is_approximate(name)]
     found = []
-    for n, batch, dimension, k in itertools.product(SIZES, BATCHES, DIMENSIONS, NEIGHBORS):
-        if n * batch > LARGEST:
-            continue
-        for name in search.engines():
-            if getattr(search.ENGINES[name], "approximate", False):
-                continue
-            if name != "grid":
-                found.append(graph.Cell(name, n=n, dimension=dimension, k=k, batch=batch))
-            elif dimension == 2:
-                found.append(graph.Cell(name, "spatial", "lattice", n, 2, k, batch))
-    return [replace(cell, device=device, seconds=0.05) for cell in found]
+    cases = itertools.product(SIZES, DIMENSIONS, NEIGHBORS_AND_BATCHES)
+    for n, dimension, (k, batch) in cases:
+        size = (n, dimension, k, batch, device, 0.05)
+        found += [graph.Cell(name, "euclidean", "random", *size) for name in exact]
+        if dimension == 2 and batch == 1:  # a lattice is the same in all examples
+            found.append(graph.Cell("grid", "spatial", "lattice", *size))
+    return found
 
 
 def calibrate(
@@ -61,27 +51,36 @@ def calibrate(
         todo: :func:`cells` by default.
 
     Returns:
-        Rows of a cost table, with ``engine``, ``device``, ``dimension``, ``n``, ``m``, ``k``,
-        ``batch`` and ``seconds``.
+        The :func:`rows` of a cost table.
     """
     todo = cells(device) if todo is None else todo
-    with Worker(graph.measure, LIMIT) as worker:
-        results = run(todo, worker.ask, graph.Result, done, budget)
+    with Worker(graph.measure, LIMIT, device=device) as worker:
+        return rows(run(todo, worker.ask, graph.Result, done, budget))
+
+
+def rows(results: Sequence[graph.Result]) -> list[dict[str, Any]]:
+    """Rows of a cost table, of cases in which every engine was asked.
+
+    Returns:
+        Dictionaries with ``engine``, ``device``, ``dimension``, ``n``, ``m``, ``k``, ``batch`` and
+        ``seconds``.
+    """
+
+    def case(cell: graph.Cell) -> tuple[int, ...]:
+        return cell.n, cell.dimension, cell.k, cell.batch
+
+    partial = {case(result.cell) for result in results if result.note == NOT_ASKED}
     return [
         {
-            **{"engine": result.cell.engine, "device": device, "dimension": result.cell.dimension},
-            **{"n": result.cell.n, "m": result.cell.n, "k": result.cell.k},
-            **{"batch": result.cell.batch, "seconds": result.median},
+            "engine": cell.engine,
+            "device": cell.device.partition(":")[0],
+            "dimension": cell.dimension,
+            "n": cell.n,
+            "m": cell.n,
+            "k": cell.k,
+            "batch": cell.batch,
+            "seconds": result.median,
         }
         for result in results
-        if not result.note
+        if not result.note and case(cell := result.cell) not in partial
     ]
-
-
-def save(rows: Sequence[dict[str, Any]]) -> Path:
-    """Keep a cost table in the user's cache; returns the file."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "convnn_geo"
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / "costs.json"
-    file.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
-    return file

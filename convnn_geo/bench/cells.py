@@ -9,6 +9,8 @@ from typing import Any
 
 from convnn_geo.bench.worker import Failed
 
+NOT_ASKED = "not asked: time was over"
+
 
 def run(
     todo: Sequence[Any],
@@ -34,7 +36,7 @@ def run(
         if before is not None:
             result = failed(cell, f"{before}, skipped")
         elif time.monotonic() > end:
-            result = failed(cell, f"not asked: {budget:g} s were over")
+            result = failed(cell, NOT_ASKED)
         else:
             result = ask(cell)
             if isinstance(result, Failed):

@@ -19,6 +19,7 @@ from convnn_geo.bench.worker import Worker
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.extras import require
 from convnn_geo.metrics import metric_names
+from convnn_geo.search import costs
 
 _FULL: dict[str, dict[str, Any]] = {
     "graph": {
@@ -39,11 +40,24 @@ _FULL: dict[str, dict[str, Any]] = {
     },
 }
 _QUICK: dict[str, dict[str, Any]] = {
-    "graph": {"n": [256, 1024, 4096], "dim": [3, 64], "k": [9], "batch": [1], "limit": 5.0},
-    "layers": {"n": [256, 1024], "dim": [64], "batch": [4], "limit": 5.0},
+    "graph": {
+        "input": ["random", "photograph"],
+        "n": [1024, 4096],
+        "dim": [3, 64],
+        "k": [9],
+        "batch": [1],
+        "limit": 5.0,
+    },
+    "layers": {
+        "input": ["random", "photograph"],
+        "n": [256, 1024],
+        "dim": [64],
+        "batch": [4],
+        "limit": 5.0,
+    },
 }
-_QUICK_BUDGET = 90.0
-"""Seconds; what is not asked by then is left out."""
+_QUICK_BUDGET, _QUICK_PREPARING = 75.0, 25.0
+"""Seconds: what is not asked by then is left out, and what compiles itself for longer."""
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -123,7 +137,7 @@ def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer and smaller by default, and an end after 90 seconds",
+        help="fewer and smaller by default; ends within two minutes",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench", name), metavar="DIR", help="%(default)s"
@@ -217,7 +231,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     todo = calibrate.cells(arguments.device)
     with _progress("calibrate", len(todo)) as tick:
         rows = calibrate.calibrate(arguments.device, arguments.budget, tick, todo)
-    print(f"{len(rows)} of {len(todo)} cells measured; the table is at {calibrate.save(rows)}")
+    print(f"{len(rows)} of {len(todo)} cells measured; the table is at {costs.save(rows)}")
     return 0
 
 
@@ -238,9 +252,11 @@ def _measure(
     require("matplotlib.figure", extra="viz")
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(machine(arguments.device))
-    budget = _QUICK_BUDGET if arguments.quick else math.inf
+    budget, preparing = math.inf, 180.0
+    if arguments.quick:
+        budget, preparing = _QUICK_BUDGET, _QUICK_PREPARING
     with (
-        Worker(measure, chosen["limit"]) as worker,
+        Worker(measure, chosen["limit"], preparing, arguments.device) as worker,
         _progress(arguments.bench, len(todo)) as tick,
     ):
         return run(todo, worker.ask, failed, tick, budget)

@@ -112,6 +112,8 @@ def cells(
 ) -> list[Cell]:
     """All combinations that inputs have points for, small ones first, engines side by side.
 
+    Approximate engines come after all others: some compile themselves for half a minute.
+
     Example:
         >>> [c.n for c in cells(["dense"], ["cosine"], ["digits"], [64, 4096], [64], [9], [1])]
         [64]
@@ -119,12 +121,23 @@ def cells(
     grid = itertools.product(
         sorted(n), sorted(batch), sorted(dimensions), sorted(k), names, metrics
     )
-    return [
+    found = [
         Cell(engine, metric, name, size, dimension, count, examples, device, seconds)
         for size, examples, dimension, count, name, metric in grid
         if inputs.suits(name, size, dimension) and count <= size
         for engine in engines
     ]
+    return sorted(found, key=lambda cell: is_approximate(cell.engine))
+
+
+def is_approximate(engine: str) -> bool:
+    """Whether an engine may miss neighbours.
+
+    Example:
+        >>> is_approximate("dense")
+        False
+    """
+    return engine in search.ENGINES and search.ENGINES[engine].approximate
 
 
 def measure(cell: Cell) -> Iterator[str | Result]:
@@ -157,7 +170,8 @@ def measure(cell: Cell) -> Iterator[str | Result]:
 def recall(cell: Cell, index: Tensor) -> float:
     """Share of the neighbours found that are as near as the k nearest, by distances in float64."""
     query, kth = _truth(replace(cell, engine=""))
-    found = index[0][_targets(cell).to(index.device)].cpu()
+    first = index[0] if index.ndim == 3 else index  # places on a grid are the same in all examples
+    found = first[_targets(cell).to(index.device)].cpu()
     distance = query.bound.at(found).squeeze(0)
     near = distance <= kth + 1e-6 * kth.abs() + 1e-12
     ordered = found.sort(-1)

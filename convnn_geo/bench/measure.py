@@ -46,27 +46,18 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(times), tenths[0], tenths[-1]
 
 
-def sample(function: Callable[[], object], seconds: float, rounds: int = 15) -> list[float]:
-    """Seconds a call, several times over: about ``seconds`` in all, but three samples at least.
-
-    One sample is enough of a call that takes over two seconds.
+def sample(function: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds a call, several times over: about ``seconds`` in all, or one call if that is slower.
 
     Args:
         function: what to time; called before, so that it is warm.
-        seconds: to spend.
-        rounds: samples at most; short calls are repeated within each.
+        seconds: to spend; short calls are repeated within each sample.
 
     Example:
-        >>> 3 <= len(sample(lambda: sum(range(1000)), seconds=0.01)) <= 15
+        >>> all(time > 0 for time in sample(lambda: sum(range(1000)), seconds=0.01))
         True
     """
-    timer = _timer(function)
-    once = max(timer.timeit(1).median, 1e-9)
-    if once > 2:
-        return [once]
-    loops = max(1, int(seconds / rounds / once))
-    count = min(rounds, max(3, int(seconds / (loops * once))))
-    return [timer.timeit(loops).median for _ in range(count)]
+    return list(_timer(function).blocked_autorange(min_run_time=seconds).times)
 
 
 def compare(

@@ -49,7 +49,7 @@ def _of_graph(results: Sequence[graph.Result], limit: float) -> Iterator[tuple[s
         yield f"recall_{name}_k{k}_batch{batch}", plots.plot_recall(some, what)
     for name, metric in dict.fromkeys((r.cell.input, r.cell.metric) for r in results):
         some = [r for r in results if (r.cell.input, r.cell.metric) == (name, metric)]
-        what = f"The fastest, {metric}, {name} points, {some[0].cell.device}"
+        what = f"Fastest with recall over 0.999: {metric}, {name} points, {some[0].cell.device}"
         yield f"winners_{name}_{metric}", plots.plot_winners(some, what)
 
 
@@ -62,6 +62,8 @@ def _of_layers(results: Sequence[layers.Result]) -> Iterator[tuple[str, Figure]]
             if (r.cell.input, r.cell.channels, r.cell.batch) == (name, channels, batch)
         ]
         what = f"{name} points, {channels} channels, {_examples(batch)}, {some[0].cell.device}"
+        if not any(not r.note for r in some):
+            continue
         yield f"layers_{name}_c{channels}_batch{batch}", plots.plot_layers(some, what)
 
 

@@ -30,19 +30,19 @@ def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> F
     figure, panels = _panels(results, title)
     for (metric, dimension), axis in panels.items():
         some = [r for r in results if (r.cell.metric, r.cell.dimension) == (metric, dimension)]
-        for name in _engines(some):
+        for number, name in enumerate(_engines(some)):
             look = style(name)
             mine = [r for r in some if r.cell.engine == name]
             timed = [r for r in mine if not r.note]
             axis.plot(
                 [r.cell.n for r in timed], [r.median for r in timed], label=name, **_line(look)
             )
-            ended = [r.cell.n for r in mine if r.ended]
+            ended = [r.cell.n * 1.05**number for r in mine if r.ended]  # side by side
             axis.plot(ended, [limit] * len(ended), "^", color=look.color, markersize=9, alpha=0.8)
         if any(r.ended for r in some):
             axis.axhline(limit, color="#999999", linewidth=0.8, linestyle=":")
             axis.annotate(
-                f"ended after {limit:g} s",
+                f"ended after {limit:g} s (arrows)",
                 (0.02, limit),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
@@ -51,6 +51,7 @@ def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> F
                 color="#666666",
             )
         _sizes(axis, sorted({r.cell.n for r in some}))
+        _times(axis, [limit if r.note else r.median for r in some if not r.note or r.ended])
     _legend(figure, panels)
     return figure
 
@@ -87,9 +88,9 @@ def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
             color="#999999",
             zorder=1,
         )
-        axis.set(yscale="log", xlabel=f"recall at {largest} points")
+        _times(axis, [r.median for r in some])
         low = min((r.recall for r in some), default=1.0)
-        axis.set_xlim(min(low, 0.9) - 0.02, 1.02)
+        axis.set(xlim=(min(low, 0.9) - 0.02, 1.02), xlabel=f"recall at {largest} points")
         axis.grid(alpha=0.3)
     _legend(figure, panels)
     return figure
@@ -158,7 +159,7 @@ def _panels(
             axis.set_title(f"{metric}, {dimension} dimensions", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
             panels[metric, dimension] = axis
-        row[0].set_ylabel("seconds")
+        row[0].set_ylabel("time of a search")
     return figure, panels
 
 
@@ -201,9 +202,34 @@ def _patch(x: int, y: int, **style: Any) -> Any:
     return patches.Rectangle((x - 0.5, y - 0.5), 1, 1, **style)
 
 
+def _times(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis of whole decades around some times, with their units."""
+    if not values:
+        axis.text(0.5, 0.5, "no result", transform=axis.transAxes, ha="center", color="#666666")
+    low, high = min(values, default=1e-3), max(values, default=1e-3)
+    first, last = math.floor(math.log10(low / 1.2)), math.ceil(math.log10(high * 1.2))
+    ticks = [10.0**power for power in range(first, last + 1)]
+    axis.set(yscale="log", ylim=(ticks[0], ticks[-1]))
+    axis.set_yticks(ticks, [_time(tick) for tick in ticks])
+    axis.tick_params(axis="y", which="minor", labelleft=False)
+
+
+def _time(tick: float) -> str:
+    """A power of ten seconds with its unit.
+
+    Example:
+        >>> _time(0.01), _time(1e-4)
+        ('10 ms', '100 µs')
+    """
+    factor, unit = (1.0, "s") if tick > 0.9 else (1e3, "ms") if tick > 0.9e-3 else (1e6, "µs")
+    return f"{tick * factor:.3g} {unit}"
+
+
 def _sizes(axis: Axes, sizes: Sequence[int]) -> None:
-    """Logarithmic axes with a tick for each number of points."""
-    axis.set(xscale="log", yscale="log", xlabel="points")
+    """A logarithmic axis with a tick for each number of points."""
+    axis.set(xscale="log", xlabel="points")
+    if sizes:
+        axis.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
     axis.set_xticks(sizes, [str(n) for n in sizes])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axis.grid(alpha=0.3)
@@ -220,15 +246,15 @@ def plot_layers(results: Sequence[layers.Result], title: str) -> Figure:
         results: on one input, of one number of channels and one batch.
         title: of the picture.
     """
-    families = list(dict.fromkeys(r.cell.family for r in results))
+    families = list(dict.fromkeys(r.cell.family for r in results if not r.note))
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(12, 0.6 + 2.7 * len(families)), dpi=110, layout="constrained"
+        figsize=(13, 0.6 + 2.7 * len(families)), dpi=110, layout="constrained"
     )
     figure.suptitle(title, fontsize=12)
     columns: dict[str, Callable[[layers.Result], float]] = {
-        "forward, seconds": lambda r: r.forward,
-        "forward and backward, seconds": lambda r: r.both,
-        "memory of both, MiB": lambda r: max(r.both_memory, 1.0),
+        "forward": lambda r: r.forward,
+        "forward and backward": lambda r: r.both,
+        "memory of both": lambda r: r.both_memory,
     }
     axes = figure.subplots(len(families), len(columns), squeeze=False)
     for row, family in zip(axes, families, strict=True):
@@ -243,8 +269,12 @@ def plot_layers(results: Sequence[layers.Result], title: str) -> Figure:
                     **_line(number_style(number)),
                 )
             axis.set_title(f"{family}: {what}", fontsize=10)
+            if what.startswith("memory"):
+                axis.set_ylim(bottom=0)
+                axis.set_ylabel("MiB")
+            else:
+                _times(axis, [value(r) for r in some])
             _sizes(axis, sorted({r.cell.n for r in some}))
             axis.spines[["top", "right"]].set_visible(False)
-        if some:
-            row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+        row[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from convnn_geo.bench import graph, layers, peer
+from convnn_geo.bench.cells import NOT_ASKED
 from convnn_geo.bench.machine import commit, processor, versions
 from convnn_geo.console import print_table
 
@@ -27,7 +28,7 @@ def print_graph(results: Sequence[graph.Result]) -> None:
     medians = {result.cell: result.median for result in results}
     tables: dict[str, list[list[str]]] = {}
     refusals: dict[str, dict[str, None]] = {}
-    for result in results:
+    for result in _asked(sorted(results, key=lambda result: result.cell.n)):
         cell = result.cell
         title = (
             f"{cell.metric} on {cell.input}, {cell.dimension} dimensions, k = {cell.k}, "
@@ -60,7 +61,7 @@ def print_layers(results: Sequence[layers.Result]) -> None:
     found = {result.cell: result for result in results}
     tables: dict[str, list[list[str]]] = {}
     refusals: dict[str, dict[str, None]] = {}
-    for result in results:
+    for result in _asked(results):
         cell = result.cell
         first = layers.baseline(cell.family)
         base = found.get(replace(cell, layer=first), result)
@@ -82,6 +83,14 @@ def print_layers(results: Sequence[layers.Result]) -> None:
     _print(columns, tables, refusals)
 
 
+def _asked(results: Sequence[Any]) -> Iterator[Any]:
+    """Results that time was left for; then a word on the others."""
+    late = [result for result in results if result.note == NOT_ASKED]
+    yield from (result for result in results if result.note != NOT_ASKED)
+    if late:
+        print(f"{len(late)} of {len(results)} {NOT_ASKED}")
+
+
 def _print(
     columns: Sequence[str],
     tables: Mapping[str, list[list[str]]],
@@ -89,7 +98,10 @@ def _print(
 ) -> None:
     """Each table by its title, and below it what gave no result, and why."""
     for title in {**tables, **refusals}:
-        print_table(title, columns, tables.get(title, []))
+        if title in tables:
+            print_table(title, columns, tables[title])
+        else:
+            print(title)
         print(*refusals.get(title, ()), "", sep="\n")
 
 

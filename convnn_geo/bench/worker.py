@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 
-PREPARING = 180.0
-"""Seconds for what comes before the first call: inputs, and engines that compile themselves."""
-
 
 @dataclass(frozen=True)
 class Failed:
@@ -41,15 +38,28 @@ class Worker:
             only the call is left, ``CALLED`` after the first call, and then its answer; or its
             answer at once.
         limit: seconds that the first call may take.
+        preparing: seconds for what comes before it: inputs, and engines that compile themselves.
+        device: where. On the CPU new processes are forked from one that has imported all and
+            done nothing; CUDA does not survive a fork.
     """
 
-    def __init__(self, measure: Callable[[Any], Iterator[Any]], limit: float) -> None:
-        self.measure, self.limit = measure, limit
-        self._context = multiprocessing.get_context("spawn")
+    def __init__(
+        self,
+        measure: Callable[[Any], Iterator[Any]],
+        limit: float,
+        preparing: float = 180.0,
+        device: str = "cpu",
+    ) -> None:
+        self.measure, self.limit, self.preparing = measure, limit, preparing
+        forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+        self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._context.set_forkserver_preload([measure.__module__])
         self._process: Any = None
         self._connection: Any = None
 
     def __enter__(self) -> Worker:
+        self._start()
         return self
 
     def __exit__(
@@ -58,6 +68,9 @@ class Worker:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        if self._process is not None and kind is None:
+            self._connection.send(None)
+            self._process.join(5)
         self.end()
 
     def ask(self, question: Any) -> Any:
@@ -65,7 +78,7 @@ class Worker:
         if self._process is None:
             self._start()
         stages = (
-            (PREPARING, f"preparing took over {PREPARING:g} s"),
+            (self.preparing, f"preparing took over {self.preparing:g} s"),
             (self.limit, f"> {self.limit:g} s"),
             (60 + 4 * self.limit, "later calls took much longer than the first"),
         )
@@ -98,13 +111,17 @@ class Worker:
         )
         self._process.start()
         other.close()
+        self._connection.recv()  # that it is there
 
 
 def _serve(measure: Callable[[Any], Iterator[Any]], connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
+        connection.send(READY)
         while True:
             question = connection.recv()
+            if question is None:
+                return
             try:
                 for message in measure(question):
                     connection.send(message)
