@@ -205,6 +205,7 @@ def test_layers_from_the_command_line(tmp_path, capsys):
         (["graph", "--n", "0"], "expected counts"),
         (["graph", "--k", "four"], "expected counts"),
         (["layers", "--layers", "nothing"], "unknown family"),
+        ([], "expected what to measure, graph or layers, or --calibrate"),
     ],
 )
 def test_what_can_not_be_measured_is_one_line(options, message, capsys):
@@ -236,6 +237,17 @@ def test_calibration_measures_exact_engines_and_gives_a_cost_table(tmp_path, mon
     }
     file = costs.save([large])
     assert tmp_path in file.parents and json.loads(file.read_text()) == [large]
+
+
+@pytest.mark.parametrize("options", [["--calibrate"], ["graph", "--calibrate"]])
+def test_calibration_from_the_command_line(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    todo = [graph.Cell("dense", n=32, k=4, seconds=0.001)]
+    monkeypatch.setattr(calibrate, "cells", lambda device: todo)
+    assert main(["bench", *options, "--budget", "30"]) == 0
+    assert "1 of 1 cells measured" in capsys.readouterr().out
+    assert [row["engine"] for row in json.loads(costs.user_table().read_text())] == ["dense"]
+    costs.table.cache_clear()
 
 
 def test_calibration_drops_a_case_that_time_was_over_in():

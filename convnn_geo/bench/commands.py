@@ -6,17 +6,16 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convnn_geo import search
 from convnn_geo.bench import calibrate, graph, inputs, layers, peer, pictures, tables
+from convnn_geo.bench.arguments import counts, device, names_among
 from convnn_geo.bench.cells import run
 from convnn_geo.bench.machine import machine
 from convnn_geo.bench.worker import Worker
-from convnn_geo.checks import check_int, check_name
 from convnn_geo.extras import require
 from convnn_geo.metrics import metric_names
 from convnn_geo.search import costs
@@ -68,7 +67,9 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Measure search engines or layers beside those of other packages. Prints "
         "tables, writes results.csv and results.json, and draws.",
     )
-    kinds = bench.add_subparsers(title="what to measure", dest="bench", required=True)
+    _add_calibrate(bench, False)
+    bench.set_defaults(command=partial(_calibrate_or_help, bench), device="cpu")
+    kinds = bench.add_subparsers(title="what to measure", dest="bench")
     _add_graph(kinds)
     _add_layers(kinds)
 
@@ -82,28 +83,36 @@ def _add_graph(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument(
         "--engines",
-        type=_among("engine", ["all", "auto", peer.NAME, *search.ENGINES]),
+        type=names_among("engine", ["all", "auto", peer.NAME, *search.ENGINES]),
         default=["all"],
         metavar="NAMES",
         help=f"all: those installed and {peer.NAME}, the package itself; auto: what it chooses",
     )
     known = ["mixed", *metric_names()]
-    _add(parser, "metric", _among("metric", known), "NAMES", "mixed: 0.3 position + 0.7 cosine")
+    _add(
+        parser, "metric", names_among("metric", known), "NAMES", "mixed: 0.3 position + 0.7 cosine"
+    )
     _add_common(parser, "graph")
-    _add(parser, "k", _counts, "NUMBERS", "neighbours")
+    _add(parser, "k", counts, "NUMBERS", "neighbours")
+    _add_calibrate(parser, argparse.SUPPRESS)
+    parser.set_defaults(command=_graph)
+
+
+def _add_calibrate(parser: argparse.ArgumentParser, default: Any) -> None:
+    """What ``bench`` and ``bench graph`` share; the latter's default keeps what the former saw."""
     parser.add_argument(
         "--calibrate",
         action="store_true",
+        default=default,
         help="measure what backend='auto' chooses by, and keep it in the user's cache",
     )
     parser.add_argument(
         "--budget",
         type=float,
-        default=180.0,
+        default=default or 180.0,
         metavar="SECONDS",
-        help="of --calibrate (%(default)g)",
+        help="of --calibrate (180)",
     )
-    parser.set_defaults(command=_graph)
 
 
 def _add_layers(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -115,7 +124,7 @@ def _add_layers(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--layers",
-        type=_among("family of layers", layers.families()),
+        type=names_among("family of layers", layers.families()),
         default=layers.families(),
         metavar="NAMES",
         help=f"among {', '.join(layers.families())}; all by default",
@@ -126,13 +135,13 @@ def _add_layers(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
     known = inputs.input_names()
-    _add(parser, "input", _among("input", known), "NAMES", f"among {', '.join(known)}")
-    _add(parser, "n", _counts, "NUMBERS", "points")
-    _add(parser, "dim", _counts, "NUMBERS", "features of a point")
-    _add(parser, "batch", _counts, "NUMBERS", "examples")
+    _add(parser, "input", names_among("input", known), "NAMES", f"among {', '.join(known)}")
+    _add(parser, "n", counts, "NUMBERS", "points")
+    _add(parser, "dim", counts, "NUMBERS", "features of a point")
+    _add(parser, "batch", counts, "NUMBERS", "examples")
     _add(parser, "limit", float, "SECONDS", "of a call")
     parser.add_argument(
-        "--device", type=_device, default="cpu", metavar="DEVICE", help="cpu or cuda (%(default)s)"
+        "--device", type=device, default="cpu", metavar="DEVICE", help="cpu or cuda (%(default)s)"
     )
     parser.add_argument(
         "--quick",
@@ -151,32 +160,6 @@ def _add(
     parser.add_argument(f"--{name}", type=kind, metavar=what, help=text)
 
 
-def _among(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
-    """A list of names with commas between."""
-
-    def names(text: str) -> list[str]:
-        try:
-            return [check_name(what, name.strip(), known) for name in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return names
-
-
-def _counts(text: str) -> list[int]:
-    """A list of numbers with commas between."""
-    try:
-        return [check_int("count", int(number)) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected counts such as 1,32, got {text!r}") from None
-
-
-def _device(text: str) -> str:
-    if text.startswith("cuda") and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("torch sees no GPU here; take --device cpu")
-    return text
-
-
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is to be measured: as given, or by default."""
     defaults = _FULL[arguments.bench]
@@ -186,6 +169,12 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         name: default if given[name] is None else given[name] for name, default in defaults.items()
     }
+
+
+def _calibrate_or_help(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    if not arguments.calibrate:
+        parser.error("expected what to measure, graph or layers, or --calibrate")
+    return _calibrate(arguments)
 
 
 def _graph(arguments: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> F
             axis.plot(
                 [r.cell.n for r in timed], [r.median for r in timed], label=name, **_line(look)
             )
-            ended = [r.cell.n * 1.05**number for r in mine if r.ended]  # side by side
+            ended = [r.cell.n * 1.03**number for r in mine if r.ended]  # side by side
             axis.plot(ended, [limit] * len(ended), "^", color=look.color, markersize=9, alpha=0.8)
         if any(r.ended for r in some):
             axis.axhline(limit, color="#999999", linewidth=0.8, linestyle=":")
@@ -46,7 +46,7 @@ def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> F
                 (0.02, limit),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                xytext=(0, -10),
+                xytext=(0, 5),
                 fontsize=8,
                 color="#666666",
             )
@@ -87,10 +87,12 @@ def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
             where="pre",
             color="#999999",
             zorder=1,
+            label="front",
         )
         _times(axis, [r.median for r in some])
         low = min((r.recall for r in some), default=1.0)
         axis.set(xlim=(min(low, 0.9) - 0.02, 1.02), xlabel=f"recall at {largest} points")
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3)
     _legend(figure, panels)
     return figure
@@ -107,7 +109,9 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
     rows = sorted({(r.cell.dimension, r.cell.k) for r in results})
     columns = sorted({(r.cell.batch, r.cell.n) for r in results})
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(2.2 + 1.55 * len(columns), 1.6 + 0.62 * len(rows)), dpi=110, layout="constrained"
+        figsize=(max(7.5, 2.2 + 1.55 * len(columns)), 1.6 + 0.62 * len(rows)),
+        dpi=110,
+        layout="constrained",
     )
     axis = figure.subplots()
     for y, (dimension, k) in enumerate(rows):
@@ -136,7 +140,7 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
     axis.set_yticks(range(len(rows)), [f"{d} dimensions, k = {k}" for d, k in rows])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(title, fontsize=12, loc="left")
+    figure.suptitle(title, fontsize=12)
     return figure
 
 
@@ -229,7 +233,7 @@ def _sizes(axis: Axes, sizes: Sequence[int]) -> None:
     """A logarithmic axis with a tick for each number of points."""
     axis.set(xscale="log", xlabel="points")
     if sizes:
-        axis.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
+        axis.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.6)
     axis.set_xticks(sizes, [str(n) for n in sizes])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axis.grid(alpha=0.3)

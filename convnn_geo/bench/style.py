@@ -8,7 +8,7 @@ from convnn_geo.bench import peer
 from convnn_geo.viz.colors import COLORS
 
 _BLUE, _RED, _GREEN, _BLACK, _ORANGE, _SKY, _PINK, _YELLOW = COLORS
-_GREY = "#7F7F7F"
+_GREY = "#6B6B6B"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -116,6 +117,8 @@ class Worker:
 
 def _serve(measure: Callable[[Any], Iterator[Any]], connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
+    with open(os.devnull, "w") as nowhere:  # engines that compile say so, across the progress bar
+        os.dup2(nowhere.fileno(), 1)
     with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
         connection.send(READY)
         while True:
