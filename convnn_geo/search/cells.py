@@ -94,7 +94,8 @@ class Cells(PointEngine):
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """Example by example in C; by proposals where that can't be."""
         plain = problem.kind == "points" and problem.axes is None
-        plain = plain and problem.q.ndim == problem.keys.ndim <= 3
+        plain = plain and problem.q.ndim == problem.keys.ndim <= 3 and k > 0
+        plain = plain and k + (hidden.own is not None) <= problem.keys.shape[-2]
         if not plain or not bool(problem.q.isfinite().all() & problem.keys.isfinite().all()):
             return super().nearest(problem, k, hidden, slab)
         q, keys = (t if t.ndim == 3 else t[None] for t in (problem.q, problem.keys))

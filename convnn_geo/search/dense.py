@@ -40,6 +40,7 @@ class Dense(Engine):
         kept = hidden.kept(place)
         if query.exact and problem is not None:
             values = measured(bound, place, query.slab, query.dtype)
+            values = values if kept is None else values.masked_fill(~kept, torch.inf)
         elif query.exact:  # rows and pairs may round otherwise
             values = referee(bound, place, query.slab, query.dtype)
             seen = values if kept is None else values.masked_fill(~kept, torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -91,7 +92,7 @@ def knn(
     check_name("self_point", self_point, SELF_POINTS)
     check_name("short", short, SHORT)
     if max_distance is not None:
-        check_number("max_distance", max_distance)
+        check_number("max_distance", max_distance, -math.inf)
     source = _points("x", x)
     same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
     target = source if same else _points("y", y)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def knn_graph(
         >>> edge_index, distance = knn_graph(
         ...     torch.tensor([[0.0], [1.0], [3.0]]), k=1, return_distance=True
         ... )
-        >>> edge_index.tolist(), edge_index.sort_order.value, distance.tolist()
+        >>> edge_index.tolist(), edge_index.sort_order, distance.tolist()
         ([[1, 0, 1], [0, 1, 2]], 'col', [1.0, 1.0, 2.0])
     """
     check_name("flow", flow, FLOWS)

@@ -186,7 +186,7 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
     asked = min(k + 1, problem.keys.shape[-2])
     values, places = smallest_in_rows(rough, asked, hidden, slab, dtype)
     margin = 2 * rough.rounding()
-    unsure = _undecided(problem, values, places, margin)
+    unsure = _undecided(problem, values, places, margin) | _open_ended(problem, values, places)
     values, places = values[..., :k], places[..., :k]
     if bool(unsure.any()):
         rows = unsure_rows(unsure)
@@ -202,17 +202,31 @@ def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor)
     equal = unclear & (gap == 0)
     if bool(equal.any()):
         # Equal keys have equal products, so their order, by index, is right.
-        name = _fingerprint(problem).expand(*places.shape[:-2], -1)
+        keys = problem.keys
+        if problem.bias is not None:
+            keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
+        name = _fingerprint(keys).expand(*places.shape[:-2], -1)
         named = name.unsqueeze(-2).expand(*places.shape[:-1], -1).gather(-1, places)
         unclear = unclear & ~(equal & (named.diff(dim=-1) == 0))
     return unclear.any(-1)
 
 
-def _fingerprint(problem: Problem) -> Tensor:
+def _open_ended(problem: Problem, values: Tensor, places: Tensor) -> Tensor:
+    """Rows ``(..., n)`` that end in equal keys, so that who comes after these is not known.
+
+    Where these keys are the target itself, nobody who comes after can be nearer.
+    """
+    tied = values[..., -1] == values[..., -2] if values.shape[-1] > 1 else values[..., -1].isnan()
+    tied = tied & (values[..., -1] < torch.inf)
+    if problem.kind == "products" or not bool(tied.any()):
+        return tied
+    last = places[..., -1]
+    named = _fingerprint(problem.keys).expand(*last.shape[:-1], -1).gather(-1, last)
+    return tied & (named != _fingerprint(problem.q))
+
+
+def _fingerprint(keys: Tensor) -> Tensor:
     """A number ``(..., m)`` for each key: the same for equal keys and, but for luck, no others."""
-    keys = problem.keys
-    if problem.bias is not None:
-        keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
     bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32)
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**30), 2**30, (bits.shape[-1],), generator=generator) * 2 + 1
@@ -247,7 +261,7 @@ def _settle(
     listed, place = smallest_in_rows(exact, asked, behind, slab, problem.dtype)
     value, chosen, _ = _as_referee(bound, listed, place, k, slab)
     points = bound.coordinates()
-    if type(exact) is not BilinearForm or points is None:
+    if not isinstance(exact, BilinearForm) or points is None:
         return value, chosen
     # Vectors that differ by their last bits alone are too near even for float64's product.
     unsure = _undecided(problem.targets(rows), listed, place, 2 * exact.rounding())

@@ -57,20 +57,14 @@ class PointEngine(Engine):
         return (q.shape[-1] + 4) * torch.finfo(q.dtype).eps * value
 
     def refuses(self, query: Query) -> str | None:
-        """Needs its package, Euclidean coordinates, all candidates, one point more than k."""
+        """Needs its package, Euclidean coordinates, and all candidates."""
         missing = self.missing()
         if missing is not None:
             return missing
-        if query.k < 1:
-            return "nothing is to be found"
         if query.subset.index is not None or query.subset.mask is not None:
             return "candidates are restricted; it searches all sources only"
-        asked = query.k + 1 + (query.excluded is not None)
-        if asked > query.source.num_points:
-            others = query.source.num_points - (query.excluded is not None)
-            return f"needs more than k={query.k} sources to choose from, got {others}"
         limit = self.limit(query.target.device)
-        if limit is not None and asked > limit:
+        if limit is not None and query.k + 1 + (query.excluded is not None) > limit:
             return f"k={query.k} is over its limit of {limit - 1} on {query.target.device.type}"
         if query.dimension is None:
             return "the metric's order is not that of Euclidean distances, nor of products"
@@ -96,7 +90,7 @@ class PointEngine(Engine):
         q, keys = q.contiguous(), keys.contiguous()
         asked = k + 1 + (hidden.own is not None)
         finite = bool(q.isfinite().all() and keys.isfinite().all())  # a tree of NaN is no tree
-        if not finite or not q.numel():
+        if not finite or not q.numel() or not 1 < asked <= keys.shape[-2]:
             return by_rows(problem, k, hidden, slab)
         prepared = self.prepare(keys)
         examples, n = q.shape[:2]
