@@ -46,7 +46,7 @@ def plot_scaling(results: Sequence[graph.Result], title: str, limit: float) -> F
                 (0.02, limit),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                xytext=(0, 5),
+                xytext=(0, 9),
                 fontsize=8,
                 color="#666666",
             )
