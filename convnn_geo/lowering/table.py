@@ -64,7 +64,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
           convolution  refused: candidates are All, not a Window
           pooling      refused: the kernel is Taps, neither Mean nor Max
           attention    refused: the kernel is Taps, not Sum
-          search       dense (grid: the metric looks at more than positions...)
+          search       ... (grid: the metric looks at more than positions...)
     """
     name = type(layer).__name__
     branches = getattr(layer, "branches", None)
@@ -99,6 +99,9 @@ def _search_line(op: Operation, rule: Rule) -> list[str]:
         return []
     if op.search != "auto":
         return [f"  search       {op.search} (asked for)"]
-    rows = explain_search(op.query())
-    passed = "; ".join(f"{name}: {reason}" for name, reason in rows[:-1])
-    return [f"  search       {rows[-1][0]}" + (f" ({passed})" if passed else "")]
+    *passed, (chosen, _) = explain_search(op.query())
+    names: dict[str, list[str]] = {}
+    for name, reason in passed:
+        names.setdefault(str(reason), []).append(name)
+    reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
+    return [f"  search       {chosen}" + (f" ({reasons})" if reasons else "")]
