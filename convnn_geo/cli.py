@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"convnn-geo {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", dest="name", metavar="COMMAND", required=True
+    )
     _add_verify(commands)
     _add_demo(commands)
     _add_show(commands)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch_geometric import EdgeIndex
 
+from convnn_geo import compiled
 from convnn_geo.metrics import Feature, PaperMix, Spatial, as_metric
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import (
     ENGINES,
     Query,
-    compiled,
     costs,
     engines,
     explain_search,

@@ -10,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convnn_geo import search
+from convnn_geo import compiled, search
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Biased, Custom, Feature, PaperMix, Spatial, as_metric, interpolate
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import (
     ENGINES,
     Query,
-    compiled,
     engines,
     explain_search,
     find,
@@ -522,7 +521,7 @@ def test_neighbours_alone_without_exact_distances():
 
 
 def test_the_choice_is_explained():
-    points = Points.from_image(torch.randn(1, 3, 4, 4))
+    points = Points.from_image(torch.randn(1, 64, 8, 8))
     assert explain_search(Query(points, points, Spatial(), 3)) == [("grid", None)]
     rows = dict(explain_search(Query(points, points, Feature(), 3)))
     assert rows["grid"] == "the metric looks at more than positions"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from convnn_geo import compiled
 from convnn_geo.metrics.distances import (
     DIRECT_DIMENSIONS,
     Distances,
@@ -62,6 +63,15 @@ class Differences(Distances):
         """Whether the dimension is too high for sums in the order of axes."""
         return self.q.shape[-1] > DIRECT_DIMENSIONS
 
+    @property
+    def plain(self) -> bool:
+        """Whether these are Euclidean, of few axes, and neither scaled nor converted."""
+        return self.p == 2 and not self.wide and self.scale is None and self.precision is None
+
+    def of_square(self, total: Tensor) -> Tensor:
+        """The distance whose square is given; for ``p = 2``."""
+        return _safe_root(total, 2.0) if self.root else total
+
     def _norm(self, parts: Iterable[Tensor]) -> Tensor:
         """Combine per-axis differences, in the order of axes: the same sum on every path."""
         if self.p == torch.inf:
@@ -108,6 +118,10 @@ class Differences(Distances):
         return self.q.shape[-1]
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
+        if self.wide and self.p == 2 and self.scale is None and self.dtype == torch.float64:
+            exact = compiled.squared_differences(beginning(self.q, start, index), self.k, index)
+            if exact is not None:
+                return exact.sqrt() if self.root else exact
         q = beginning(self.q, start, index).unsqueeze(-2).to(self.dtype)
         k = gather_rows(self.k, index).to(self.dtype)
         if not self.wide:

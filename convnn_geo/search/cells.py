@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convnn_geo import compiled
+from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Differences
-from convnn_geo.search import compiled
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, referee
 from convnn_geo.search.points import PointEngine
@@ -96,7 +97,7 @@ class Cells(PointEngine):
         plain = problem.kind == "points" and problem.axes is None
         plain = plain and problem.q.ndim == problem.keys.ndim <= 3 and k > 0
         plain = plain and k + (hidden.own is not None) <= problem.keys.shape[-2]
-        if not plain or not bool(problem.q.isfinite().all() & problem.keys.isfinite().all()):
+        if not plain or not (all_finite(problem.q) and all_finite(problem.keys)):
             return super().nearest(problem, k, hidden, slab)
         q, keys = (t if t.ndim == 3 else t[None] for t in (problem.q, problem.keys))
         own = hidden.own

@@ -39,7 +39,7 @@ class Dense(Engine):
             values, place = smallest_in_rows(rows, query.k, hidden, query.slab, query.dtype)
         kept = hidden.kept(place)
         if query.exact and problem is not None:
-            values = measured(bound, place, query.slab, query.dtype)
+            values = measured(bound, values, place, query.slab)
             values = values if kept is None else values.masked_fill(~kept, torch.inf)
         elif query.exact:  # rows and pairs may round otherwise
             values = referee(bound, place, query.slab, query.dtype)

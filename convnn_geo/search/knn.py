@@ -104,8 +104,8 @@ def knn(
     if memory is not None:
         memory = check_int("memory", memory)
     if check:
-        check_finite("x", source.x, source.pos)
-        check_finite("y", target.x, target.pos)
+        for name, points in (("x", source),) if same else (("x", source), ("y", target)):
+            check_finite(name, points.x, None if points.pos is points.x else points.pos)
     search = _Search(metric, backend, self_point, short, memory)
     if batch_x is None and batch_y is None:
         found = search(target, source, k)

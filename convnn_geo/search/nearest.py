@@ -309,15 +309,23 @@ def order_by_value_then_place(value: Tensor, place: Tensor) -> Tensor:
     return order.gather(-1, value.gather(-1, order).argsort(dim=-1, stable=True))
 
 
-def measured(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
+def measured(bound: Distances, values: Tensor, place: Tensor, slab: int) -> Tensor:
     """Distances of the nearest, in order.
+
+    Args:
+        bound: what is measured.
+        values: ``(..., n, k)``, good to rounding, by what they were compared.
+        place: ``(..., n, k)``.
+        slab: bytes that may be taken.
 
     They were compared by their squares. Of two that are equal but for rounding, the root of the
     later may round to less: it is raised to the root of the earlier.
     """
-    return (
-        referee(bound, place, slab, dtype).cummax(-1).values if place.numel() else place.to(dtype)
-    )
+    if not place.numel():
+        return values
+    if isinstance(bound, Differences) and bound.plain:  # what was compared is exact already
+        return bound.of_square(values)
+    return referee(bound, place, slab, values.dtype).cummax(-1).values
 
 
 IMPLEMENTATIONS["dense"] = by_rows

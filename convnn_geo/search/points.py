@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convnn_geo.checks import all_finite
 from convnn_geo.search.nearest import (
     IMPLEMENTATIONS,
     Problem,
@@ -77,7 +78,7 @@ class PointEngine(Engine):
         hidden = Hidden(own=query.excluded)
         values, place = nearest(query.problem, query.k, hidden, query.slab, self.name)
         if query.exact:
-            values = measured(query.bound, place, query.slab, query.dtype)
+            values = measured(query.bound, values, place, query.slab)
         return place, values, None
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ class PointEngine(Engine):
         )
         q, keys = q.contiguous(), keys.contiguous()
         asked = k + 1 + (hidden.own is not None)
-        finite = bool(q.isfinite().all() and keys.isfinite().all())  # a tree of NaN is no tree
+        finite = all_finite(q) and (keys is q or all_finite(keys))  # a tree of NaN is no tree
         if not finite or not q.numel() or not 1 < asked <= keys.shape[-2]:
             return by_rows(problem, k, hidden, slab)
         prepared = self.prepare(keys)

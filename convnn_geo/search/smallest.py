@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convnn_geo.search import compiled
+from convnn_geo import compiled
 
 GROUPS = 128
 """Groups into which long rows are cut."""

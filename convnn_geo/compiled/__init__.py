@@ -1,4 +1,4 @@
-"""Search in C, compiled when first used; without a compiler everything works, more slowly."""
+"""What is in C: compiled when first used; without a compiler everything works, more slowly."""
 
 from __future__ import annotations
 
@@ -73,6 +73,28 @@ def cells_nearest(
     return (values, places) if status == 0 else None
 
 
+def squared_differences(q: Tensor, keys: Tensor, index: Tensor) -> Tensor | None:
+    """``sum (q - keys[index])^2``, ``(..., n, k)`` in float64, of float32 points.
+
+    None where that is not served: it is for the CPU, without gradient, and for equal leading axes,
+    at most one.
+    """
+    here = q.dtype == keys.dtype == torch.float32 and q.device.type == index.device.type == "cpu"
+    like = q.ndim == keys.ndim == index.ndim <= 3 and q.shape[:-1] == index.shape[:-1]
+    like = like and q.shape[:-2] == keys.shape[:-2] and index.numel() > 0
+    graph = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+    if not here or not like or graph or torch.compiler.is_compiling() or library() is None:
+        return None
+    q, keys, index = q.contiguous(), keys.contiguous(), index.contiguous()
+    out = torch.empty_like(index, dtype=torch.float64)
+    (n, d), m, k = q.shape[-2:], keys.shape[-2], index.shape[-1]
+    library().squared_differences(  # type: ignore[union-attr]
+        *(q.data_ptr(), keys.data_ptr(), index.data_ptr(), q.shape[:-2].numel()),
+        *(n, m, d, k, torch.get_num_threads(), out.data_ptr()),
+    )
+    return out
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled sources; None where there is no compiler or CONVNN_GEO_COMPILE is 0."""
@@ -91,6 +113,11 @@ def library() -> ctypes.CDLL | None:
             *(_POINTER, _INT, _POINTER, _POINTER),
         ]
         found.cells_nearest.restype = _INT
+        found.squared_differences.argtypes = [
+            *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
+            *(_INT, _POINTER),
+        ]
+        found.squared_differences.restype = None
         return found
     return None
 
@@ -104,7 +131,7 @@ def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     parts = [*sources, *compiler, program, str(os.stat(program).st_mtime), *flags, _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnn_geo"
-    path = cache / f"search_{name}.so"
+    path = cache / f"convnn_geo_{name}.so"
     if path.exists() and path.stat().st_uid in (0, os.getuid()):  # nobody else's code is run
         try:
             return ctypes.CDLL(str(path))

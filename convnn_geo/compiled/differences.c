@@ -1,0 +1,32 @@
+/* Squared Euclidean distances of chosen pairs, summed in double precision. */
+
+#include <stdint.h>
+
+enum { LANES = 8 };
+
+static double squared(const float *q, const float *key, int64_t d) {
+  double sum[LANES] = {0}, total = 0;
+  int64_t axis = 0;
+  for (; axis + LANES <= d; axis += LANES)
+    for (int lane = 0; lane < LANES; lane++) {
+      double difference = (double)q[axis + lane] - key[axis + lane];
+      sum[lane] += difference * difference;
+    }
+  for (; axis < d; axis++) {
+    double difference = (double)q[axis] - key[axis];
+    total += difference * difference;
+  }
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  return total;
+}
+
+/* q (examples, n, d), keys (examples, m, d), index (examples, n, k) into keys; out like index. */
+void squared_differences(const float *q, const float *keys, const int64_t *index, int64_t examples,
+                         int64_t n, int64_t m, int64_t d, int64_t k, int threads, double *out) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < examples * n; row++) {
+    const float *all = keys + row / n * m * d;
+    for (int64_t j = 0; j < k; j++)
+      out[row * k + j] = squared(q + row * d, all + index[row * k + j] * d, d);
+  }
+}
