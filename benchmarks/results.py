@@ -14,8 +14,9 @@ from convnn_geo.bench import machine
 FOLDER = Path(__file__).parent
 HEAD = """# Results
 
-Made by `make bench` on {date}. Each table is one run, side by side: medians, tenth percentiles,
-ratios to its first row, and the memory that one call adds. Compare ratios, not milliseconds.
+Made by `make bench` on {date}. Each table is one run, side by side: medians, tenth and ninetieth
+percentiles, ratios to its first row, and the memory that one call adds. Compare ratios, not
+milliseconds.
 
 Machine: {machine}
 """

@@ -90,7 +90,11 @@ def _add_graph(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     known = ["mixed", *metric_names()]
     _add(
-        parser, "metric", names_among("metric", known), "NAMES", "mixed: 0.3 position + 0.7 cosine"
+        parser,
+        "metric",
+        names_among("metric", known),
+        "NAMES",
+        "mixed: 0.3 squared position + 0.7 cosine",
     )
     _add_common(parser, "graph")
     _add(parser, "k", counts, "NUMBERS", "neighbours")

@@ -88,13 +88,17 @@ def input_names() -> list[str]:
 
 
 def metric(name: str) -> Metric:
-    """A metric by name; ``mixed`` is 0.3 times position and 0.7 times cosine.
+    """A metric by name; ``mixed`` is 0.3 times squared position and 0.7 times cosine.
 
     Example:
         >>> metric("cosine")
         Feature('cosine')
     """
-    return 0.3 * Spatial() + 0.7 * Feature("cosine") if name == "mixed" else as_metric(name)
+    return (
+        0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
+        if name == "mixed"
+        else as_metric(name)
+    )
 
 
 def _random(n: int, dimension: int, batch: int, generator: torch.Generator) -> Points:

@@ -43,9 +43,25 @@ class Ragged:
         targets = torch.bincount(self.batch_y, minlength=clouds)
         level = clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
         small = self.target.num_points < LARGE * max(clouds, 1)
-        if level or (small and backend in ("auto", "dense")):
+        if level:
+            return self._level(search, k, clouds)
+        if small and backend in ("auto", "dense"):
             return self._together(search, k, clouds, sources)
         return self._apart(search, k, sources.tolist(), targets.tolist())
+
+    def _level(
+        self, search: Callable[[Points, Points, int], Neighborhood], k: int, clouds: int
+    ) -> Neighborhood:
+        """Of one size: the rows are dense examples already."""
+        source = _examples(self.source, clouds)
+        target = source if self.same else _examples(self.target, clouds)
+        found = search(target, source, k)
+        start = torch.arange(clouds, device=found.index.device) * source.num_points
+        index = found.index + start[:, None, None]
+        if found.mask is not None:
+            index = index.where(found.mask, 0)
+        found = replace(found, index=index, num_sources=self.source.num_points)
+        return found.apply(lambda t: t.flatten(0, 1))
 
     def _together(
         self,
@@ -59,16 +75,12 @@ class Ragged:
         target = source
         if not self.same:
             target = Points.from_batch(self.target.x, self.target.pos, self.batch_y, clouds)
-        rows = target
-        if bool((sources == source.num_points).all()):
-            source = replace(source, mask=None)
-            target = source if self.same else target
         found = search(target, source, k)
         start = sources.cumsum(0) - sources
         found = replace(found, index=found.index + start[:, None, None])
         if found.mask is not None:
             found = replace(found, index=found.index.where(found.mask, 0))
-        found = replace(found.apply(rows.to_rows), num_sources=self.source.num_points)
+        found = replace(found.apply(target.to_rows), num_sources=self.source.num_points)
         filled = found.mask is None or bool(found.mask.all())
         return replace(found, mask=None) if filled else found
 
@@ -94,6 +106,11 @@ class Ragged:
             first_source, first_target = first_source + m, first_target + n
         slots = min((part.k for part in found), default=k)  # the smallest cloud's, if truncated
         return _joined([part.apply(lambda t: t[:, :slots]) for part in found], self.source, slots)
+
+
+def _examples(points: Points, clouds: int) -> Points:
+    x, pos = (None if t is None else t.unflatten(0, (clouds, -1)) for t in (points.x, points.pos))
+    return Points(x, pos)
 
 
 def _part(points: Points, start: int, size: int) -> Points:
