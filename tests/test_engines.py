@@ -289,6 +289,11 @@ def test_distances_of_edges_have_a_gradient():
     assert near.shape[1] == short.numel() == int((distance <= 0.2).sum())
 
 
+@pytest.mark.parametrize("name", ["auto", *EXACT])
+def test_no_examples_have_no_neighbours(name):
+    assert knn(torch.zeros(0, 300, 3), k=3, backend=name).index.shape == (0, 300, 3)
+
+
 def test_graphs_of_nothing_and_of_too_much():
     assert knn_graph(LINE[:0], 3).shape == (2, 0)
     assert knn_graph(LINE, 9, short="pad").shape == (2, 12)

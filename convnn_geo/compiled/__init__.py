@@ -132,7 +132,8 @@ def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnn_geo"
     path = cache / f"convnn_geo_{name}.so"
-    if path.exists() and path.stat().st_uid in (0, os.getuid()):  # nobody else's code is run
+    ours = (0, os.getuid()) if hasattr(os, "getuid") else (0,)  # nobody else's code is run
+    if path.exists() and path.stat().st_uid in ours:
         try:
             return ctypes.CDLL(str(path))
         except OSError:  # damaged: build it again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from convnn_geo.extras import installed, require
 from convnn_geo.metrics import Differences
-from convnn_geo.search.nearest import Problem, by_rows, put_rows, referee, unsure_rows
+from convnn_geo.search.nearest import Problem, referee
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
-from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import by_value_then_place
 
 
@@ -24,40 +22,11 @@ class ApproximateEngine(PointEngine):
 
     approximate = True
 
-    @abstractmethod
-    def propose(self, prepared: Any, q: Tensor, asked: int) -> Tensor | None:
-        """``(b, n, asked)`` sources, near ones; -1 where none was found."""
-
-    def _settled(
-        self,
-        problem: Problem,
-        prepared: Any,
-        q: Tensor,
-        keys: Tensor,
-        lead: torch.Size,
-        k: int,
-        hidden: Hidden,
-        asked: int,
-        slab: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Order the proposals; where fewer than k were made, search by rows."""
-        proposed = self.propose(prepared, q, asked)
-        if proposed is None:
-            return by_rows(problem, k, hidden, slab)
-        place = proposed.view(*lead, *proposed.shape[-2:])
-        lost = place < 0
-        place = place.clamp_min(0)
-        value = referee(problem.bound(), place, slab, problem.dtype)
-        if hidden.own is not None:
-            lost = lost | (place == hidden.own.unsqueeze(-1))
-        value, place = by_value_then_place(value.masked_fill(lost, torch.inf), place)
-        value, place = value[..., :k].contiguous(), place[..., :k].contiguous()
-        unsure = value[..., -1] == torch.inf
-        if bool(unsure.any()):
-            rows = unsure_rows(unsure)
-            again = by_rows(problem.targets(rows), k, hidden.targets(rows), slab)
-            value, place = put_rows(value, place, rows, again)
-        return value, place
+    def unsure(
+        self, problem: Problem, q: Tensor, keys: Tensor, farthest: Tensor, last: Tensor
+    ) -> Tensor:
+        """Only targets for which fewer than k were proposed."""
+        return last == torch.inf
 
 
 class NNDescent(ApproximateEngine):

@@ -94,7 +94,7 @@ class Cells(PointEngine):
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """Example by example in C; by proposals where that can't be."""
-        plain = problem.kind == "points" and problem.axes is None
+        plain = problem.kind == "points" and problem.axes is None and problem.q.numel() > 0
         plain = plain and problem.q.ndim == problem.keys.ndim <= 3 and k > 0
         plain = plain and k + (hidden.own is not None) <= problem.keys.shape[-2]
         if not plain or not (all_finite(problem.q) and all_finite(problem.keys)):

@@ -17,6 +17,7 @@ from torch import Tensor
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
 from convnn_geo.metrics.distances import take
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
+from convnn_geo.search.smallest import order_by_value_then_place
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
     asked = min(k + 1, problem.keys.shape[-2])
     values, places = smallest_in_rows(rough, asked, hidden, slab, dtype)
     margin = 2 * rough.rounding()
-    unsure = _undecided(problem, values, places, margin) | _open_ended(problem, values, places)
+    unsure = _undecided(problem, values, places, margin)
+    if 1 < asked < problem.keys.shape[-2]:
+        unsure = unsure | _open_ended(problem, values, places)
     values, places = values[..., :k], places[..., :k]
     if bool(unsure.any()):
         rows = unsure_rows(unsure)
@@ -216,8 +219,7 @@ def _open_ended(problem: Problem, values: Tensor, places: Tensor) -> Tensor:
 
     Where these keys are the target itself, nobody who comes after can be nearer.
     """
-    tied = values[..., -1] == values[..., -2] if values.shape[-1] > 1 else values[..., -1].isnan()
-    tied = tied & (values[..., -1] < torch.inf)
+    tied = (values[..., -1] == values[..., -2]) & (values[..., -1] < torch.inf)
     if problem.kind == "products" or not bool(tied.any()):
         return tied
     last = places[..., -1]
@@ -301,12 +303,6 @@ def unsure_rows(unsure: Tensor) -> Tensor:
 def referee(bound: Distances, place: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
     """Distances of chosen pairs as they are compared, ``(..., n, k)``."""
     return in_slabs(bound.refined(), place, slab, dtype)
-
-
-def order_by_value_then_place(value: Tensor, place: Tensor) -> Tensor:
-    """The order that sorts each row by value, ties by place."""
-    order = place.argsort(dim=-1)
-    return order.gather(-1, value.gather(-1, order).argsort(dim=-1, stable=True))
 
 
 def measured(bound: Distances, values: Tensor, place: Tensor, slab: int) -> Tensor:

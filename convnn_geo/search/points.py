@@ -46,7 +46,7 @@ class PointEngine(Engine):
     def propose(self, prepared: Any, q: Tensor, asked: int) -> Tensor | None:
         """The ``asked`` nearest of points ``(b, n, d)`` among those prepared: ``(b, n, asked)``.
 
-        None where it gives up.
+        -1 where one is missing; None where it gives up.
         """
 
     def limit(self, device: torch.device) -> int | None:
@@ -124,13 +124,14 @@ class PointEngine(Engine):
         if proposed is None:
             return by_rows(problem, k, hidden, slab)
         place = proposed.view(*lead, *proposed.shape[-2:])
-        value = referee(problem.bound(), place, slab, problem.dtype)
-        farthest = value.amax(-1)  # what was not proposed is no nearer, but for rounding
+        lost = place < 0  # none was found
         if hidden.own is not None:
-            value = value.masked_fill(place == hidden.own.unsqueeze(-1), torch.inf)
-        value, place = by_value_then_place(value, place)
-        slack = self._slack(problem, q, keys, farthest.reshape(q.shape[:2])).view(farthest.shape)
-        unsure = ~(farthest - value[..., k - 1] > slack)
+            lost = lost | (place == hidden.own.unsqueeze(-1))
+        place = place.clamp_min(0)
+        value = referee(problem.bound(), place, slab, problem.dtype)
+        farthest = value.amax(-1)
+        value, place = by_value_then_place(value.masked_fill(lost, torch.inf), place)
+        unsure = self.unsure(problem, q, keys, farthest, value[..., k - 1])
         value, place = value[..., :k].contiguous(), place[..., :k].contiguous()
         if bool(unsure.any()):
             rows = unsure_rows(unsure)
@@ -144,6 +145,23 @@ class PointEngine(Engine):
                 again = by_rows(few, k, behind, slab)
             value, place = put_rows(value, place, rows, again)
         return value, place
+
+    def unsure(
+        self, problem: Problem, q: Tensor, keys: Tensor, farthest: Tensor, last: Tensor
+    ) -> Tensor:
+        """Targets ``(..., n)`` whose k nearest may not all be among the proposals.
+
+        What was not proposed is no nearer than the farthest that was, but for rounding.
+
+        Args:
+            problem: what is searched.
+            q: targets ``(b, n, d)``.
+            keys: sources ``(b, m, d)``.
+            farthest: ``(..., n)``, the largest value of a proposal.
+            last: ``(..., n)``, the k-th smallest.
+        """
+        slack = self._slack(problem, q, keys, farthest.reshape(q.shape[:2])).view(farthest.shape)
+        return ~(farthest - last > slack)
 
     def _slack(self, problem: Problem, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
         """:meth:`slack` in terms of the problem's values."""

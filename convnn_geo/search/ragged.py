@@ -57,11 +57,8 @@ class Ragged:
         target = source if self.same else _examples(self.target, clouds)
         found = search(target, source, k)
         start = torch.arange(clouds, device=found.index.device) * source.num_points
-        index = found.index + start[:, None, None]
-        if found.mask is not None:
-            index = index.where(found.mask, 0)
-        found = replace(found, index=index, num_sources=self.source.num_points)
-        return found.apply(lambda t: t.flatten(0, 1))
+        found = _counted(found, start[:, None, None]).apply(lambda t: t.flatten(0, 1))
+        return replace(found, num_sources=self.source.num_points)
 
     def _together(
         self,
@@ -77,10 +74,8 @@ class Ragged:
             target = Points.from_batch(self.target.x, self.target.pos, self.batch_y, clouds)
         found = search(target, source, k)
         start = sources.cumsum(0) - sources
-        found = replace(found, index=found.index + start[:, None, None])
-        if found.mask is not None:
-            found = replace(found, index=found.index.where(found.mask, 0))
-        found = replace(found.apply(target.to_rows), num_sources=self.source.num_points)
+        found = _counted(found, start[:, None, None]).apply(target.to_rows)
+        found = replace(found, num_sources=self.source.num_points)
         filled = found.mask is None or bool(found.mask.all())
         return replace(found, mask=None) if filled else found
 
@@ -98,14 +93,16 @@ class Ragged:
             source = _part(self.source, first_source, m)
             target = source if self.same else _part(self.target, first_target, n)
             if n:
-                part = search(target, source, k)
-                index = part.index + first_source
-                if part.mask is not None:
-                    index = index.where(part.mask, 0)
-                found.append(replace(part, index=index))
+                found.append(_counted(search(target, source, k), first_source))
             first_source, first_target = first_source + m, first_target + n
         slots = min((part.k for part in found), default=k)  # the smallest cloud's, if truncated
         return _joined([part.apply(lambda t: t[:, :slots]) for part in found], self.source, slots)
+
+
+def _counted(found: Neighborhood, start: Tensor | int) -> Neighborhood:
+    """The same with sources counted from ``start`` on; empty slots name source 0."""
+    index = found.index + start
+    return replace(found, index=index if found.mask is None else index.where(found.mask, 0))
 
 
 def _examples(points: Points, clouds: int) -> Points:

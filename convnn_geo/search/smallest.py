@@ -84,13 +84,18 @@ def by_value_then_place(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]
         (tensor([1., 1., 2.]), tensor([3, 7, 0]))
     """
     if values.dtype != torch.float32:
-        order = places.argsort(dim=-1)
-        order = order.gather(-1, values.gather(-1, order).argsort(dim=-1, stable=True))
+        order = order_by_value_then_place(values, places)
         return values.gather(-1, order), places.gather(-1, order)
     keys = _first(_keys(values, places), values.shape[-1])
     bits = (keys >> 32).to(torch.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     return bits.view(torch.float32), keys & 0xFFFFFFFF
+
+
+def order_by_value_then_place(values: Tensor, places: Tensor) -> Tensor:
+    """The order that sorts each row by value, ties by place."""
+    order = places.argsort(dim=-1)
+    return order.gather(-1, values.gather(-1, order).argsort(dim=-1, stable=True))
 
 
 def _first(keys: Tensor, k: int) -> Tensor:
