@@ -15,8 +15,8 @@ CASES = (
     (1, 16384, 3, 9, 2.4),
     (1, 100_000, 3, 9, 2.4),
     (1, 100_000, 2, 9, 2.4),
-    (1, 1024, 64, 9, 15.0),
-    (32, 256, 192, 9, 10.0),
+    (1, 1024, 64, 9, 18.0),
+    (32, 256, 192, 9, 15.0),
 )
 
 
@@ -40,7 +40,7 @@ def main() -> None:
             f"{examples} x {n} points, {dimension} dimensions, k = {k}",
             timings,
             f"Claim: ratio at most 1 / {wanted:g} = {1 / wanted:.2f}; measured 1 / "
-            f"{timings[0].median / timings[1].median:.1f}.",
+            f"{1 / timings[1].ratio:.1f}.",
         )
 
 

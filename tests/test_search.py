@@ -782,5 +782,5 @@ def test_a_scale_of_the_axes_breaks_no_ties():
 def test_the_operator_keeps_the_rules_of_torch(engine, kind):
     q, keys = torch.randn(2, 7, 12), torch.randn(2, 30, 12)
     bias = torch.randn(2, 30) if kind == "products" else None
-    arguments = (kind, q, keys, bias, None, 1.0, False, 4, None, None, 2**20, engine)
+    arguments = (kind, q, keys, bias, None, 1.0, False, True, 4, None, None, 2**20, engine)
     torch.library.opcheck(torch.ops.convnn_geo.nearest.default, arguments)

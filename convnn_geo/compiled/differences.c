@@ -1,10 +1,10 @@
 /* Squared Euclidean distances of chosen pairs, summed in double precision. */
 
-#include <stdint.h>
+#include "differences.h"
 
-enum { LANES = 8 };
+enum { LANES = 16 };
 
-static double squared(const float *q, const float *key, int64_t d) {
+double squared_difference(const float *q, const float *key, int64_t d) {
   double sum[LANES] = {0}, total = 0;
   int64_t axis = 0;
   for (; axis + LANES <= d; axis += LANES)
@@ -27,6 +27,6 @@ void squared_differences(const float *q, const float *keys, const int64_t *index
   for (int64_t row = 0; row < examples * n; row++) {
     const float *all = keys + row / n * m * d;
     for (int64_t j = 0; j < k; j++)
-      out[row * k + j] = squared(q + row * d, all + index[row * k + j] * d, d);
+      out[row * k + j] = squared_difference(q + row * d, all + index[row * k + j] * d, d);
   }
 }

@@ -6,12 +6,13 @@
    before it. There is hardly a branch that depends on the data, and the loops over blocks of fixed
    size vectorise. */
 
+#include "select.h"
+
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-enum { WIDE = 16, BLOCK = 32, GROUPS = 128, LIST = 512, SPARE = 2 };
+enum { WIDE = 16, BLOCK = 32, LIST = 512, SPARE = 2 };
 
 typedef struct {
   float value[LIST];
@@ -39,8 +40,7 @@ static int count_up_to(const int32_t *keys, int32_t limit) {
   return count;
 }
 
-/* A value that at least k of the row do not exceed, and few more. */
-static float bound(const float *row, int64_t m, int k) {
+float bound(const float *row, int64_t m, int k) {
   float minimum[GROUPS];
   for (int j = 0; j < GROUPS; j++) minimum[j] = INFINITY;
   int64_t start = 0;
@@ -89,7 +89,7 @@ static void sort(List *list, int k) {
   memcpy(list->index, sorted.index, (size_t)list->count * sizeof *sorted.index);
 }
 
-static void one_row(const float *row, int64_t m, int k, float *best, int64_t *index) {
+void smallest_of_row(const float *row, int64_t m, int k, float *best, int64_t *index) {
   List list;
   list.count = 0;
   float limit = bound(row, m, k); /* values under it are listed, so just above the bound */
@@ -130,5 +130,5 @@ void k_smallest(const float *values, int64_t rows, int64_t m, int k, int threads
                 int64_t *index) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows; i++)
-    one_row(values + i * m, m, k, best + i * k, index + i * k);
+    smallest_of_row(values + i * m, m, k, best + i * k, index + i * k);
 }

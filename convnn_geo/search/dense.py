@@ -31,7 +31,7 @@ class Dense(Engine):
             return _windowed(query, shared)
         bound = query.bound if shared is None else query.bound.select(shared)
         hidden = Hidden(query.subset.mask, _own_place(query))
-        problem = query.problem if shared is None else Problem.of(bound, query.dtype)
+        problem = query.problem if shared is None else Problem.of(bound, query.dtype, query.exact)
         if problem is not None:
             values, place = nearest(problem, query.k, hidden, query.slab, self.name)
         else:

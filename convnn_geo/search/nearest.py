@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn_geo import compiled
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
-from convnn_geo.metrics.distances import take
+from convnn_geo.metrics.distances import DIRECT_DIMENSIONS, take
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import order_by_value_then_place
 
@@ -33,6 +34,7 @@ class Problem:
         scale: of ``"products"``.
         dtype: in which distances are compared.
         axes: ``(..., 1, d | 1)``, by which differences of ``"points"`` are scaled; None for 1.
+        exact: whether values are wanted as they are compared; otherwise good to rounding.
     """
 
     kind: str
@@ -42,24 +44,27 @@ class Problem:
     scale: float
     dtype: torch.dtype
     axes: Tensor | None = None
+    exact: bool = False
 
     @classmethod
-    def of(cls, bound: Distances, dtype: torch.dtype) -> Problem | None:
+    def of(cls, bound: Distances, dtype: torch.dtype, exact: bool = False) -> Problem | None:
         """Distances as a problem; None for forms that are neither points nor products."""
         sharp = bound.sharp()
         if isinstance(sharp, Angular):
-            return cls("angles", sharp.q, sharp.k, None, 1.0, dtype)
+            return cls("angles", sharp.q, sharp.k, None, 1.0, dtype, None, exact)
         if isinstance(sharp, Differences) and sharp.p == 2:
-            return cls("points", sharp.q, sharp.k, None, 1.0, dtype, sharp.scale)
+            return cls("points", sharp.q, sharp.k, None, 1.0, dtype, sharp.scale, exact)
         points = sharp.coordinates()
         if points is not None:
-            return cls("points", *points, None, 1.0, dtype)
+            return cls("points", *points, None, 1.0, dtype, None, exact)
         product = sharp.double().bilinear() if sharp.bilinear() is not None else None
         if isinstance(sharp, BilinearForm):
             product = sharp  # nothing was combined, so nothing is rounded yet
         if product is None:
             return None
-        return cls("products", product.q, product.k, product.b, product.scale, dtype)
+        return cls(
+            "products", product.q, product.k, product.b, product.scale, dtype, None, exact
+        )
 
     def targets(self, index: Tensor) -> Problem:
         """The same from the targets ``index (..., 1, r)`` alone."""
@@ -111,7 +116,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {}
 def nearest(
     problem: Problem, k: int, hidden: Hidden, slab: int, engine: str
 ) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest of a problem by an engine: values, good to rounding, and places."""
+    """The ``k`` nearest of a problem by an engine: values and places."""
     p = problem
     return _nearest(
         p.kind,
@@ -121,6 +126,7 @@ def nearest(
         None if p.axes is None else p.axes.detach(),
         float(p.scale),
         p.dtype == torch.float64,
+        p.exact,
         k,
         hidden.mask,
         hidden.own,
@@ -138,6 +144,7 @@ def _nearest(
     axes: Tensor | None,
     scale: float,
     double: bool,
+    exact: bool,
     k: int,
     mask: Tensor | None,
     own: Tensor | None,
@@ -145,7 +152,7 @@ def _nearest(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if double else torch.float32
-    problem = Problem(kind, q, keys, bias, scale, dtype, axes)
+    problem = Problem(kind, q, keys, bias, scale, dtype, axes, exact)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours
     try:
@@ -164,6 +171,7 @@ def _shapes(
     axes: Tensor | None,
     scale: float,
     double: bool,
+    exact: bool,
     k: int,
     mask: Tensor | None,
     own: Tensor | None,
@@ -180,12 +188,26 @@ def _shapes(
 
 def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
     """Dense search: rows of distances by one matrix product, or by differences where few axes."""
+    found = _by_fused_rows(problem, k, hidden)
+    if found is not None:
+        return found
     bound, dtype = problem.bound(), problem.dtype
     rough = bound.ordering(dtype)
     if type(rough) is not BilinearForm:
         return smallest_in_rows(rough, k, hidden, slab, dtype)
+    values, places = _by_product(problem, rough, k, hidden, slab)
+    if problem.exact:
+        seen = referee(bound, places, slab, dtype)
+        values = torch.where(values == torch.inf, values, seen)
+    return values, places
+
+
+def _by_product(
+    problem: Problem, rough: BilinearForm, k: int, hidden: Hidden, slab: int
+) -> tuple[Tensor, Tensor]:
+    """By a product that tells all but near ones apart; rows where it doesn't are searched again."""
     asked = min(k + 1, problem.keys.shape[-2])
-    values, places = smallest_in_rows(rough, asked, hidden, slab, dtype)
+    values, places = smallest_in_rows(rough, asked, hidden, slab, problem.dtype)
     margin = 2 * rough.rounding()
     unsure = _undecided(problem, values, places, margin)
     if 1 < asked < problem.keys.shape[-2]:
@@ -196,6 +218,17 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
         settled = _settle(problem, rough, rows, k, hidden, margin, slab)
         values, places = put_rows(values, places, rows, settled)
     return values, places
+
+
+def _by_fused_rows(problem: Problem, k: int, hidden: Hidden) -> tuple[Tensor, Tensor] | None:
+    """The same in C, rows of products never leaving the cache; None where that is not served."""
+    few = problem.kind != "products" and problem.q.shape[-1] <= DIRECT_DIMENSIONS
+    if few or problem.axes is not None or problem.dtype != torch.float32:
+        return None
+    return compiled.products_nearest(
+        *(problem.kind, problem.q, problem.keys, k),
+        *(problem.bias, problem.scale, hidden.mask, hidden.own, problem.exact),
+    )
 
 
 def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor) -> Tensor:
@@ -310,17 +343,20 @@ def measured(bound: Distances, values: Tensor, place: Tensor, slab: int) -> Tens
 
     Args:
         bound: what is measured.
-        values: ``(..., n, k)``, good to rounding, by what they were compared.
+        values: ``(..., n, k)``, by what they were compared: often squares, or distances without
+            what is the same for a whole row.
         place: ``(..., n, k)``.
         slab: bytes that may be taken.
 
-    They were compared by their squares. Of two that are equal but for rounding, the root of the
-    later may round to less: it is raised to the root of the earlier.
+    Of two that were compared by values that are equal but for rounding, the distance of the later
+    may round to less: it is raised to that of the earlier.
     """
     if not place.numel():
         return values
-    if isinstance(bound, Differences) and bound.plain:  # what was compared is exact already
+    if isinstance(bound, Differences) and bound.p == 2 and bound.scale is None:
         return bound.of_square(values)
+    if isinstance(bound, Angular):
+        return values
     return referee(bound, place, slab, values.dtype).cummax(-1).values
 
 

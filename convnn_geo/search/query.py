@@ -54,9 +54,9 @@ class Query:
     @once
     def problem(self) -> Problem | None:
         """The same in terms of tensors; None for metrics that are neither points nor products."""
-        return Problem.of(self.bound, self.dtype)
+        return Problem.of(self.bound, self.dtype, self.exact)
 
-    @property
+    @once
     def dimension(self) -> int | None:
         """Of points whose Euclidean order is the metric's; None where there are none."""
         return None if self.problem is None else self.problem.dimension

@@ -1,0 +1,44 @@
+/* The k nearest of a block of targets, by products: what products.c gives to others. */
+
+#include <stdint.h>
+
+/* How far apart two vectors are. Scale and bias are those of PRODUCTS. */
+enum Kind {
+  POINTS,  /* |q - key|^2 */
+  ANGLES,  /* |q - key|^2 / 2 of vectors of length one; 1 from and to a zero vector */
+  PRODUCTS /* bias - scale <q, key> */
+};
+
+/* Whose k nearest are wanted: examples of n targets and m sources of d axes.
+   Axes are contiguous; a stride is counted in numbers, 0 where all share. */
+typedef struct {
+  int32_t kind, k, exact; /* exact: values are wanted as they are compared */
+  int64_t examples, heads, n, m, d; /* examples counts each head */
+  const float *q, *keys, *bias;     /* bias (m) of an example, or NULL */
+  int64_t q_example, q_head, q_row, key_example, key_head, key_row, bias_example, bias_head;
+  const uint8_t *mask; /* where choice is allowed, or NULL; columns are contiguous */
+  int64_t mask_example, mask_head, mask_row;
+  const int64_t *own; /* (n), a source that each target is not to find, -1 for none; or NULL */
+  float scale;
+} Problem;
+
+#if defined(__AVX512F__)
+enum { LANES = 16, TARGETS = 8 };
+#elif defined(__AVX__)
+enum { LANES = 8, TARGETS = 6 };
+#else
+enum { LANES = 4, TARGETS = 8 };
+#endif
+enum { PANEL = 2 * LANES };
+
+typedef struct Workspace Workspace;
+
+/* NULL where memory does not suffice. */
+Workspace *workspace_new(const Problem *problem);
+void workspace_free(Workspace *workspace);
+
+/* The k nearest of the targets start to start + TARGETS of an example, as far as there are any:
+   values and places (TARGETS, k), in order of (value, place). What is hidden comes last, as
+   infinity. Returns 0 where numbers are not finite, or too large to tell. */
+int nearest_of_block(Workspace *workspace, int64_t example, int64_t start, float *values,
+                     int64_t *places);

@@ -1,0 +1,114 @@
+"""Search in C. Every function returns None where it does not serve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convnn_geo.compiled import build
+from convnn_geo.compiled.problem import LARGEST_K, describe
+
+
+def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """The ``k`` smallest of each row of ``(..., m)`` in order of (value, index), NaN last.
+
+    None where that is not served: it is for float32 on the CPU, and k up to :data:`LARGEST_K`.
+    """
+    here = values.dtype == torch.float32 and values.device.type == "cpu"
+    if not here or not 0 < k <= LARGEST_K or build.library() is None:
+        return None
+    values = values.contiguous()
+    best = values.new_empty(*values.shape[:-1], k)
+    index = torch.empty_like(best, dtype=torch.long)
+    m = values.shape[-1]
+    build.library().k_smallest(  # type: ignore[union-attr]
+        *(values.data_ptr(), values.numel() // m, m, k, torch.get_num_threads()),
+        *(best.data_ptr(), index.data_ptr()),
+    )
+    return best, index
+
+
+def cells_nearest(
+    q: Tensor, keys: Tensor, k: int, own: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Squared distances and places ``(n, k)`` of the nearest of ``keys (m, d)``, in order.
+
+    None where that is not served: it is for finite float32 on the CPU, up to three dimensions,
+    and for points that do not lie in tight clusters.
+
+    Args:
+        own: ``(n,)``, a key that each query is not to find; -1 for none.
+    """
+    here = q.dtype == torch.float32 and q.device.type == "cpu" and q.shape[-1] <= 3
+    if not here or build.library() is None:
+        return None
+    q, keys = q.contiguous(), keys.contiguous()
+    own = None if own is None else own.contiguous()
+    values = q.new_empty(len(q), k)
+    places = torch.empty_like(values, dtype=torch.long)
+    status = build.library().cells_nearest(  # type: ignore[union-attr]
+        *(keys.data_ptr(), len(keys), q.data_ptr(), len(q), q.shape[-1], k),
+        *(None if own is None else own.data_ptr(), torch.get_num_threads()),
+        *(values.data_ptr(), places.data_ptr()),
+    )
+    return (values, places) if status == 0 else None
+
+
+def products_nearest(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    own: Tensor | None = None,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor] | None:
+    """Values and places ``(..., n, k)`` of the nearest, in order of (value, place), ties exact.
+
+    None where that is not served: it is for finite float32 on the CPU, and for rows that are not
+    too long to stay in cache.
+
+    Args:
+        kind: ``"points"``, by squared distances; ``"angles"``; or ``"products"``.
+        q: ``(..., n, d)``.
+        keys: ``(..., m, d)``.
+        k: at most ``m``.
+        bias: ``(..., m)``, of ``"products"``.
+        scale: of ``"products"``.
+        mask: ``(..., n | 1, m)``, True where choice is allowed.
+        own: ``(n,)``, a source that each target is not to find; -1 for none.
+        exact: whether values are wanted as they are compared; otherwise good to rounding.
+    """
+    problem = describe(kind, q, keys, k, bias, scale, mask, own, exact)
+    if problem is None:
+        return None
+    values = q.new_empty(*problem.lead, problem.n, k)
+    places = torch.empty_like(values, dtype=torch.long)
+    served = build.library().products_nearest(  # type: ignore[union-attr]
+        problem.address, torch.get_num_threads(), values.data_ptr(), places.data_ptr()
+    )
+    return (values, places) if served else None
+
+
+def squared_differences(q: Tensor, keys: Tensor, index: Tensor) -> Tensor | None:
+    """``sum (q - keys[index])^2``, ``(..., n, k)`` in float64, of float32 points.
+
+    None where that is not served: it is for the CPU, without gradient, and for equal leading axes,
+    at most one.
+    """
+    here = q.dtype == keys.dtype == torch.float32 and q.device.type == index.device.type == "cpu"
+    like = q.ndim == keys.ndim == index.ndim <= 3 and q.shape[:-1] == index.shape[:-1]
+    like = like and q.shape[:-2] == keys.shape[:-2] and index.numel() > 0
+    graph = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
+    if not here or not like or graph or torch.compiler.is_compiling() or build.library() is None:
+        return None
+    q, keys, index = q.contiguous(), keys.contiguous(), index.contiguous()
+    out = torch.empty_like(index, dtype=torch.float64)
+    (n, d), m, k = q.shape[-2:], keys.shape[-2], index.shape[-1]
+    build.library().squared_differences(  # type: ignore[union-attr]
+        *(q.data_ptr(), keys.data_ptr(), index.data_ptr(), q.shape[:-2].numel()),
+        *(n, m, d, k, torch.get_num_threads(), out.data_ptr()),
+    )
+    return out

@@ -1,0 +1,12 @@
+/* Of one row of values: what k_smallest.c gives to others. */
+
+#include <stdint.h>
+
+/* The most neighbours that bound() can bound. */
+enum { GROUPS = 128 };
+
+/* A value that at least k of the row's m do not exceed, and few more; k at most m and GROUPS. */
+float bound(const float *row, int64_t m, int k);
+
+/* The k smallest in order of (value, index), NaN last. */
+void smallest_of_row(const float *row, int64_t m, int k, float *best, int64_t *index);
