@@ -1,5 +1,6 @@
 """What is in C: compiled when first used; without a compiler everything works, more slowly."""
 
+from convnn_geo.compiled.aggregation import gather_taps
 from convnn_geo.compiled.build import library
 from convnn_geo.compiled.search import (
     LARGEST_K,
@@ -12,6 +13,7 @@ from convnn_geo.compiled.search import (
 __all__ = [
     "LARGEST_K",
     "cells_nearest",
+    "gather_taps",
     "k_smallest",
     "library",
     "products_nearest",

@@ -30,9 +30,10 @@ _ARGUMENTS = {
         *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
         *(_INT, _POINTER),
     ],
+    "gather_taps": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _POINTER],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],
 }
-_FUSED = ("products.c",)
+_FUSED = ("products.c", "taps.c")
 """Whose sums may fuse a product into its addition; elsewhere they round as torch's do."""
 
 @functools.cache

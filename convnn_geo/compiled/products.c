@@ -24,8 +24,6 @@
 
 enum { WIDE = 16, FEW = 64, DOUBLES = 16 };
 
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
-
 struct Workspace {
   const Problem *problem;
   int64_t example, wide;          /* packed now, -1 for none; m rounded up to panels */

@@ -2,6 +2,8 @@
 
 #include <stdint.h>
 
+#include "tile.h"
+
 /* How far apart two vectors are. Scale and bias are those of PRODUCTS. */
 enum Kind {
   POINTS,  /* |q - key|^2 */
@@ -21,15 +23,6 @@ typedef struct {
   const int64_t *own; /* (n), a source that each target is not to find, -1 for none; or NULL */
   float scale;
 } Problem;
-
-#if defined(__AVX512F__)
-enum { LANES = 16, TARGETS = 8 };
-#elif defined(__AVX__)
-enum { LANES = 8, TARGETS = 6 };
-#else
-enum { LANES = 4, TARGETS = 8 };
-#endif
-enum { PANEL = 2 * LANES };
 
 typedef struct Workspace Workspace;
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from convnn_geo import compiled
 from convnn_geo.kernels.base import Kernel, flat_index, lowered, spread
 from convnn_geo.pairs import Pairs
 
@@ -92,6 +93,9 @@ class _GatherTaps(torch.autograd.Function):
 
     @staticmethod
     def forward(rows, index, rho, taps, bias, groups):  # type: ignore[no-untyped-def]
+        found = compiled.gather_taps(rows, index, rho, taps, bias) if groups == 1 else None
+        if found is not None:
+            return found
         (k, d), n = taps.shape[:2], index.shape[1]
         out = rows.new_empty(n, d)
         # On the CPU a few targets at a time, so that their sums stay in cache for all taps.

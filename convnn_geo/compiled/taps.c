@@ -1,0 +1,95 @@
+/* out_i = bias + sum_j W_j rho_ij x[index_ij]: neighbours are read where they lie, never copied.
+
+   The taps are packed into panels of outputs, so that a tile of sums stays in registers while all
+   neighbours and channels pass. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tile.h"
+
+typedef struct {
+  int64_t n, k, c, d;
+  const float *rows;    /* (m, c) */
+  const int64_t *index; /* (k, n), -1 for none */
+  const float *rho;     /* (k, n), or NULL */
+  const float *panel;   /* (panels, k, c, PANEL) */
+  const float *bias;    /* (panels, PANEL) */
+  const float *zero;    /* (c) */
+} Taps;
+
+/* Taps (k, d, c) as (panels, k, c, PANEL); bias behind them; what is missing is zero. */
+static void pack(const float *taps, const float *bias, int64_t k, int64_t d, int64_t c,
+                 float *panel) {
+  for (int64_t start = 0; start < d; start += PANEL)
+    for (int64_t j = 0; j < k; j++)
+      for (int64_t channel = 0; channel < c; channel++, panel += PANEL)
+        for (int64_t o = 0; o < PANEL; o++)
+          panel[o] = start + o < d ? taps[(j * d + start + o) * c + channel] : 0;
+  for (int64_t start = 0; start < d; start += PANEL, panel += PANEL)
+    for (int64_t o = 0; o < PANEL; o++) panel[o] = bias && start + o < d ? bias[start + o] : 0;
+}
+
+/* One neighbour of each target, all channels: sums += rho x W. */
+static inline void add(Vector *left, Vector *right, const float *const *row, const float *rho,
+                       const float *panel, int64_t c) {
+  for (int64_t channel = 0; channel < c; channel++, panel += PANEL) {
+    Vector a = *(const Vector *)panel, b = *(const Vector *)(panel + LANES);
+    for (int i = 0; i < TARGETS; i++) {
+      float x = rho ? row[i][channel] * rho[i] : row[i][channel];
+      left[i] += x * a, right[i] += x * b;
+    }
+  }
+}
+
+static void block(const Taps *t, int64_t start, float *out) {
+  int count = t->n - start < TARGETS ? (int)(t->n - start) : TARGETS;
+  for (int64_t from = 0; from < t->d; from += PANEL) {
+    const float *panel = t->panel + from * t->k * t->c;
+    int64_t width = t->d - from < PANEL ? t->d - from : PANEL;
+    Vector left[TARGETS], right[TARGETS];
+    for (int i = 0; i < TARGETS; i++) {
+      left[i] = *(const Vector *)(t->bias + from);
+      right[i] = *(const Vector *)(t->bias + from + LANES);
+    }
+    for (int64_t j = 0; j < t->k; j++, panel += t->c * PANEL) {
+      const float *row[TARGETS];
+      float rho[TARGETS];
+      for (int i = 0; i < TARGETS; i++) { /* targets that are missing repeat the last */
+        int64_t at = j * t->n + start + (i < count ? i : count - 1);
+        row[i] = t->index[at] < 0 ? t->zero : t->rows + t->index[at] * t->c;
+        rho[i] = t->rho ? t->rho[at] : 1;
+      }
+      if (t->rho)
+        add(left, right, row, rho, panel, t->c);
+      else
+        add(left, right, row, NULL, panel, t->c);
+    }
+    for (int i = 0; i < count; i++) {
+      float sum[PANEL];
+      memcpy(sum, left + i, sizeof *left), memcpy(sum + LANES, right + i, sizeof *right);
+      memcpy(out + (start + i) * t->d + from, sum, (size_t)width * sizeof *sum);
+    }
+  }
+}
+
+/* rows (m, c), index (k, n), rho (k, n) or NULL, taps (k, d, c), bias (d) or NULL; out (n, d).
+   Returns 0 where memory does not suffice. */
+int gather_taps(const float *rows, const int64_t *index, const float *rho, const float *taps,
+                const float *bias, int64_t n, int64_t k, int64_t c, int64_t d, int threads,
+                float *out) {
+  int64_t wide = (d + PANEL - 1) / PANEL * PANEL;
+  float *panel = malloc((size_t)(wide * (k * c + 1)) * sizeof *panel);
+  float *zero = calloc((size_t)c, sizeof *zero);
+  int served = panel && zero;
+  if (served) {
+    pack(taps, bias, k, d, c, panel);
+    Taps t = {n, k, c, d, rows, index, rho, panel, panel + wide * k * c, zero};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t item = 0; item < (n + TARGETS - 1) / TARGETS; item++)
+      block(&t, item * TARGETS, out);
+  }
+  free(panel), free(zero);
+  return served;
+}
