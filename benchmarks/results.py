@@ -25,7 +25,7 @@ Machine: {machine}
 def main() -> None:
     """Run the scripts one after the other; a failure stops."""
     parts = [HEAD.format(date=date.today().isoformat(), machine=machine())]
-    for script in sorted(FOLDER.glob("*_cost*.py")):
+    for script in sorted(FOLDER.glob("*_*.py")):
         claim = ast.get_docstring(ast.parse(script.read_text())) or script.stem
         print(claim, flush=True)
         done = subprocess.run(

@@ -117,7 +117,7 @@ class Operation:
         return Pairs(self.target, self.source, value, lambda: self.bound, chosen)
 
 
-def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
+def show_nan(out: Tensor, op: Operation, pairs: Pairs | None = None) -> Tensor:
     """Let NaN in a target's own features or position, or in its distances, reach its output.
 
     By itself it does where the target is its own neighbour or its weights look at its features.
@@ -128,7 +128,7 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs) -> Tensor:
         return out
     own = [t.detach() for t in (op.target.x, op.target.pos) if t is not None]
     lost = [t.sum(-1, keepdim=True).isnan() for t in own]
-    distance = pairs.neighborhood.distance
+    distance = None if pairs is None else pairs.neighborhood.distance
     if distance is not None and distance.shape[-1] and not op.weighting.uses_distance:
         lost.append(distance.isnan().any(-1, keepdim=True))
     if not lost:

@@ -420,9 +420,9 @@ TABLE: list[Row] = [
     ),
     (
         "conv-backend",
-        lambda: conv(4, 6, 3, backend="triton"),
+        lambda: conv(4, 6, 3, backend="fast"),
         V,
-        "unknown backend 'triton'; expected one of: auto, native, gather, message_passing",
+        "unknown backend 'fast'; expected one of: auto, native, compiled, gather, message_pa",
     ),
     (
         "conv-native",

@@ -39,8 +39,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_rules_are_tried_from_the_fastest_to_the_plainest():
     names = [rule.name for rule in RULES]
-    assert names == ["convolution", "pooling", "attention", "gather", "message_passing"]
-    assert [rule.backend for rule in RULES] == ["native"] * 3 + ["gather", "message_passing"]
+    native = ["convolution", "pooling", "attention"]
+    assert names == [*native, "neighbor_attention", "gather", "message_passing"]
+    backends = [rule.backend for rule in RULES]
+    assert backends == ["native"] * 3 + ["compiled", "gather", "message_passing"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_choose_takes_the_first_that_can(backend, expected):
 
 def test_auto_ends_at_gather():
     rule, passed = choose(ConvNN2d(4, 6, k=3, metric="cosine").operation(IMAGE))
-    assert rule.name == "gather" and len(passed) == 3 and all(reason for _, reason in passed)
+    assert rule.name == "gather" and len(passed) == 4 and all(reason for _, reason in passed)
 
 
 def test_unknown_backend():
@@ -226,15 +228,15 @@ def test_explain_pooling():
     text = explain(recipes.avg_pool2d(2), IMAGE)
     assert text.splitlines() == [
         "ConvNN2d runs by: pooling",
-        "  convolution  refused: the kernel is Mean, not taps",
+        "  convolution        refused: the kernel is Mean, not taps",
     ]
 
 
 def test_explain_attention():
     assert explain(ConvNNAttention(8, 2), TOKENS).splitlines() == [
         "ConvNNAttention runs by: attention",
-        "  convolution  refused: the kernel is Sum, not taps",
-        "  pooling      refused: the kernel is Sum, neither Mean nor Max",
+        "  convolution        refused: the kernel is Sum, not taps",
+        "  pooling            refused: the kernel is Sum, neither Mean nor Max",
     ]
 
 
@@ -243,17 +245,21 @@ def test_explain_names_the_search_and_why_no_other():
     assert lines[0] == "ConvNN2d runs by: gather"
     assert lines[-1].split() == ["search", "grid"]
     lines = explain(ConvNN2d(4, 6, k=3, metric="cosine"), IMAGE).splitlines()
-    assert lines[-1].strip().startswith("search       dense (grid: the metric looks at more than")
+    assert (
+        lines[-1]
+        .strip()
+        .startswith("search             dense (grid: the metric looks at more than")
+    )
     lines = explain(ConvNN2d(4, 6, k=3, metric="cosine", search="dense"), IMAGE).splitlines()
-    assert lines[-1].strip() == "search       dense (asked for)"
+    assert lines[-1].strip() == "search             dense (asked for)"
 
 
 def test_explain_a_backend_that_was_asked_for():
     lines = explain(ConvNN2d(4, 6, 3, backend="message_passing"), IMAGE).splitlines()
     assert lines[0] == "ConvNN2d runs by: message_passing"
     assert lines[1:] == [
-        f"  {name:<12} refused: backend='message_passing' was asked for"
-        for name in ("convolution", "pooling", "attention", "gather")
+        f"  {name:<18} refused: backend='message_passing' was asked for"
+        for name in ("convolution", "pooling", "attention", "neighbor_attention", "gather")
     ]
 
 

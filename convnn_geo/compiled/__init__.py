@@ -1,6 +1,6 @@
 """What is in C: compiled when first used; without a compiler everything works, more slowly."""
 
-from convnn_geo.compiled.aggregation import gather_taps
+from convnn_geo.compiled.aggregation import attention, attention_backward, gather_taps
 from convnn_geo.compiled.build import library
 from convnn_geo.compiled.search import (
     LARGEST_K,
@@ -12,6 +12,8 @@ from convnn_geo.compiled.search import (
 
 __all__ = [
     "LARGEST_K",
+    "attention",
+    "attention_backward",
     "cells_nearest",
     "gather_taps",
     "k_smallest",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
 from convnn_geo.compiled import build
+from convnn_geo.compiled.problem import AttentionLayout, Described
 
 
 def gather_taps(
@@ -23,7 +26,7 @@ def gather_taps(
         bias: ``(d,)`` or None.
     """
     parts = [t for t in (rows, rho, taps, bias) if t is not None]
-    here = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in parts)
+    here = all(build.here(t) for t in parts)
     if not here or not index.numel() or torch.compiler.is_compiling() or not build.library():
         return None
     (k, n), (d, c) = index.shape, taps.shape[1:]
@@ -34,3 +37,82 @@ def gather_taps(
         *(n, k, c, d, torch.get_num_threads(), out.data_ptr()),
     )
     return out if served else None
+
+
+def _attention(
+    problem: Described, value: Tensor, keep: Tensor | None, temperature: float
+) -> AttentionLayout:
+    at, strides = problem.spread(value, 2)
+    kept = None if keep is None else problem.flat(keep)
+    return AttentionLayout(problem.layout, value.shape[-1], at, *strides, kept, temperature)
+
+
+def attention(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    k: int,
+    scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``sum_j keep_ij w_ij value_j`` over the k nearest, ``w = softmax(-distance / temperature)``.
+
+    None where that is not served; see :func:`products_nearest`, whose arguments these are.
+
+    Args:
+        value: ``(..., m, c)``.
+        keep: ``(..., n, k)`` or None.
+
+    Returns:
+        The sum ``(..., n, c)``, weights and places ``(..., n, k)``.
+    """
+    # Dropout is of ranks; and of differences rounding spares little.
+    wanted = "values" if kind != "products" else "set" if keep is None else "order"
+    problem = Described(kind, q, keys, k, bias, scale, mask, wanted=wanted, lead=value.shape[:-2])
+    if not problem.served or not build.here(value):
+        return None
+    layout = _attention(problem, value, keep, temperature)
+    shape = problem.lead
+    weight = q.new_empty(*shape, problem.n, k)
+    place = torch.empty_like(weight, dtype=torch.long)
+    # Heads lie side by side, as who joins them wants it.
+    heads = shape[-1:] or (1,)
+    out = q.new_empty(*shape[:-1], problem.n, *heads, value.shape[-1]).transpose(-2, -3)
+    strides = [0] * (4 - out.ndim) + list(out.stride()[:-1])
+    served = build.library().attention_forward(  # type: ignore[union-attr]
+        *(ctypes.addressof(layout), torch.get_num_threads()),
+        *(weight.data_ptr(), place.data_ptr(), out.data_ptr(), *strides),
+    )
+    return (out if shape else out.squeeze(0), weight, place) if served else None
+
+
+def attention_backward(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    temperature: float,
+    grad: Tensor,
+    weight: Tensor,
+    place: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Gradients of :func:`attention` to targets, keys, values and bias, in the result's shape."""
+    lead, k = place.shape[:-2], place.shape[-1]
+    problem = Described(kind, q, keys, k, None, scale, lead=lead)
+    if not problem.served or not (build.here(value) and build.here(grad)):
+        return None
+    layout = _attention(problem, value, keep, temperature)
+    grads = [q.new_zeros(*lead, *t.shape[-2:]) for t in (q, keys, value)]
+    grads.append(q.new_zeros(*lead, problem.m))
+    served = build.library().attention_backward(  # type: ignore[union-attr]
+        *(ctypes.addressof(layout), torch.get_num_threads()),
+        *(problem.flat(t) for t in (grad, weight, place)),
+        *(t.data_ptr() for t in grads),
+    )
+    return tuple(grads) if served else None  # type: ignore[return-value]

@@ -13,6 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
@@ -31,10 +34,19 @@ _ARGUMENTS = {
         *(_INT, _POINTER),
     ],
     "gather_taps": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _POINTER],
+    "attention_forward": [_POINTER, _INT, *[_POINTER] * 3, *[_LONG] * 3],
+    "attention_backward": [_POINTER, _INT, *[_POINTER] * 7],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],
 }
-_FUSED = ("products.c", "taps.c")
+_FUSED = ("products.c", "taps.c", "attention.c")
 """Whose sums may fuse a product into its addition; elsewhere they round as torch's do."""
+
+
+def here(tensor: Tensor) -> bool:
+    """Whether a tensor is what most of the sources take: float32, real, and on the CPU."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -47,10 +59,15 @@ def library() -> ctypes.CDLL | None:
             found = _compiled(compiler, (*_FLAGS, *wishes))
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
             continue  # no compiler, one that fails, no home, nowhere to write
-        for name, arguments in _ARGUMENTS.items():
-            getattr(found, name).argtypes = arguments
-        return found
+        return declare(found)
     return None
+
+
+def declare(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The same with the types of what its functions take."""
+    for name, arguments in _ARGUMENTS.items():
+        getattr(found, name).argtypes = arguments
+    return found
 
 
 def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:

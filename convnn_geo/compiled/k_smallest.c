@@ -34,29 +34,30 @@ static float value_of(int32_t key) {
   return value;
 }
 
-static int count_up_to(const int32_t *keys, int32_t limit) {
+static inline int count_up_to(const int32_t *keys, int groups, int32_t limit) {
   int count = 0;
-  for (int j = 0; j < GROUPS; j++) count += keys[j] <= limit;
+  for (int j = 0; j < groups; j++) count += keys[j] <= limit;
   return count;
 }
 
-float bound(const float *row, int64_t m, int k) {
+/* Groups are a constant wherever this is called, so that its loops vectorise. */
+static inline float bound_by(int groups, const float *row, int64_t m, int k) {
   float minimum[GROUPS];
-  for (int j = 0; j < GROUPS; j++) minimum[j] = INFINITY;
+  for (int j = 0; j < groups; j++) minimum[j] = INFINITY;
   int64_t start = 0;
-  for (; start + GROUPS <= m; start += GROUPS)
-    for (int j = 0; j < GROUPS; j++)
+  for (; start + groups <= m; start += groups)
+    for (int j = 0; j < groups; j++)
       minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
-  for (int j = 0; start + j < m; j++)
+  for (int j = 0; j < groups && start + j < m; j++)
     minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
   int32_t key[GROUPS], least = INT32_MAX, most = INT32_MIN;
-  for (int j = 0; j < GROUPS; j++) key[j] = key_of(minimum[j]);
-  for (int j = 0; j < GROUPS; j++) least = key[j] < least ? key[j] : least;
-  for (int j = 0; j < GROUPS; j++) most = key[j] > most ? key[j] : most;
+  for (int j = 0; j < groups; j++) key[j] = key_of(minimum[j]);
+  for (int j = 0; j < groups; j++) least = key[j] < least ? key[j] : least;
+  for (int j = 0; j < groups; j++) most = key[j] > most ? key[j] : most;
   int64_t low = (int64_t)least - 1, high = most;
   while (high - low > 1) {
     int64_t middle = low + (high - low) / 2;
-    int count = count_up_to(key, (int32_t)middle);
+    int count = count_up_to(key, groups, (int32_t)middle);
     if (count < k) {
       low = middle;
     } else {
@@ -65,6 +66,10 @@ float bound(const float *row, int64_t m, int k) {
     }
   }
   return value_of((int32_t)high);
+}
+
+float bound(const float *row, int64_t m, int k) {
+  return 4 * k <= GROUPS / 2 ? bound_by(GROUPS / 2, row, m, k) : bound_by(GROUPS, row, m, k);
 }
 
 /* Sort the list, keep k. A value's rank is the number of those before it. */

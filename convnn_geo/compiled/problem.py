@@ -10,6 +10,7 @@ from torch import Tensor
 from convnn_geo.compiled import build
 
 KINDS = ("points", "angles", "products")
+WANTED = ("order", "values", "set")
 LARGEST_K = 128
 """GROUPS of select.h."""
 LONGEST_ROW = 2**15
@@ -22,7 +23,7 @@ class Layout(ctypes.Structure):
     """``Problem`` of products.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "k", "exact")),
+        *((name, ctypes.c_int32) for name in ("kind", "k", "wanted")),
         *((name, _LONG) for name in ("examples", "heads", "n", "m", "d")),
         *((name, _POINTER) for name in ("q", "keys", "bias")),
         *((name, _LONG) for name in ("q_example", "q_head", "q_row")),
@@ -35,70 +36,106 @@ class Layout(ctypes.Structure):
     )
 
 
-class Described:
-    """A layout, what it points to, and the leading axes of the result."""
+class AttentionLayout(ctypes.Structure):
+    """``Attention`` of attention.c."""
 
-    def __init__(self, layout: Layout, kept: list[Tensor], lead: torch.Size) -> None:
-        self.layout, self.kept, self.lead = layout, kept, lead
-        self.n, self.address = layout.n, ctypes.addressof(layout)
-
-
-def describe(
-    kind: str,
-    q: Tensor,
-    keys: Tensor,
-    k: int,
-    bias: Tensor | None,
-    scale: float,
-    mask: Tensor | None,
-    own: Tensor | None,
-    exact: bool,
-) -> Described | None:
-    """The layout of a search; None where it is not served."""
-    if not _served(q, keys, k, own) or build.library() is None:
-        return None
-    parts = [q, keys, *(t for t in (bias, mask) if t is not None)]
-    lead = torch.broadcast_shapes(
-        q.shape[:-2],
-        keys.shape[:-2],
-        () if bias is None else bias.shape[:-1],
-        () if mask is None else mask.shape[:-2],
+    _fields_ = (
+        ("problem", Layout),
+        ("width", _LONG),
+        ("value", _POINTER),
+        *((name, _LONG) for name in ("value_example", "value_head", "value_row")),
+        ("keep", _POINTER),
+        ("temperature", ctypes.c_float),
     )
-    if len(lead) > 2 or any(t.device.type != "cpu" for t in parts):
-        return None
-    kept: list[Tensor] = []
 
-    def spread(tensor: Tensor, axes: int) -> tuple[int, list[int]]:
-        """Where a tensor lies, and its strides along (example, head, rows)."""
+
+class Described:
+    """A search laid out for C, and the tensors that the layout points to.
+
+    Args:
+        kind: of :data:`KINDS`.
+        q: ``(..., n, d)``.
+        keys: ``(..., m, d)``.
+        k: neighbours.
+        bias: ``(..., m)`` or None.
+        scale: of products.
+        mask: ``(..., n | 1, m)`` or None.
+        own: ``(n,)`` or None.
+        wanted: of :data:`WANTED`.
+        lead: leading axes of what else belongs to the result.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        q: Tensor,
+        keys: Tensor,
+        k: int,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        own: Tensor | None = None,
+        wanted: str = "order",
+        lead: tuple[int, ...] = (),
+    ) -> None:
+        self.lead = torch.broadcast_shapes(
+            q.shape[:-2],
+            keys.shape[:-2],
+            () if bias is None else bias.shape[:-1],
+            () if mask is None else mask.shape[:-2],
+            lead,
+        )
+        self.n, self.m, self.d = q.shape[-2], keys.shape[-2], q.shape[-1]
+        self.heads = self.lead[-1] if self.lead else 1
+        self.served = len(self.lead) <= 2 and _served(q, keys, k, bias, mask, own)
+        if not self.served:
+            return
+        self._kept: list[Tensor] = []
+        at_bias, bias_strides = (None, [0, 0]) if bias is None else self.spread(bias, 1)
+        at_mask, mask_strides = (None, [0, 0, 0]) if mask is None else self.spread(mask, 2)
+        if mask is not None and mask.shape[-2] == 1:
+            mask_strides[2] = 0
+        (at_q, q_strides), (at_keys, key_strides) = self.spread(q, 2), self.spread(keys, 2)
+        self.layout = Layout(
+            *(
+                KINDS.index(kind),
+                k,
+                WANTED.index(wanted),
+                self.lead.numel(),
+                self.heads,
+                self.n,
+                self.m,
+                self.d,
+            ),
+            *(at_q, at_keys, at_bias, *q_strides, *key_strides, *bias_strides),
+            *(at_mask, *mask_strides, None if own is None else self.flat(own), scale),
+        )
+
+    @property
+    def address(self) -> int:
+        """Of the layout."""
+        return ctypes.addressof(self.layout)
+
+    def spread(self, tensor: Tensor, axes: int) -> tuple[int, list[int]]:
+        """Where a tensor lies, and its strides along (example, head, rows); 0 for shared ones."""
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
-        kept.append(tensor)
-        wide = tensor.expand(*lead, *tensor.shape[-axes:])
-        strides = [*[0] * (2 - len(lead)), *wide.stride()[:-1]]
-        return tensor.data_ptr(), strides
+        self._kept.append(tensor)
+        wide = tensor.expand(*self.lead, *tensor.shape[-axes:])
+        return tensor.data_ptr(), [*[0] * (2 - len(self.lead)), *wide.stride()[:-1]]
 
-    n, d, m = *q.shape[-2:], keys.shape[-2]
-    heads = lead[-1] if lead else 1
-    at_bias, bias_strides = (None, [0, 0]) if bias is None else spread(bias, 1)
-    at_mask, mask_strides = (None, [0, 0, 0]) if mask is None else spread(mask, 2)
-    if mask is not None and mask.shape[-2] == 1:
-        mask_strides[2] = 0
-    at_own = None
-    if own is not None:
-        kept.append(own.contiguous())
-        at_own = kept[-1].data_ptr()
-    (at_q, q_strides), (at_keys, key_strides) = spread(q, 2), spread(keys, 2)
-    layout = Layout(
-        *(KINDS.index(kind), k, exact, lead.numel(), heads, n, m, d),
-        *(at_q, at_keys, at_bias),
-        *(*q_strides, *key_strides, *bias_strides),
-        *(at_mask, *mask_strides),
-        *(at_own, scale),
-    )
-    return Described(layout, kept, lead)
+    def flat(self, tensor: Tensor) -> int:
+        """Where a tensor lies, contiguous."""
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
 
 
-def _served(q: Tensor, keys: Tensor, k: int, own: Tensor | None) -> bool:
-    here = q.dtype == keys.dtype == torch.float32
+def _served(
+    q: Tensor, keys: Tensor, k: int, bias: Tensor | None, mask: Tensor | None, own: Tensor | None
+) -> bool:
+    floats = [t for t in (q, keys, bias) if t is not None]
+    here = all(build.here(t) for t in floats)
+    here = here and (mask is None or mask.dtype == torch.bool)
     some = q.numel() > 0 and 0 < k <= min(LARGEST_K, keys.shape[-2])
-    return here and some and keys.shape[-2] <= LONGEST_ROW and (own is None or own.ndim == 1)
+    plain = keys.shape[-2] <= LONGEST_ROW and (own is None or own.ndim == 1)
+    return here and some and plain and build.library() is not None

@@ -17,12 +17,16 @@
 
 #include "differences.h"
 #include "select.h"
+#include "vectors.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-enum { WIDE = 16, FEW = 64, DOUBLES = 16 };
+enum { WIDE = 16, FEW = 64, SPARE = 8, DOUBLES = 16 };
+
+typedef float Floats __attribute__((vector_size(4 * WIDE), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
 
 struct Workspace {
   const Problem *problem;
@@ -45,8 +49,8 @@ Workspace *workspace_new(const Problem *problem) {
   w->center = calloc(d, sizeof *w->center);
   w->target = malloc(d * TARGETS * sizeof *w->target);
   w->row = malloc(wide * TARGETS * sizeof *w->row);
-  w->value = malloc((wide + PANEL) * sizeof *w->value);
-  w->listed = malloc((wide + PANEL) * sizeof *w->listed);
+  w->value = malloc((wide + PANEL + WIDE) * sizeof *w->value);
+  w->listed = malloc((wide + PANEL + WIDE) * sizeof *w->listed);
   if (w->panel && w->bias && w->center && w->target && w->row && w->value && w->listed) return w;
   workspace_free(w);
   return NULL;
@@ -70,10 +74,21 @@ static void enter(Workspace *w, int64_t example) {
 /* Products are as exact as their factors are short, so points are taken from their mean. */
 static void find_center(Workspace *w) {
   const Problem *p = w->problem;
+  float part = 1 / (float)p->m;
   for (int64_t axis = 0; axis < p->d; axis++) w->center[axis] = 0;
   for (int64_t j = 0; j < p->m; j++)
     for (int64_t axis = 0; axis < p->d; axis++)
-      w->center[axis] += w->key[j * p->key_row + axis] / (float)p->m;
+      w->center[axis] += part * w->key[j * p->key_row + axis];
+}
+
+/* A row becomes a column. Left to itself, the compiler scatters, which is slow. */
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
+#endif
+static void stand(const float *row, const float *center, float factor, int64_t d, float *column,
+                  int64_t stride) {
+  for (int64_t axis = 0; axis < d; axis++)
+    column[axis * stride] = factor * (row[axis] - center[axis]);
 }
 
 static void pack(Workspace *w) {
@@ -81,15 +96,13 @@ static void pack(Workspace *w) {
   float longest = 0, largest = 0, *to = w->panel;
   if (p->kind == POINTS) find_center(w);
   for (int64_t start = 0; start < w->wide; start += PANEL) {
-    const float *key[PANEL];
     float size[PANEL] = {0};
-    for (int j = 0; j < PANEL; j++) /* what fills the last panel up repeats the last source */
-      key[j] = w->key + (start + j < p->m ? start + j : p->m - 1) * p->key_row;
+    for (int64_t j = 0; j < PANEL; j++) { /* what is missing repeats the last source */
+      int64_t key = start + j < p->m ? start + j : p->m - 1;
+      stand(w->key + key * p->key_row, w->center, 1, p->d, to + j, PANEL);
+    }
     for (int64_t axis = 0; axis < p->d; axis++, to += PANEL)
-      for (int j = 0; j < PANEL; j++) {
-        to[j] = key[j][axis] - w->center[axis];
-        size[j] += to[j] * to[j];
-      }
+      for (int j = 0; j < PANEL; j++) size[j] += to[j] * to[j];
     for (int j = 0; j < PANEL; j++) {
       float add = p->kind == POINTS ? size[j] : 0;
       if (w->add) add = w->add[start + j < p->m ? start + j : p->m - 1];
@@ -133,12 +146,6 @@ static double product(const float *q, const float *key, int64_t d) {
   return total;
 }
 
-static int is_zero(const float *vector, int64_t d) {
-  float size = 0;
-  for (int64_t axis = 0; axis < d; axis++) size += vector[axis] * vector[axis];
-  return size < 0.25f;
-}
-
 /* The distance that decides. */
 static float measure(const Workspace *w, const float *q, int zero, int64_t j) {
   const Problem *p = w->problem;
@@ -155,14 +162,19 @@ static int64_t list(Workspace *w, const float *row, float limit) {
   int64_t count = 0;
 #ifdef __AVX512F__
   __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int64_t start = 0; start < w->wide; start += LANES) {
-    __m512 value = _mm512_loadu_ps(row + start);
-    __mmask16 near = _mm512_cmp_ps_mask(value, _mm512_set1_ps(limit), _CMP_LE_OQ);
-    if (near) {
-      __m512i here = _mm512_add_epi32(place, _mm512_set1_epi32((int)start));
-      _mm512_storeu_si512(w->listed + count, _mm512_maskz_compress_epi32(near, here));
-      _mm512_storeu_ps(w->value + count, _mm512_maskz_compress_ps(near, value));
-      count += __builtin_popcount(near);
+  for (int64_t start = 0; start < w->wide; start += PANEL) {
+    __m512 value[2];
+    __mmask16 near[2];
+    for (int half = 0; half < 2; half++) {
+      value[half] = _mm512_loadu_ps(row + start + half * LANES);
+      near[half] = _mm512_cmp_ps_mask(value[half], _mm512_set1_ps(limit), _CMP_LE_OQ);
+    }
+    if (!(near[0] | near[1])) continue;
+    for (int half = 0; half < 2; half++) {
+      __m512i here = _mm512_add_epi32(place, _mm512_set1_epi32((int)start + half * LANES));
+      _mm512_storeu_si512(w->listed + count, _mm512_maskz_compress_epi32(near[half], here));
+      _mm512_storeu_ps(w->value + count, _mm512_maskz_compress_ps(near[half], value[half]));
+      count += __builtin_popcount(near[half]);
     }
   }
 #else
@@ -179,29 +191,50 @@ static int64_t list(Workspace *w, const float *row, float limit) {
   return count;
 }
 
-/* Few values sorted, room for WIDE more behind them: a value's rank is the number of those before
-   it. */
-static void sort_few(float *value, const int32_t *place, int count, int k, float *values,
+/* Few values sorted, with room for WIDE more behind them: a value's rank is the number of those
+   before it. Comparisons give -1 where they hold. */
+static void sort_few(float *value, const int32_t *place, int count, float *values,
                      int64_t *places) {
   for (int j = count; j < count + WIDE; j++) value[j] = INFINITY;
   for (int start = 0; start < count; start += WIDE) {
-    int32_t rank[WIDE] = {0};
-    for (int j = 0; j < count; j++)
-      for (int i = 0; i < WIDE; i++)
-        rank[i] += (value[j] < value[start + i]) |
-                   ((value[j] == value[start + i]) & (j - start < i));
+    Floats mine = *(const Floats *)(value + start);
+    Ints rank = {0}, here;
+    for (int i = 0; i < WIDE; i++) here[i] = start + i;
+    for (int j = 0; j < count; j++) {
+      Floats other = value[j] - (Floats){0};
+      Ints at = j - (Ints){0};
+      rank -= (other < mine) | ((other == mine) & (at < here));
+    }
     for (int i = 0; i < WIDE && start + i < count; i++)
-      if (rank[i] < k) values[rank[i]] = value[start + i], places[rank[i]] = place[start + i];
+      values[rank[i]] = value[start + i], places[rank[i]] = place[start + i];
   }
 }
 
+/* The first k of what is listed, in order; there is room for FEW. */
 static void sort(Workspace *w, int64_t count, int k, float *values, int64_t *places) {
   if (count <= FEW) {
-    sort_few(w->value, w->listed, (int)count, k, values, places);
+    sort_few(w->value, w->listed, (int)count, values, places);
   } else {
     smallest_of_row(w->value, count, k, values, places);
     for (int j = 0; j < k; j++) places[j] = w->listed[places[j]];
   }
+}
+
+/* Whether the k smallest of few more can be told from the others by more than rounding; they come
+   first then, in any order. */
+static int divide(float *value, int32_t *place, int count, int k, float margin) {
+  float beyond = INFINITY, last = -INFINITY;
+  for (; count > k; count--) {
+    int most = 0;
+    for (int j = 1; j < count; j++) most = value[j] > value[most] ? j : most;
+    float held = value[most];
+    int32_t there = place[most];
+    beyond = held;
+    value[most] = value[count - 1], value[count - 1] = held;
+    place[most] = place[count - 1], place[count - 1] = there;
+  }
+  for (int j = 0; j < k; j++) last = value[j] > last ? value[j] : last;
+  return beyond - last > margin;
 }
 
 /* Whether each of the first k lies farther before the next than rounding reaches. */
@@ -219,14 +252,22 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
   float some[GROUPS + 1], limit = bound(row, p->m, k) + margin;
   int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
-  if (!p->exact) sort(w, count, seen, some, order);
-  if (!p->exact && apart(some, seen, margin) && (one_more || count <= k)) {
-    for (int j = 0; j < found; j++) values[j] = some[j] + same, places[j] = order[j];
-  } else {
+  int sure = 0;
+  if (p->wanted == SET && count >= k && count < k + SPARE) {
+    sure = divide(w->value, w->listed, (int)count, k, margin);
+    for (int j = 0; sure && j < k; j++) values[j] = w->value[j] + same, places[j] = w->listed[j];
+  } else if (p->wanted != VALUES && (one_more || count <= k)) {
+    sort(w, count, seen, some, order);
+    sure = apart(some, seen, margin);
+    for (int j = 0; sure && j < found; j++) values[j] = some[j] + same, places[j] = order[j];
+  }
+  if (!sure) {
     const float *q = w->query + i * p->q_row;
     int zero = p->kind == ANGLES && is_zero(q, p->d);
     for (int64_t j = 0; j < count; j++) w->value[j] = measure(w, q, zero, w->listed[j]);
-    sort(w, count, found, values, places);
+    sort(w, count, found, some, order);
+    memcpy(values, some, (size_t)found * sizeof *some);
+    memcpy(places, order, (size_t)found * sizeof *order);
   }
   for (int64_t j = 0; j < p->m && found < k; j++) /* what is hidden, where little else is */
     if (row[j] == INFINITY) values[found] = INFINITY, places[found++] = j;
@@ -240,12 +281,8 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
   if (w->example != example) enter(w, example), pack(w);
   for (int i = 0; i < TARGETS; i++) { /* rows that are missing repeat the last */
     const float *q = w->query + (start + (i < rows ? i : rows - 1)) * p->q_row;
-    float size = 0;
-    for (int64_t axis = 0; axis < p->d; axis++) {
-      float x = q[axis] - w->center[axis];
-      w->target[axis * TARGETS + i] = -factor * x;
-      size += x * x;
-    }
+    float size = squared_distance(q, w->center, p->d);
+    stand(q, w->center, -factor, p->d, w->target + i, TARGETS);
     /* Twice the error of a sum of d terms; of their squares' sums; of centring and rounding. */
     float reach = fabsf(factor) * sqrtf(size) * w->longest + w->largest_bias, d = (float)p->d;
     margin[i] = FLT_EPSILON * ((d + 12) * reach + d * w->largest_bias + 6 * size);

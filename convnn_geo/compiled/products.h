@@ -11,10 +11,17 @@ enum Kind {
   PRODUCTS /* bias - scale <q, key> */
 };
 
+/* What is wanted of the nearest. */
+enum Wanted {
+  ORDER,  /* in order; values are good to rounding */
+  VALUES, /* in order; values are those that were compared */
+  SET     /* in any order; values are good to rounding */
+};
+
 /* Whose k nearest are wanted: examples of n targets and m sources of d axes.
    Axes are contiguous; a stride is counted in numbers, 0 where all share. */
 typedef struct {
-  int32_t kind, k, exact; /* exact: values are wanted as they are compared */
+  int32_t kind, k, wanted;
   int64_t examples, heads, n, m, d; /* examples counts each head */
   const float *q, *keys, *bias;     /* bias (m) of an example, or NULL */
   int64_t q_example, q_head, q_row, key_example, key_head, key_row, bias_example, bias_head;
@@ -31,7 +38,7 @@ Workspace *workspace_new(const Problem *problem);
 void workspace_free(Workspace *workspace);
 
 /* The k nearest of the targets start to start + TARGETS of an example, as far as there are any:
-   values and places (TARGETS, k), in order of (value, place). What is hidden comes last, as
+   values and places (TARGETS, k), in order of (value, place) unless a set will do. What is hidden comes last, as
    infinity. Returns 0 where numbers are not finite, or too large to tell. */
 int nearest_of_block(Workspace *workspace, int64_t example, int64_t start, float *values,
                      int64_t *places);

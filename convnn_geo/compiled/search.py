@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.compiled import build
-from convnn_geo.compiled.problem import LARGEST_K, describe
+from convnn_geo.compiled.problem import LARGEST_K, Described
 
 
 def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -81,8 +81,9 @@ def products_nearest(
         own: ``(n,)``, a source that each target is not to find; -1 for none.
         exact: whether values are wanted as they are compared; otherwise good to rounding.
     """
-    problem = describe(kind, q, keys, k, bias, scale, mask, own, exact)
-    if problem is None:
+    wanted = "values" if exact else "order"
+    problem = Described(kind, q, keys, k, bias, scale, mask, own, wanted)
+    if not problem.served:
         return None
     values = q.new_empty(*problem.lead, problem.n, k)
     places = torch.empty_like(values, dtype=torch.long)

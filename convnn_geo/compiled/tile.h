@@ -1,5 +1,7 @@
 /* Size of the tile of sums that stays in registers: TARGETS rows, PANEL columns. */
 
+#pragma once
+
 #if defined(__AVX512F__)
 enum { LANES = 16, TARGETS = 8 };
 #elif defined(__AVX__)

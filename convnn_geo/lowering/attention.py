@@ -17,10 +17,10 @@ from convnn_geo.selection import Every
 from convnn_geo.weighting import Softmax
 
 
-def _by_mask(candidates: Candidates) -> bool:
+def by_mask(candidates: Candidates) -> bool:
     """Whether candidates are all sources, or a mask over them. Of others nothing is known."""
     if type(candidates) is Both:
-        return _by_mask(candidates.first) and _by_mask(candidates.second)
+        return by_mask(candidates.first) and by_mask(candidates.second)
     return type(candidates) in (All, Block, Causal, Congruent)
 
 
@@ -43,7 +43,7 @@ class Attention(Rule):
             return f"weights are {type(op.weighting).__name__}, not Softmax"
         if not isinstance(op.selection, Every):
             return f"{type(op.selection).__name__} keeps part of the candidates"
-        if not _by_mask(op.candidates):
+        if not by_mask(op.candidates):
             return f"candidates of {type(op.candidates).__name__} are named by index"
         if self._form(op) is None:
             return "the metric is not bilinear"

@@ -12,12 +12,22 @@ from convnn_geo.checks import check_name
 from convnn_geo.lowering.attention import Attention
 from convnn_geo.lowering.convolution import Convolution, Pooling
 from convnn_geo.lowering.message_passing import MessagePassingRule
+from convnn_geo.lowering.neighbor_attention import NeighborAttention
 from convnn_geo.lowering.rules import Aggregation, Gather, Rule
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import Pairs
 from convnn_geo.typing import BACKENDS
 
-RULES: tuple[Rule, ...] = (Convolution(), Pooling(), Attention(), Gather(), MessagePassingRule())
+RULES: tuple[Rule, ...] = (
+    Convolution(),
+    Pooling(),
+    Attention(),
+    NeighborAttention(),
+    Gather(),
+    MessagePassingRule(),
+)
+
+_WIDTH = max(len(rule.name) for rule in RULES)
 
 
 def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule, str]]]:
@@ -61,10 +71,11 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         >>> layer = recipes.feature_conv2d(3, 8, k=9, metric="cosine")
         >>> print(lowering.explain(layer, torch.zeros(1, 3, 6, 6)))
         ConvNN2d runs by: gather
-          convolution  refused: candidates are All, not a Window
-          pooling      refused: the kernel is Taps, neither Mean nor Max
-          attention    refused: the kernel is Taps, not Sum
-          search       ... (grid: the metric looks at more than positions...)
+          convolution        refused: candidates are All, not a Window
+          pooling            refused: the kernel is Taps, neither Mean nor Max
+          attention          refused: the kernel is Taps, not Sum
+          neighbor_attention refused: the kernel is Taps, not Sum
+          search             ... (grid: the metric looks at more than positions...)
     """
     name = type(layer).__name__
     branches = getattr(layer, "branches", None)
@@ -81,7 +92,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
     op = layer.operation(*args, **kwargs)
     rule, passed = choose(op, getattr(layer, "backend", "auto"))
     lines = [f"{name} runs by: {rule.name}"]
-    lines += [f"  {other.name:<12} refused: {reason}" for other, reason in passed]
+    lines += [f"  {other.name:<{_WIDTH}} refused: {reason}" for other, reason in passed]
     lines += _search_line(op, rule)
     return "\n".join(lines)
 
@@ -95,13 +106,13 @@ def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
 def _search_line(op: Operation, rule: Rule) -> list[str]:
     from convnn_geo.search import explain_search
 
-    if rule.backend == "native" or op.whole:
+    if not isinstance(rule, Aggregation) or op.whole:
         return []
     if op.search != "auto":
-        return [f"  search       {op.search} (asked for)"]
+        return [f"  {'search':<{_WIDTH}} {op.search} (asked for)"]
     *passed, (chosen, _) = explain_search(op.query())
     names: dict[str, list[str]] = {}
     for name, reason in passed:
         names.setdefault(str(reason), []).append(name)
     reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
-    return [f"  search       {chosen}" + (f" ({reasons})" if reasons else "")]
+    return [f"  {'search':<{_WIDTH}} {chosen}" + (f" ({reasons})" if reasons else "")]

@@ -151,14 +151,18 @@ class Angular(Bilinear):
 
     For vectors of length one that is ``|q - k|^2 / 2``. For near ones differences are exact where
     the product is not, so these decide.
+
+    Args:
+        direct: rows, too, are computed from differences.
     """
 
     offset: float | Tensor = 1.0
+    direct: bool = False
 
     @property
     def wide(self) -> bool:
         """Whether rows are computed by a product."""
-        return self.q.shape[-1] > DIRECT_DIMENSIONS
+        return self.q.shape[-1] > DIRECT_DIMENSIONS and not self.direct
 
     def _halved(self) -> Differences:
         return Differences(self.q, self.k, root=False, precision=self.precision)
@@ -196,6 +200,9 @@ class Angular(Bilinear):
 
     def refined(self) -> Bilinear:
         return self.double() if self.wide else self
+
+    def apart(self) -> Distances:
+        return replace(self, a=None, b=None, precision=torch.float64, direct=True)
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
         return super().ordering(dtype) if self.wide else self

@@ -185,6 +185,9 @@ class Differences(Distances):
     def double(self) -> Differences:
         return replace(self, precision=torch.float64)
 
+    def apart(self) -> Distances:
+        return replace(self, root=False, precision=torch.float64)
+
     def refined(self) -> Differences:
         # What is rounded more than once, or by a vectorised root, goes by roundoff in float32.
         rounds = self.scale is not None or (self.wide and self.p == 2)

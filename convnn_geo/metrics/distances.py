@@ -89,6 +89,10 @@ class Distances(ABC):
         """The same in float64, where float32 rounds too coarsely to tell who is nearer."""
         return self
 
+    def apart(self) -> Distances | None:
+        """Distances in the same order from differences in float64: slow, and never wrong."""
+        return None
+
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
         """Distances in the same order up to rounding, and cheaper in rows, for search."""
         return self.sharp()

@@ -1,5 +1,6 @@
 """The layers that users import."""
 
+from convnn_geo.nn import functional
 from convnn_geo.nn.attention import ConvNNAttention
 from convnn_geo.nn.branching import Branching
 from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
@@ -14,4 +15,5 @@ __all__ = [
     "ConvNNAttention",
     "NeighborConv",
     "PointConvNN",
+    "functional",
 ]

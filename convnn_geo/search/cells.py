@@ -88,7 +88,7 @@ class Cells(PointEngine):
     def refuses(self, query: Query) -> str | None:
         """As every engine for points, in up to three dimensions."""
         reason = super().refuses(query)
-        if reason is None and query.dimension > 3:  # type: ignore[operator]
+        if reason is None and query.dimension > 3:
             return f"cells are for up to 3 dimensions, these points have {query.dimension}"
         return reason
 

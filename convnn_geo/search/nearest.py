@@ -57,14 +57,12 @@ class Problem:
         points = sharp.coordinates()
         if points is not None:
             return cls("points", *points, None, 1.0, dtype, None, exact)
-        product = sharp.double().bilinear() if sharp.bilinear() is not None else None
-        if isinstance(sharp, BilinearForm):
-            product = sharp  # nothing was combined, so nothing is rounded yet
+        product = sharp if isinstance(sharp, BilinearForm) else None
+        if product is None and sharp.bilinear() is not None:
+            product = sharp.double().bilinear()  # combined, and not yet rounded
         if product is None:
             return None
-        return cls(
-            "products", product.q, product.k, product.b, product.scale, dtype, None, exact
-        )
+        return cls("products", product.q, product.k, product.b, product.scale, dtype, None, exact)
 
     def targets(self, index: Tensor) -> Problem:
         """The same from the targets ``index (..., 1, r)`` alone."""
@@ -226,8 +224,15 @@ def _by_fused_rows(problem: Problem, k: int, hidden: Hidden) -> tuple[Tensor, Te
     if few or problem.axes is not None or problem.dtype != torch.float32:
         return None
     return compiled.products_nearest(
-        *(problem.kind, problem.q, problem.keys, k),
-        *(problem.bias, problem.scale, hidden.mask, hidden.own, problem.exact),
+        problem.kind,
+        problem.q,
+        problem.keys,
+        k,
+        problem.bias,
+        problem.scale,
+        hidden.mask,
+        hidden.own,
+        problem.exact,
     )
 
 
@@ -295,16 +300,17 @@ def _settle(
     exact, asked = bound.exactly(problem.dtype) or rough.targets(rows), min(k + 1, m)
     listed, place = smallest_in_rows(exact, asked, behind, slab, problem.dtype)
     value, chosen, _ = _as_referee(bound, listed, place, k, slab)
-    points = bound.coordinates()
-    if not isinstance(exact, BilinearForm) or points is None:
+    apart = bound.apart()
+    if not isinstance(exact, BilinearForm) or apart is None:
         return value, chosen
     # Vectors that differ by their last bits alone are too near even for float64's product.
     unsure = _undecided(problem.targets(rows), listed, place, 2 * exact.rounding())
     if not bool(unsure.any()):
         return value, chosen
     few = unsure_rows(unsure)
-    apart = Differences(*points, root=False, precision=torch.float64).targets(few)
-    listed, place = smallest_in_rows(apart, k, behind.targets(few), slab, problem.dtype)
+    listed, place = smallest_in_rows(
+        apart.targets(few), k, behind.targets(few), slab, problem.dtype
+    )
     return put_rows(value, chosen, few, _as_referee(bound.targets(few), listed, place, k, slab)[:2])
 
 

@@ -1,0 +1,128 @@
+"""Operators without parameters, in the manner of torch.nn.functional."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convnn_geo.candidates import All, Causal
+from convnn_geo.checks import check_alike, check_floating, check_int, check_number, check_tensor
+from convnn_geo.kernels import Sum
+from convnn_geo.lowering import run
+from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.operation import Operation
+from convnn_geo.points import Points
+from convnn_geo.selection import KNearest
+from convnn_geo.weighting import Softmax
+
+
+def knn_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: int,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    metric: Metric | str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Attention of each query over its ``k`` nearest keys: scaled_dot_product_attention with k.
+
+    .. math:: y_i = \sum_{j \in I_i} \mathrm{softmax}_{j \in I_i}(\mathrm{scale} \, q_i^T k_j) v_j
+
+    ``I_i`` are the ``k`` keys with the largest scores, ties to the lowest index (KVT,
+    https://arxiv.org/abs/2106.00515; ConvNN, https://arxiv.org/abs/2606.14725).
+
+    Args:
+        query: ``(..., n, d)``.
+        key: ``(..., m, d)``; leading axes broadcast.
+        value: ``(..., m, c)``.
+        k: keys that a query attends to, at most ``m``.
+        attn_mask: boolean ``(..., n, m)``, True where attention is allowed; or floats that are
+            added to the scores before the choice.
+        dropout_p: probability of dropping a weight. Pass 0 when evaluating.
+        is_causal: query ``i`` sees the keys up to ``i`` only; not together with a mask.
+        scale: of the product; ``1 / sqrt(d)`` by default.
+        metric: another way of comparing: similarities are minus its distances. Not with scale.
+        backend: ``"auto"``, or a way of running it, as layers take.
+
+    Returns:
+        ``(..., n, c)``. A query that may attend to nobody gets zeros.
+
+    Raises:
+        ValueError: k < 1 or over ``m``, shapes or devices that do not match, both a mask and
+            is_causal, both a metric and a scale.
+        TypeError: unequal dtypes, integers.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.nn.functional import knn_attention
+        >>> q, k, v = torch.randn(3, 2, 8, 50, 16)
+        >>> knn_attention(q, k, v, k=9).shape
+        torch.Size([2, 8, 50, 16])
+    """
+    _check(query, key, value)
+    k = check_int("k", k)
+    if k > key.shape[-2]:
+        raise ValueError(f"k={k} is larger than the number of keys, {key.shape[-2]}; lower k")
+    if attn_mask is not None and is_causal:
+        raise ValueError("pass attn_mask or is_causal, not both; the mask may be causal itself")
+    if metric is not None and scale is not None:
+        raise ValueError("pass metric or scale, not both")
+    chosen = "scaled_dot" if metric is None else metric
+    temperature = 1.0
+    if scale is not None:
+        chosen, temperature = "dot", 1 / check_number("scale", scale, exclusive=True)
+    mask, bias = _mask(attn_mask, query)
+    op = Operation(
+        Points(query),
+        Points(key),
+        value,
+        as_metric(chosen),
+        Causal() if is_causal else All(),
+        KNearest(k),
+        Softmax(temperature, check_number("dropout_p", dropout_p)),
+        Sum(),
+        mask=mask,
+        bias=bias,
+    )
+    return run(op, backend)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, check_tensor(name, tensor))
+        if tensor.ndim < 2:
+            raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(tensor.shape)}")
+        check_alike("query", query, name, tensor)
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key: expected equal channels, got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key and value: expected equal lengths, got {key.shape[-2]} and {value.shape[-2]}"
+        )
+    try:
+        torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    except RuntimeError:
+        raise ValueError(
+            "query, key and value: leading axes do not broadcast: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        ) from None
+
+
+def _mask(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What is allowed, and what is added."""
+    if attn_mask is None:
+        return None, None
+    check_tensor("attn_mask", attn_mask)
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask is on {attn_mask.device}, the query on {query.device}")
+    if attn_mask.dtype == torch.bool:
+        return attn_mask, None
+    check_floating("attn_mask", attn_mask)
+    allowed = attn_mask != -torch.inf
+    return allowed, attn_mask.masked_fill(~allowed, 0.0)

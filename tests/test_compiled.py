@@ -1,0 +1,381 @@
+"""What is in C against plain sums in float64: search, attention over the nearest, taps."""
+
+import platform
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convnn_geo import compiled
+from convnn_geo.compiled import build
+from convnn_geo.lowering import choose, explain, run
+from convnn_geo.nn import ConvNN2d, ConvNNAttention
+from convnn_geo.search import knn
+
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+
+KINDS = ("points", "angles", "products")
+
+
+@pytest.fixture(scope="module", params=["", "-mno-avx512f", "-mno-avx"])
+def processor(request):
+    """The library as it is built for this processor, and for those with shorter vectors."""
+    if not request.param:
+        yield build.library()
+        return
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("flags of x86")
+    compiler = [shutil.which("cc"), request.param]
+    found = build._compiled(compiler, (*build._FLAGS, "-march=native", "-fopenmp"))
+    build.declare(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "library", lambda: found)
+        yield found
+
+
+def distances(kind, q, keys, bias=None, scale=1.0):
+    q, keys = q.double(), keys.double()
+    if kind == "products":
+        values = -scale * (q @ keys.transpose(-1, -2))
+        return values if bias is None else values + bias.double().unsqueeze(-2)
+    values = (q.unsqueeze(-2) - keys.unsqueeze(-3)).square().sum(-1)
+    if kind == "points":
+        return values
+    zero = (q.norm(dim=-1) < 0.5).unsqueeze(-1) | (keys.norm(dim=-1) < 0.5).unsqueeze(-2)
+    return (values / 2).masked_fill(zero, 1.0)
+
+
+def expected(kind, q, keys, k, bias=None, scale=1.0, mask=None, own=None):
+    values = distances(kind, q, keys, bias, scale).float()
+    if mask is not None:
+        values = values.masked_fill(~mask, torch.inf)
+    if own is not None:
+        columns = torch.arange(keys.shape[-2])
+        values = values.masked_fill(columns == own.unsqueeze(-1), torch.inf)
+    best, place = values.sort(dim=-1, stable=True)
+    return best[..., :k], place[..., :k]
+
+
+def points(kind, *shape):
+    x = torch.randn(*shape)
+    if kind == "angles":
+        x = F.normalize(x, dim=-1)
+        x[..., ::5, :] = 0.0
+    return x
+
+
+def is_nearest(kind, q, keys, k, **options):
+    best, place = expected(kind, q, keys, k, **options)
+    values, found = compiled.products_nearest(kind, q, keys, k, **options)
+    assert torch.equal(found, place)
+    torch.testing.assert_close(values, best, rtol=1e-6, atol=1e-7)
+    _, rough = compiled.products_nearest(kind, q, keys, k, exact=False, **options)
+    assert torch.equal(rough, place)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n, m, d, k", [(1, 1, 9, 1), (7, 31, 12, 5), (50, 300, 33, 9)])
+def test_the_nearest_by_products(processor, kind, n, m, d, k):
+    is_nearest(kind, points(kind, 2, n, d), points(kind, 2, m, d), k)
+    is_nearest(kind, points(kind, n, d), points(kind, m, d), m if m <= 128 else 128)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ties_go_to_the_lowest_index(processor, kind):
+    lattice = torch.randint(3, (2, 200, 10)).float()
+    q = F.normalize(lattice, dim=-1) if kind == "angles" else lattice
+    is_nearest(kind, q, q, 9)
+    same = q[:, :1].expand(2, 200, 10)
+    is_nearest(kind, same, same, 20)
+
+
+def test_far_from_the_origin_and_close_together(processor):
+    x = torch.randn(100, 24)
+    is_nearest("points", x + 1e6, x + 1e6, 9)
+    is_nearest("points", x * 1e-12, x * 1e-12, 9)
+    is_nearest("points", x * 1e9, x * 1e9, 9)
+    near = 1 + torch.randint(4, (60, 16)) * torch.finfo(torch.float32).eps
+    is_nearest("points", near, near, 9)
+
+
+def test_bias_scale_mask_and_the_point_itself(processor):
+    q, keys, bias = torch.randn(3, 20, 12), torch.randn(3, 40, 12), torch.randn(3, 40)
+    is_nearest("products", q, keys, 6, bias=bias, scale=0.3)
+    is_nearest("products", q, keys, 6, bias=bias[:1], scale=-2.0)
+    mask = torch.rand(3, 20, 40) < 0.2
+    mask[0, 3] = False
+    for part in (mask, mask[0], mask[:, :1], mask[:1, :1]):
+        is_nearest("products", q, keys, 12, mask=part)
+        is_nearest("points", q, keys, 12, mask=part)
+    is_nearest("points", keys, keys, 7, own=torch.arange(40))
+    is_nearest("points", keys, keys, 7, own=torch.full((40,), -1))
+
+
+def test_heads_may_be_strided_shared_and_broadcast(processor):
+    packed = torch.randn(2, 30, 4 * 16).unflatten(-1, (4, 16)).transpose(1, 2)
+    is_nearest("products", packed, packed, 5)
+    is_nearest("products", packed, packed[:1, :1], 5)
+    is_nearest("products", packed[0, 0], packed, 5)
+    is_nearest("points", torch.randn(16, 30).t(), packed, 5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 150), st.integers(1, 40), st.data())
+def test_the_nearest_of_any_size(n, m, d, data):
+    k = data.draw(st.integers(1, min(m, 128)))
+    kind = data.draw(st.sampled_from(KINDS))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    q, keys = points(kind, n, d), points(kind, m, d)
+    if data.draw(st.booleans()):
+        q, keys = q.round(decimals=0), keys.round(decimals=0)
+        if kind == "angles":
+            q, keys = F.normalize(q, dim=-1), F.normalize(keys, dim=-1)
+    is_nearest(kind, q, keys, k)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("where", ["q", "keys", "bias"])
+def test_what_is_not_finite_is_not_served(bad, where):
+    parts = {"q": torch.randn(20, 12), "keys": torch.randn(30, 12), "bias": torch.randn(30)}
+    parts[where][7] = bad
+    if where == "bias" and bad == 3e38:
+        parts["q"] *= 1e38
+    found = compiled.products_nearest(
+        "products", parts["q"], parts["keys"], 3, bias=parts["bias"], scale=1.0
+    )
+    assert found is None
+
+
+def test_what_is_not_served():
+    x = torch.randn(200, 12)
+    assert compiled.products_nearest("points", x.double(), x.double(), 3) is None
+    assert compiled.products_nearest("points", x.half(), x.half(), 3) is None
+    assert compiled.products_nearest("points", x, x, 129) is None
+    assert compiled.products_nearest("points", x[:0], x, 3) is None
+    assert compiled.products_nearest("points", x[None, None, None], x, 3) is None
+    assert compiled.products_nearest("points", x.to("meta"), x.to("meta"), 3) is None
+
+
+def test_dense_gives_the_same_with_and_without(monkeypatch):
+    x = torch.randn(2, 150, 24)
+    x[:, 50:60] = x[:, :10]
+    for metric in ("euclidean", "cosine", "dot", "squared_euclidean", "pearson"):
+        found = knn(x, k=9, metric=metric, backend="dense")
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "library", lambda: None)
+            plain = knn(x, k=9, metric=metric, backend="dense")
+        assert torch.equal(found.index, plain.index)
+        torch.testing.assert_close(found.distance, plain.distance, rtol=1e-6, atol=1e-6)
+
+
+# -- attention ------------------------------------------------------------------------------
+
+
+def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature):
+    """In float64, with gradient: a softmax over the chosen alone."""
+    place = expected(kind, q, keys, k, bias, scale, mask)[1]
+    score = -distances(kind, q, keys, bias, scale) / temperature
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    score = score.gather(-1, place.expand(*score.shape[:-1], k))
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    weight = score.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weight = weight if keep is None else weight * keep
+    lead = torch.broadcast_shapes(weight.shape[:-2], value.shape[:-2])
+    rows = value.double().expand(*lead, *value.shape[-2:]).unsqueeze(-3)
+    index = place.expand(*lead, *place.shape[-2:]).unsqueeze(-1)
+    shape = (*lead, q.shape[-2], *value.shape[-2:])
+    near = rows.expand(shape).gather(-2, index.expand(*index.shape[:-1], value.shape[-1]))
+    return (weight.unsqueeze(-1) * near).sum(-2)
+
+
+CASES = {
+    "heads": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {}),
+    "wide values": ((1, 2, 9, 8), (1, 2, 40, 8), (1, 2, 40, 70), {}),
+    "one head": ((21, 12), (33, 12), (33, 5), {}),
+    "shared keys": ((2, 3, 17, 16), (1, 1, 29, 16), (2, 1, 29, 16), {}),
+    "bias": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"bias": (2, 1, 29)}),
+    "mask": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"mask": (2, 1, 17, 29)}),
+    "keep": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"keep": (2, 3, 17, 5)}),
+    "one key": ((2, 1, 4, 16), (2, 1, 1, 16), (2, 1, 1, 16), {"k": 1}),
+    "all keys": ((1, 2, 9, 12), (1, 2, 11, 12), (1, 2, 11, 12), {"k": 11}),
+}
+
+
+def arguments(kind, case):
+    q_shape, key_shape, value_shape, options = CASES[case]
+    q, keys, value = points(kind, *q_shape), points(kind, *key_shape), torch.randn(value_shape)
+    bias = torch.randn(options["bias"]) if "bias" in options and kind == "products" else None
+    mask = torch.rand(options["mask"]) < 0.4 if "mask" in options else None
+    if mask is not None:
+        mask[..., 0, :] = False
+    keep = (torch.rand(options["keep"]) < 0.5) * 2.0 if "keep" in options else None
+    return kind, q, keys, value, bias, mask, keep, options.get("k", 5), 0.4, 0.7
+
+
+def check_attention(kind, case):
+    given_ = arguments(kind, case)
+    kind, q, keys, value, bias, *rest = given_
+    leaves = [t for t in (q, keys, value, bias) if t is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out, weight, _ = torch.ops.convnn_geo.neighbor_attention(*given_)
+    exact = by_hand(*given_)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    if rest[0] is None:
+        assert weight.sum(-1).sub(1).abs().max() < 1e-5
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, leaves, grad)
+    # Angles measure halves of squared differences: the gradient of vectors taken by themselves.
+    wanted = torch.autograd.grad(exact, leaves, grad.double())
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_the_nearest(processor, kind, case):
+    check_attention(kind, case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_attention_over_the_nearest_without_a_compiler(monkeypatch, kind, case):
+    monkeypatch.setattr(build, "library", lambda: None)
+    check_attention(kind, case)
+
+
+def test_attention_weights_that_vanish(processor):
+    q = torch.tensor([[[100.0] + [0.0] * 11]])
+    keys = torch.zeros(1, 6, 12)
+    keys[0, :, 0] = torch.tensor([1.0, 0.9, 0.5, 0.0, -1.0, -1e4])
+    value = torch.eye(6)[None]
+    out, weight, _ = torch.ops.convnn_geo.neighbor_attention(
+        *("products", q, keys, value, None, None, None, 6, 1.0, 1.0)
+    )
+    wanted = (q @ keys.transpose(-1, -2)).softmax(-1)
+    torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-30)
+    assert weight[..., -1].item() == 0
+
+
+def test_attention_operators_keep_the_rules_of_torch():
+    given_ = arguments("products", "bias")
+    for leaf in given_[1:5]:
+        leaf.requires_grad_()
+    torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention.default, given_)
+    kind, q, keys, value, _, _, keep, _, scale, temperature = given_
+    out, weight, place = torch.ops.convnn_geo.neighbor_attention(*given_)
+    back = (kind, q, keys, value, keep, scale, temperature, torch.ones_like(out), weight, place)
+    back = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in back)
+    torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention_backward.default, back)
+
+
+LAYERS = {
+    "plain": {},
+    "cosine": {"metric": "cosine"},
+    "squared": {"metric": "squared_euclidean"},
+    "dropout": {"dropout": 0.3},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_layer_is_the_same_by_gather(options, masked):
+    torch.manual_seed(0)
+    layer = ConvNNAttention(48, 3, k=7, **options)
+    x = torch.randn(2, 33, 48, requires_grad=True)
+    call = {"need_weights": False}
+    if masked:
+        call["attn_mask"] = torch.rand(33, 33) < 0.5
+        call["key_padding_mask"] = torch.arange(33).expand(2, 33) > torch.tensor([[20], [32]])
+    found = []
+    for backend in ("compiled", "gather"):
+        layer.backend = backend
+        torch.manual_seed(3)
+        out = layer(x, **call)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_layer_attends_causally():
+    layer = ConvNNAttention(16, 2, k=4)
+    x = torch.randn(1, 12, 16)
+    wanted = layer(x, need_weights=True, is_causal=True)[0]
+    torch.testing.assert_close(layer(x, need_weights=False, is_causal=True)[0], wanted)
+
+
+def test_a_nan_reaches_the_output_of_who_holds_it():
+    layer = ConvNNAttention(16, 2, k=4)
+    x = torch.randn(1, 12, 16)
+    x[0, 5, 3] = torch.nan
+    from convnn_geo.checks import checking
+
+    with checking(False):
+        out = layer(x, need_weights=False)[0]
+    assert out[0, 5].isnan().all()
+
+
+def test_the_layer_compiles_whole():
+    layer = ConvNNAttention(16, 2, k=4, backend="compiled")
+    x = torch.randn(2, 12, 16)
+    fast = torch.compile(lambda t: layer(t, need_weights=False)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(fast(x), layer(x, need_weights=False)[0])
+
+
+REFUSALS = {
+    "the kernel is Taps": {"kernel": "standard"},
+    "neighbours are not simply": {"self_point": "first"},
+    "the metric is neither": {"metric": "euclidean"},
+    "k=150 is over 128": {"k": 150},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_why_it_refuses(reason):
+    layer = ConvNNAttention(32, 2, **{"k": 9, **REFUSALS[reason]})
+    text = explain(layer, torch.randn(1, 160, 32))
+    assert f"neighbor_attention refused: {reason}" in text
+    with pytest.raises(ValueError, match=reason):
+        run(layer.operation(torch.randn(1, 160, 32)), "compiled")
+
+
+def test_why_it_refuses_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    op = ConvNNAttention(32, 2, k=9).operation(torch.randn(1, 20, 32))
+    assert choose(op)[0].name == "gather"
+
+
+# -- taps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, k, c, d", [(1, 1, 1, 1), (9, 3, 5, 7), (70, 9, 16, 33), (8, 2, 3, 64)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_taps_on_gathered_rows(processor, n, k, c, d, weighted):
+    rows, index = torch.randn(40, c), torch.randint(-1, 40, (k, n))
+    taps, bias = torch.randn(k, d, c), torch.randn(d) if weighted else None
+    rho = torch.rand(k, n) if weighted else None
+    found = compiled.gather_taps(rows, index, rho, taps, bias)
+    near = F.pad(rows, (0, 0, 0, 1)).double()[index]
+    near = near if rho is None else near * rho.unsqueeze(-1)
+    exact = torch.einsum("jnc,jdc->nd", near, taps.double())
+    exact = exact if bias is None else exact + bias
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_taps_that_are_not_served():
+    rows, index, taps = torch.randn(4, 3), torch.zeros(2, 5, dtype=torch.long), torch.randn(2, 6, 3)
+    assert compiled.gather_taps(rows.double(), index, None, taps.double(), None) is None
+    assert compiled.gather_taps(rows, index[:, :0], None, taps, None) is None
+
+
+def test_the_layer_is_the_same_without(monkeypatch):
+    layer = ConvNN2d(6, 40, k=5, metric="cosine")
+    x = torch.randn(2, 6, 9, 7)
+    found = layer(x)
+    monkeypatch.setattr(build, "library", lambda: None)
+    torch.testing.assert_close(layer(x), found, rtol=1e-5, atol=1e-5)
