@@ -58,7 +58,7 @@ def calibrate(
         The :func:`rows` of a cost table.
     """
     todo = cells(device) if todo is None else todo
-    with Worker(graph.measure, LIMIT, device=device) as worker:
+    with Worker(graph.measure, LIMIT, device=device, apart=graph.engine_of) as worker:
         return rows(run(todo, worker.ask, graph.Result, done, budget))
 
 

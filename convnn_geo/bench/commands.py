@@ -40,6 +40,7 @@ _FULL: dict[str, dict[str, Any]] = {
 }
 _QUICK: dict[str, dict[str, Any]] = {
     "graph": {
+        "metric": ["euclidean", "cosine"],
         "input": ["random", "photograph"],
         "n": [1024, 4096],
         "dim": [3, 64],
@@ -55,7 +56,7 @@ _QUICK: dict[str, dict[str, Any]] = {
         "limit": 5.0,
     },
 }
-_QUICK_BUDGET, _QUICK_PREPARING = 75.0, 25.0
+_QUICK_BUDGET, _QUICK_PREPARING = 80.0, 10.0
 """Seconds: what is not asked by then is left out, and what compiles itself for longer."""
 
 
@@ -195,9 +196,9 @@ def _graph(arguments: argparse.Namespace) -> int:
         chosen["k"],
         chosen["batch"],
         device=arguments.device,
-        seconds=0.1 if arguments.quick else 0.5,
+        seconds=0.05 if arguments.quick else 0.5,
     )
-    results = _measure(arguments, graph.measure, graph.Result, todo, chosen)
+    results = _measure(arguments, graph.measure, graph.Result, todo, chosen, graph.engine_of)
     tables.print_graph(results)
     _finish(arguments, results, {"engines": engines, **chosen}, pictures.draw_graph)
     return 0
@@ -240,6 +241,7 @@ def _measure(
     failed: Callable[[Any, str], Any],
     todo: Sequence[Any],
     chosen: dict[str, Any],
+    apart: Callable[[Any], object] = lambda cell: None,
 ) -> list[Any]:
     """All cells in turn, with a bar; the folder and what draws are looked for before."""
     require("matplotlib.figure", extra="viz")
@@ -249,7 +251,7 @@ def _measure(
     if arguments.quick:
         budget, preparing = _QUICK_BUDGET, _QUICK_PREPARING
     with (
-        Worker(measure, chosen["limit"], preparing, arguments.device) as worker,
+        Worker(measure, chosen["limit"], preparing, arguments.device, apart) as worker,
         _progress(arguments.bench, len(todo)) as tick,
     ):
         return run(todo, worker.ask, failed, tick, budget)

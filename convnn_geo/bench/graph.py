@@ -130,6 +130,11 @@ def cells(
     return sorted(found, key=lambda cell: is_approximate(cell.engine))
 
 
+def engine_of(cell: Cell) -> str:
+    """What measures a cell: each has a process of its own, for threads stay with a process."""
+    return cell.engine
+
+
 def is_approximate(engine: str) -> bool:
     """Whether an engine may miss neighbours.
 
@@ -142,6 +147,14 @@ def is_approximate(engine: str) -> bool:
 
 def measure(cell: Cell) -> Iterator[str | Result]:
     """Measure a cell, in the stages that :class:`Worker` asks for."""
+    try:
+        yield from _measure(cell)
+    finally:  # processes that wait hold no points
+        _loaded.cache_clear()
+        _truth.cache_clear()
+
+
+def _measure(cell: Cell) -> Iterator[str | Result]:
     points = _points(cell)
     call = _call(cell, points)
     if isinstance(call, str):

@@ -32,7 +32,7 @@ READY, CALLED = Stage("ready"), Stage("called")
 
 
 class Worker:
-    """Measures questions, one at a time, in a process of its own.
+    """Measures questions, one at a time, in processes of its own.
 
     Args:
         measure: a function at the top of a module that takes a question and yields ``READY`` when
@@ -42,6 +42,8 @@ class Worker:
         preparing: seconds for what comes before it: inputs, and engines that compile themselves.
         device: where. On the CPU new processes are forked from one that has imported all and
             done nothing; CUDA does not survive a fork.
+        apart: which process a question goes to: one an engine, say, for an engine's threads stay
+            with its process.
     """
 
     def __init__(
@@ -50,17 +52,16 @@ class Worker:
         limit: float,
         preparing: float = 180.0,
         device: str = "cpu",
+        apart: Callable[[Any], object] = lambda question: None,
     ) -> None:
-        self.measure, self.limit, self.preparing = measure, limit, preparing
+        self.measure, self.limit, self.preparing, self.apart = measure, limit, preparing, apart
         forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
             self._context.set_forkserver_preload([measure.__module__])
-        self._process: Any = None
-        self._connection: Any = None
+        self._running: dict[object, tuple[Any, Any]] = {}
 
     def __enter__(self) -> Worker:
-        self._start()
         return self
 
     def __exit__(
@@ -69,50 +70,54 @@ class Worker:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if self._process is not None and kind is None:
-            self._connection.send(None)
-            self._process.join(5)
-        self.end()
+        for key, (process, connection) in list(self._running.items()):
+            if kind is None:
+                with contextlib.suppress(ConnectionError):
+                    connection.send(None)
+                    process.join(5)
+            self.end(key)
 
     def ask(self, question: Any) -> Any:
         """The answer, or :class:`Failed`."""
-        if self._process is None:
-            self._start()
+        key = self.apart(question)
+        if key not in self._running:
+            self._running[key] = self._start()
+        connection = self._running[key][1]
         stages = (
             (self.preparing, f"preparing took over {self.preparing:g} s"),
             (self.limit, f"> {self.limit:g} s"),
             (60 + 4 * self.limit, "later calls took much longer than the first"),
         )
         try:
-            self._connection.send(question)
+            connection.send(question)
             for limit, reason in stages:
-                if not self._connection.poll(limit):
-                    self.end()
+                if not connection.poll(limit):
+                    self.end(key)
                     return Failed(reason)
-                answer = self._connection.recv()
+                answer = connection.recv()
                 if not isinstance(answer, Stage):
                     return answer
         except (EOFError, ConnectionError):
-            self.end()
+            self.end(key)
             return Failed("its process died: out of memory?")
         raise TypeError(f"{self.measure.__name__} gave no answer after {answer!r}")
 
-    def end(self) -> None:
-        """End the process, whatever it is doing; the next question starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+    def end(self, key: object = None) -> None:
+        """End a process, whatever it is doing; the next question to it starts another."""
+        process, connection = self._running.pop(key)
+        process.kill()
+        process.join()
+        connection.close()
 
-    def _start(self) -> None:
-        self._connection, other = self._context.Pipe()
-        self._process = self._context.Process(
+    def _start(self) -> tuple[Any, Any]:
+        mine, other = self._context.Pipe()
+        process = self._context.Process(
             target=_serve, args=(self.measure, other, torch.get_num_threads()), daemon=True
         )
-        self._process.start()
+        process.start()
         other.close()
-        self._connection.recv()  # that it is there
+        mine.recv()  # that it is there
+        return process, mine
 
 
 def _serve(measure: Callable[[Any], Iterator[Any]], connection: Connection, threads: int) -> None:
