@@ -25,6 +25,7 @@ demo: $(STAMPS)/demo ## pictures of what the package does; nothing is compiled
 
 test: $(STAMPS)/all $(STAMPS)/cluster ## the test suite, less the slow tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -m triton -n 2
 
 nightly: $(STAMPS)/all $(STAMPS)/cluster ## the whole test suite
 	$(PY) -m pytest -m "" $(PYTEST_ARGS)

@@ -24,9 +24,9 @@ from torch import Tensor
 Size: TypeAlias = "int | tuple[int, ...]"
 Order: TypeAlias = Literal["rank", "raster"]
 SelfPoint: TypeAlias = Literal["natural", "first", "excluded"]
-Backend: TypeAlias = Literal["auto", "native", "compiled", "gather", "message_passing"]
+Backend: TypeAlias = Literal["auto", "native", "compiled", "gather", "message_passing", "triton"]
 
-BACKENDS: tuple[str, ...] = ("auto", "native", "compiled", "gather", "message_passing")
+BACKENDS: tuple[str, ...] = ("auto", "native", "compiled", "gather", "message_passing", "triton")
 ORDERS: tuple[str, ...] = ("rank", "raster")
 SELF_POINTS: tuple[str, ...] = ("natural", "first", "excluded")
 

@@ -56,7 +56,7 @@ class Taps(Kernel):
         if k != self.k:
             raise ValueError(f"the kernel has {self.k} taps, but targets have {k} neighbours")
 
-    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+    def gather(self, pairs: Pairs, weight: Tensor | None, triton: bool = False) -> Tensor:
         """Tap by tap: rows selected and multiplied, never ``(b, n, k, c)``; backward too."""
         hood, value = pairs.neighborhood, pairs.value
         self.check_slots(hood.k)
@@ -80,7 +80,7 @@ class Taps(Kernel):
         rho = None if weight is None else spread(weight.to(rows.dtype), lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), bias, self.groups)
+        out = _GatherTaps.apply(rows, index, rho, taps.to(rows.dtype), bias, self.groups, triton)
         return out.view(*lead, hood.num_targets, out.shape[-1])
 
 
@@ -92,7 +92,13 @@ class _GatherTaps(torch.autograd.Function):
     """``out_i = b + sum_j W_j rho_ij x[index_ji]``, gathered rows recomputed in backward."""
 
     @staticmethod
-    def forward(rows, index, rho, taps, bias, groups):  # type: ignore[no-untyped-def]
+    def forward(rows, index, rho, taps, bias, groups, triton):  # type: ignore[no-untyped-def]
+        if triton:
+            from convnn_geo.gpu import taps as kernels
+
+            return kernels.gather_taps(
+                rows.contiguous(), index, _whole(rho), taps.contiguous(), bias, groups
+            )
         found = compiled.gather_taps(rows, index, rho, taps, bias) if groups == 1 else None
         if found is not None:
             return found
@@ -113,13 +119,25 @@ class _GatherTaps(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        rows, index, rho, taps, _, ctx.groups = inputs
+        rows, index, rho, taps, _, ctx.groups, ctx.triton = inputs
         ctx.save_for_backward(rows, index, rho, taps)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         rows, index, rho, taps = ctx.saved_tensors
-        need_rows, _, need_rho, need_taps, need_bias, _ = ctx.needs_input_grad
+        need_rows, _, need_rho, need_taps, need_bias, *_ = ctx.needs_input_grad
+        if ctx.triton and not torch.are_deterministic_algorithms_enabled():
+            from convnn_geo.gpu import taps as kernels
+
+            needed = (need_rows or need_rho, need_taps)
+            parts = (rows.contiguous(), index, _whole(rho), taps.contiguous(), grad.contiguous())
+            found = kernels.gather_taps_backward(*parts, ctx.groups, needed)
+            to_rows, to_rho, to_taps = (
+                None if t is None else t.to(like.dtype)
+                for t, like in zip(found, (rows, rho, taps), strict=True)
+            )
+            to_bias = grad.sum(0) if need_bias else None
+            return to_rows, None, to_rho, to_taps, to_bias, None, None
         grad_rows = torch.zeros_like(rows)
         grad_taps, grad_rho = [], []
         for j in range(taps.shape[0]):
@@ -141,7 +159,12 @@ class _GatherTaps(torch.autograd.Function):
             torch.stack(grad_taps) if need_taps else None,
             grad.sum(0) if need_bias else None,
             None,
+            None,
         )
+
+
+def _whole(rho: Tensor | None) -> Tensor | None:
+    return None if rho is None else rho.contiguous()
 
 
 def _weighted(rows: Tensor, index: Tensor, rho: Tensor | None, j: int) -> Tensor:
@@ -210,9 +233,9 @@ class Separable(Kernel):
         """Depthwise taps, then the mix."""
         return self._mix(self.first.reduce(messages, mask))
 
-    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+    def gather(self, pairs: Pairs, weight: Tensor | None, triton: bool = False) -> Tensor:
         """Likewise, without gathered copies."""
-        return self._mix(self.first.gather(pairs, weight))
+        return self._mix(self.first.gather(pairs, weight, triton))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn_geo import compiled
+from convnn_geo import compiled, gpu
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.attention import by_mask
 from convnn_geo.lowering.rules import Rule
@@ -41,32 +41,76 @@ class NeighborAttention(Rule):
             return reason
         if op.value.device.type != "cpu":
             return f"the points are on {op.value.device}, not on the CPU"
+        if not _is_one_form(op.bound):
+            return "the metric is neither a dot product, nor cosine, nor squared distances"
+        if not op.value.dtype == op.bound.dtype == torch.float32:
+            return f"values are {op.value.dtype}, not torch.float32"
         if not torch.compiler.is_compiling() and compiled.library() is None:
             return "there is no C compiler, or CONVNN_GEO_COMPILE is 0"
-        selection: KNearest = op.selection  # type: ignore[assignment]
-        if selection.k > compiled.LARGEST_K:
-            return f"k={selection.k} is over {compiled.LARGEST_K}"
-        return None
+        return _over(op, compiled.LARGEST_K)
 
     def run(self, op: Operation) -> Tensor:
         """Attend."""
-        weighting: Softmax = op.weighting  # type: ignore[assignment]
-        selection: KNearest = op.selection  # type: ignore[assignment]
         problem = Problem.of(op.bound, torch.float32)
         if problem is None:
             raise TypeError("neighbor_attention needs points or products")
-        mask = op.query().subset.mask
-        keep = None
-        if weighting.training and weighting.dropout:
-            lead = torch.broadcast_shapes(op.bound.shape[:-2], op.value.shape[:-2])
-            ones = op.value.new_ones(*lead, op.bound.shape[-2], selection.k)
-            keep = F.dropout(ones, weighting.dropout)
-        out, _, _ = torch.ops.convnn_geo.neighbor_attention(
-            *(problem.kind, problem.q, problem.keys, op.value, problem.bias, mask, keep),
-            *(selection.k, float(problem.scale), weighting.temperature),
-        )
-        # Of features that are not finite the operator itself makes NaN.
-        return out if op.target.pos is None else show_nan(out, op)
+        points = (problem.kind, problem.q, problem.keys)
+        return _run(op, *points, problem.bias, problem.scale, "compiled")
+
+
+class TritonAttention(Rule):
+    """The same by Triton: scores pass through registers; any bilinear metric, half precision."""
+
+    name = "triton_attention"
+    backend = "triton"
+
+    def refuses(self, op: Operation) -> str | None:
+        """Needs softmax over the k nearest by a bilinear metric, and a GPU."""
+        reason = _refuses(op) or gpu.refuses(op.value.device)
+        if reason is not None:
+            return reason
+        if op.bound.bilinear() is None:
+            return "the metric is not bilinear"
+        if op.value.dtype == torch.float64:
+            return "values are torch.float64"
+        return _over(op, gpu.LARGEST_K)
+
+    def run(self, op: Operation) -> Tensor:
+        """Attend."""
+        form = op.bound.bilinear()
+        if form is None:
+            raise TypeError("triton_attention needs a bilinear metric")
+        return _run(op, "products", form.q, form.k, form.b, form.scale, "triton")
+
+
+def _run(
+    op: Operation,
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    engine: str,
+) -> Tensor:
+    weighting: Softmax = op.weighting  # type: ignore[assignment]
+    selection: KNearest = op.selection  # type: ignore[assignment]
+    keep = None
+    if weighting.training and weighting.dropout:
+        lead = torch.broadcast_shapes(op.bound.shape[:-2], op.value.shape[:-2])
+        ones = op.value.new_ones(*lead, op.bound.shape[-2], selection.k)
+        keep = F.dropout(ones, weighting.dropout)
+    mask = op.query().subset.mask
+    out, _, _ = torch.ops.convnn_geo.neighbor_attention(
+        *(kind, q, keys, op.value, bias, mask, keep, selection.k),
+        *(float(scale), weighting.temperature, engine),
+    )
+    # Of features that are not finite the operator itself makes NaN.
+    return out if op.target.pos is None else show_nan(out, op)
+
+
+def _over(op: Operation, limit: int) -> str | None:
+    selection: KNearest = op.selection  # type: ignore[assignment]
+    return None if selection.k <= limit else f"k={selection.k} is over {limit}"
 
 
 def _refuses(op: Operation) -> str | None:
@@ -84,10 +128,6 @@ def _refuses(op: Operation) -> str | None:
         return f"search={op.search!r} was asked for"
     if chosen.k > op.source.num_points:
         return f"k={chosen.k} is over the number of sources"
-    if not _is_one_form(op.bound):
-        return "the metric is neither a dot product, nor cosine, nor squared distances"
-    if not op.value.dtype == op.bound.dtype == torch.float32:
-        return f"values are {op.value.dtype}, not torch.float32"
     return None
 
 
@@ -112,8 +152,13 @@ def _attend(
     k: int,
     scale: float,
     temperature: float,
+    engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``."""
+    if engine == "triton":
+        from convnn_geo.gpu import attention
+
+        return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature)
     found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature)
     if found is not None:
         return found
@@ -141,13 +186,17 @@ def _(
     k: int,
     scale: float,
     temperature: float,
+    engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = torch.broadcast_shapes(
         *(q.shape[:-2], keys.shape[:-2], value.shape[:-2]),
         () if bias is None else bias.shape[:-1],
         () if mask is None else mask.shape[:-2],
     )
-    weight = q.new_empty(*lead, q.shape[-2], k)
+    weight = q.new_empty(*lead, q.shape[-2], k, dtype=torch.float32)
+    if engine == "triton":
+        out = value.new_empty(*lead, q.shape[-2], value.shape[-1])
+        return out, weight, torch.empty_like(weight, dtype=torch.int32)
     heads = lead[-1:] or (1,)
     out = q.new_empty(*lead[:-1], q.shape[-2], *heads, value.shape[-1]).transpose(-2, -3)
     return (out if lead else out.squeeze(0)), weight, torch.empty_like(weight, dtype=torch.long)
@@ -162,11 +211,18 @@ def _attend_backward(
     keep: Tensor | None,
     scale: float,
     temperature: float,
+    engine: str,
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to targets, keys, values and bias, in the leading shape of the result."""
+    if engine == "triton":
+        from convnn_geo.gpu import attention
+
+        return attention.attend_backward(
+            q, keys, value, keep, scale, temperature, grad, weight, place
+        )
     found = compiled.attention_backward(
         kind, q, keys, value, keep, scale, temperature, grad, weight, place
     )
@@ -206,17 +262,19 @@ def _(
     keep: Tensor | None,
     scale: float,
     temperature: float,
+    engine: str,
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, m = place.shape[:-2], keys.shape[-2]
-    grads = [q.new_empty(*lead, *t.shape[-2:]) for t in (q, keys, value)]
-    return grads[0], grads[1], grads[2], q.new_empty(*lead, m)
+    grads = [weight.new_empty(*lead, *t.shape[-2:]) for t in (q, keys, value)]
+    return grads[0], grads[1], grads[2], weight.new_empty(*lead, m)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.kind, q, keys, value, bias, _, keep, _, ctx.scale, ctx.temperature = inputs
+    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine = inputs
+    ctx.kind, ctx.rest = kind, (scale, temperature, engine)
     ctx.bias = None if bias is None else bias.shape
     ctx.save_for_backward(q, keys, value, keep, *output[1:])
 
@@ -224,15 +282,15 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     q, keys, value, keep, weight, place = ctx.saved_tensors
     to_q, to_keys, to_value, to_bias = torch.ops.convnn_geo.neighbor_attention_backward(
-        ctx.kind, q, keys, value, keep, ctx.scale, ctx.temperature, grad, weight, place
+        ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place
     )
     return (
         None,
-        to_q.sum_to_size(q.shape),
-        to_keys.sum_to_size(keys.shape),
-        to_value.sum_to_size(value.shape),
+        to_q.sum_to_size(q.shape).to(q.dtype),
+        to_keys.sum_to_size(keys.shape).to(keys.dtype),
+        to_value.sum_to_size(value.shape).to(value.dtype),
         None if ctx.bias is None else to_bias.sum_to_size(ctx.bias),
-        *[None] * 5,
+        *[None] * 6,
     )
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
+from convnn_geo import gpu
+from convnn_geo.kernels import Separable, Taps
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
 
@@ -57,3 +60,23 @@ class Gather(Aggregation):
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """Select, weigh, reduce."""
         return op.kernel.gather(pairs, weight)
+
+
+class TritonTaps(Gather):
+    """The same with a kernel in Triton that reads neighbours where they lie, for taps on a GPU."""
+
+    name = "triton_taps"
+    backend = "triton"
+
+    def refuses(self, op: Operation) -> str | None:
+        """Needs taps, one weight a neighbour at most, and a GPU."""
+        if not isinstance(op.kernel, (Taps, Separable)):
+            return f"the kernel is {type(op.kernel).__name__}, not taps"
+        if op.value.dtype == torch.float64:
+            return "values are torch.float64"
+        return gpu.refuses(op.value.device)
+
+    def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """One kernel forward, two backward."""
+        kernel: Taps | Separable = op.kernel  # type: ignore[assignment]
+        return kernel.gather(pairs, weight, triton=True)

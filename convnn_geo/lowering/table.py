@@ -12,8 +12,8 @@ from convnn_geo.checks import check_name
 from convnn_geo.lowering.attention import Attention
 from convnn_geo.lowering.convolution import Convolution, Pooling
 from convnn_geo.lowering.message_passing import MessagePassingRule
-from convnn_geo.lowering.neighbor_attention import NeighborAttention
-from convnn_geo.lowering.rules import Aggregation, Gather, Rule
+from convnn_geo.lowering.neighbor_attention import NeighborAttention, TritonAttention
+from convnn_geo.lowering.rules import Aggregation, Gather, Rule, TritonTaps
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import Pairs
 from convnn_geo.typing import BACKENDS
@@ -25,7 +25,10 @@ RULES: tuple[Rule, ...] = (
     NeighborAttention(),
     Gather(),
     MessagePassingRule(),
+    TritonAttention(),
+    TritonTaps(),
 )
+"""The last two run when asked for: until they are timed on a GPU, ``gather`` ends the search."""
 
 _WIDTH = max(len(rule.name) for rule in RULES)
 

@@ -18,6 +18,7 @@ from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.keops import KeOps
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.torch_cluster import PygLib, TorchCluster
+from convnn_geo.search.triton import Triton
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
@@ -29,6 +30,7 @@ ENGINES: dict[str, Engine] = {
         PygLib(),
         Faiss(),
         KeOps(),
+        Triton(),
         Dense(),
         FaissIVF(),
         NNDescent(),

@@ -1,0 +1,319 @@
+"""Kernels in Triton against plain sums: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from convnn_geo import gpu
+from convnn_geo.lowering import choose, explain, run
+from convnn_geo.metrics import interpolate
+from convnn_geo.nn import ConvNN2d, ConvNNAttention
+from convnn_geo.nn.functional import knn_attention
+from convnn_geo.search import knn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+triton = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        gpu.refuses(torch.device(DEVICE)) is not None,
+        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+    ),
+]
+HALVES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on(*tensors):
+    return [t.to(DEVICE) for t in tensors]
+
+
+class TestSearch:
+    pytestmark = triton
+
+    def starts(self, *sizes):
+        return torch.tensor([0, *sizes]).cumsum(0).to(DEVICE)
+
+    def check(self, q, keys, k, q_sizes, key_sizes, bias=None, scale=1.0, direct=False):
+        from convnn_geo.gpu.search import nearest
+
+        q, keys = on(q, keys)
+        bias = None if bias is None else bias.to(DEVICE)
+        starts = self.starts(*q_sizes), self.starts(*key_sizes)
+        values, places = nearest(q, keys, k, starts, max(q_sizes), bias, scale, direct=direct)
+        assert values.dtype == torch.float32 and places.dtype == torch.int32
+        row = 0
+        for i, (n, m) in enumerate(zip(q_sizes, key_sizes, strict=True)):
+            here, there = q[starts[0][i] :][:n].float(), keys[starts[1][i] :][:m].float()
+            if direct:
+                wanted = (here[:, None] - there[None]).square()
+                total = wanted[..., 0]
+                for axis in range(1, wanted.shape[-1]):
+                    total = total + wanted[..., axis]
+                wanted = total
+            else:
+                wanted = -scale * (here @ there.T)
+                wanted = wanted if bias is None else wanted + bias[starts[1][i] :][:m]
+            best, order = wanted.sort(dim=-1, stable=True)
+            found, at = values[row : row + n], places[row : row + n].long()
+            torch.testing.assert_close(found, best[:, :k], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(wanted.gather(1, at), found, rtol=1e-5, atol=1e-5)
+            assert (at.sort(-1).values.diff(dim=-1) > 0).all()
+            if direct or (q == q.round()).all():
+                assert torch.equal(at, order[:, :k])
+            row += n
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("n, m, d, k", [(1, 1, 3, 1), (40, 70, 16, 9), (33, 200, 80, 40)])
+    def test_by_products(self, dtype, n, m, d, k):
+        q, keys = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+        self.check(q, keys, k, [n], [m], torch.randn(m), 2.0)
+
+    @pytest.mark.parametrize("d", [1, 2, 3, 8])
+    def test_by_differences_with_ties(self, d):
+        x = torch.randint(4, (150, d)).float()
+        self.check(x, x, 12, [150], [150], direct=True)
+
+    def test_ties_of_products(self):
+        x = torch.randint(3, (100, 10)).float()
+        self.check(x, x, 20, [100], [100], x.square().sum(-1), 2.0)
+
+    def test_ragged_examples(self):
+        x, y = torch.randn(75, 12), torch.randn(90, 12)
+        self.check(x, y, 5, [5, 0, 50, 20], [40, 10, 5, 35])
+
+    def test_all_and_many_neighbors(self):
+        x = torch.randn(64, 16)
+        self.check(x, x, 64, [64], [64])
+        self.check(x[:8], torch.randn(270, 16), 256, [8], [270])
+
+    def test_a_mask_and_rows_that_see_nobody(self):
+        from convnn_geo.gpu.search import nearest
+
+        q, keys = on(torch.randn(6, 16), torch.randn(20, 16))
+        mask = (torch.rand(1, 1, 6, 20) < 0.5).to(DEVICE)
+        mask[..., 2, :] = False
+        values, places = nearest(q, keys, 5, (self.starts(6), self.starts(20)), 6, mask=mask)
+        wanted = (-(q @ keys.T)).masked_fill(~mask[0, 0], torch.inf).sort(dim=-1, stable=True)
+        torch.testing.assert_close(values, wanted.values[:, :5], rtol=1e-5, atol=1e-5)
+        assert (places[2] == torch.arange(5, device=DEVICE)).all() and values[2].isinf().all()
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+    @pytest.mark.parametrize("d", [3, 20])
+    def test_the_engine_finds_what_dense_finds(self, metric, d):
+        x = torch.randn(2, 30, d)
+        x[:, 20:25] = x[:, :5]
+        (x,) = on(x)
+        for options in ({}, {"self_point": "excluded"}):
+            found = knn(x, k=4, metric=metric, backend="triton", **options)
+            wanted = knn(x, k=4, metric=metric, backend="dense", **options)
+            assert torch.equal(found.index, wanted.index)
+            torch.testing.assert_close(found.distance, wanted.distance)
+
+
+def plain_attention(q, k, v, count, mask=None, bias=None, scale=None):
+    """In float64 on the chosen alone."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score = (q @ k.transpose(-1, -2)) * scale
+    score = score if bias is None else score + bias
+    score = score if mask is None else score.masked_fill(~mask, -torch.inf)
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    chosen = torch.zeros_like(score, dtype=torch.bool).scatter(-1, order, True)
+    score = score.masked_fill(~chosen, -torch.inf)
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    return score.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ v
+
+
+class TestAttention:
+    pytestmark = triton
+
+    @pytest.mark.parametrize("row", [512, 8])  # in one kernel, and in two
+    @pytest.mark.parametrize(
+        "shape, m, c, k",
+        [
+            ((2, 2, 17, 16), 29, 16, 5),
+            ((1, 1, 40, 20), 70, 33, 9),
+            ((1, 2, 5, 16), 5, 16, 5),
+            ((1, 1, 3, 16), 40, 16, 1),
+        ],
+    )
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_values_and_gradients(self, monkeypatch, row, shape, m, c, k, masked):
+        from convnn_geo.gpu import attention
+
+        monkeypatch.setattr(attention, "ROW", row)
+        lead = shape[:-2]
+        q, keys = torch.randn(shape), torch.randn(*lead, m, shape[-1])
+        value = torch.randn(*lead, m, c)
+        mask = None
+        if masked:
+            mask = torch.rand(lead[0], 1, shape[-2], m) < 0.5
+            mask[..., 0, :] = False
+        parts = [t.requires_grad_() for t in on(q, keys, value)]
+        mask = None if mask is None else mask.to(DEVICE)
+        out = knn_attention(*parts, k, attn_mask=mask, backend="triton")
+        exact = plain_attention(*(t.double() for t in parts), k, mask)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+        grad = torch.randn_like(out)
+        wanted = torch.autograd.grad(exact, parts, grad.double())
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                found = torch.autograd.grad(out, parts, grad, retain_graph=True)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", HALVES[1:])
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_half_precision_with_float32_scores(self, monkeypatch, dtype, row):
+        from convnn_geo.gpu import attention
+
+        monkeypatch.setattr(attention, "ROW", row)
+        q, k, v = on(*(torch.randn(1, 2, 20, 16).to(dtype) for _ in range(3)))
+        out = knn_attention(q, k, v, 6, backend="triton")
+        exact = plain_attention(q.double(), k.double(), v.double(), 6)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_ties_go_to_the_lowest_index(self, monkeypatch, row):
+        from convnn_geo.gpu import attention
+
+        monkeypatch.setattr(attention, "ROW", row)
+        q = torch.randint(2, (1, 30, 16)).float()
+        value = torch.eye(30)[None]
+        q, value = on(q, value)
+        out = knn_attention(q, q, value, 7, backend="triton", scale=1.0)
+        wanted = plain_attention(q.double(), q.double(), value.double(), 7, scale=1.0)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_dropout(self, monkeypatch, row):
+        from convnn_geo.gpu import attention
+
+        monkeypatch.setattr(attention, "ROW", row)
+        q, k, v, keep = on(*(torch.randn(1, 12, 16) for _ in range(3)), torch.rand(1, 12, 5))
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+        call = torch.ops.convnn_geo.neighbor_attention
+        out, weight, place = call(*("products", q, k, v, None, None, keep, 5, 0.5, 1.0, "triton"))
+        exact = (weight * keep).double().unsqueeze(-1) * v[0][place.long()].double()
+        torch.testing.assert_close(out.double(), exact.sum(-2), rtol=1e-4, atol=1e-5)
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+        order = weight.argsort(-1, descending=True)
+        sorted_keep = keep.gather(-1, order)
+        plain, _, _ = call(*("products", q, k, v, None, None, sorted_keep, 5, 0.5, 1.0, "compiled"))
+        wanted = torch.autograd.grad(plain.square().sum(), (q, k, v))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+    def test_the_layer_is_the_same_by_gather(self):
+        x = torch.randn(2, 20, 32, device=DEVICE)
+        mixture = interpolate("squared_spatial", "scaled_dot", 0.7)
+        for options in ({}, {"metric": "cosine"}, {"metric": mixture}, {"add_zero_attn": True}):
+            layer = ConvNNAttention(32, 2, k=5, **options).to(DEVICE)
+            found = []
+            for backend in ("triton", "gather"):
+                layer.backend = backend
+                out = layer(x, need_weights=False)[0]
+                parameters = [p for p in layer.parameters() if p.requires_grad]
+                grads = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+                found.append([out, *(g for g in grads if g is not None)])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+    def test_the_operators_keep_the_rules_of_torch(self):
+        q, k, v = on(*(torch.randn(1, 2, 6, 16) for _ in range(3)))
+        for tensor in (q, k, v):
+            tensor.requires_grad_()
+        arguments = ("products", q, k, v, None, None, None, 3, 1.0, 1.0, "triton")
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(
+            torch.ops.convnn_geo.neighbor_attention.default, arguments, test_utils=utils
+        )
+
+
+class TestTaps:
+    pytestmark = triton
+
+    @pytest.mark.parametrize(
+        "c, d, groups", [(5, 7, 1), (16, 40, 1), (70, 6, 1), (8, 12, 4), (6, 6, 6), (4, 8, 4)]
+    )
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_values_and_gradients(self, c, d, groups, weighted):
+        from convnn_geo.kernels.taps import _GatherTaps
+
+        k, n, m = 3, 37, 20
+        rows, taps = torch.randn(m, c), torch.randn(k, d, c // groups)
+        bias, rho = torch.randn(d), torch.rand(k, n) if weighted else None
+        index = torch.randint(m, (k, n)).to(DEVICE)
+        parts = [
+            None if t is None else t.to(DEVICE).requires_grad_() for t in (rows, rho, taps, bias)
+        ]
+        rows, rho, taps, bias = parts
+        out = _GatherTaps.apply(rows, index, rho, taps, bias, groups, True)
+        near = rows.double()[index]
+        near = near if rho is None else near * rho.double().unsqueeze(-1)
+        near = near.unflatten(-1, (groups, -1))
+        exact = torch.einsum("jngc,jgdc->ngd", near, taps.double().unflatten(1, (groups, -1)))
+        exact = exact.flatten(1) + bias
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+        leaves, grad = [t for t in parts if t is not None], torch.randn_like(out)
+        wanted = torch.autograd.grad(exact, leaves, grad.double())
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                found = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", HALVES[1:])
+    def test_half_precision(self, dtype):
+        from convnn_geo.gpu.taps import gather_taps
+
+        rows, taps = on(torch.randn(30, 16).to(dtype), torch.randn(3, 8, 16).to(dtype))
+        index = torch.randint(-1, 30, (3, 21)).to(DEVICE)
+        out = gather_taps(rows, index, None, taps, None, 1)
+        near = F.pad(rows.double(), (0, 0, 0, 1))[index]
+        exact = torch.einsum("jnc,jdc->nd", near, taps.double())
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.05)
+
+    @pytest.mark.parametrize("options", [{}, {"groups": 2}, {"kernel": "separable"}])
+    def test_the_layer_is_the_same_by_gather(self, options):
+        layer = ConvNN2d(8, 12, k=4, metric="cosine", **options).to(DEVICE)
+        x = torch.randn(2, 8, 5, 4, device=DEVICE, requires_grad=True)
+        found = []
+        for backend in ("triton", "gather"):
+            layer.backend = backend
+            out = layer(x)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_what_can_not_run_says_why():
+    op = ConvNNAttention(16, 2, k=3).operation(torch.randn(1, 8, 16))
+    if DEVICE == "cpu" and not gpu.interpreted():
+        with pytest.raises(ValueError, match=r"for GPUs|not installed"):
+            run(op, "triton")
+    assert choose(op)[0].backend != "triton"  # until it is timed on a GPU
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda: ConvNNAttention(16, 2, k=3, metric="euclidean"), "the metric is not bilinear"),
+        (lambda: ConvNNAttention(16, 2, k=3).double(), "values are torch.float64"),
+        (lambda: ConvNNAttention(16, 2), "neighbours are not simply the k nearest"),
+    ],
+)
+def test_refusals(monkeypatch, make, reason):
+    monkeypatch.setattr(gpu, "refuses", lambda device: None)
+    layer = make()
+    layer.backend = "triton"
+    x = torch.randn(1, 8, 16, dtype=layer.out_proj.weight.dtype)
+    with pytest.raises(ValueError, match=reason):
+        explain(layer, x)
