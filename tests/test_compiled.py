@@ -174,7 +174,7 @@ def test_dense_gives_the_same_with_and_without(monkeypatch):
 # -- attention ------------------------------------------------------------------------------
 
 
-def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature):
+def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature, engine):
     """In float64, with gradient: a softmax over the chosen alone."""
     place = expected(kind, q, keys, k, bias, scale, mask)[1]
     score = -distances(kind, q, keys, bias, scale) / temperature
@@ -213,7 +213,7 @@ def arguments(kind, case):
     if mask is not None:
         mask[..., 0, :] = False
     keep = (torch.rand(options["keep"]) < 0.5) * 2.0 if "keep" in options else None
-    return kind, q, keys, value, bias, mask, keep, options.get("k", 5), 0.4, 0.7
+    return kind, q, keys, value, bias, mask, keep, options.get("k", 5), 0.4, 0.7, "compiled"
 
 
 def check_attention(kind, case):
@@ -254,7 +254,7 @@ def test_attention_weights_that_vanish(processor):
     keys[0, :, 0] = torch.tensor([1.0, 0.9, 0.5, 0.0, -1.0, -1e4])
     value = torch.eye(6)[None]
     out, weight, _ = torch.ops.convnn_geo.neighbor_attention(
-        *("products", q, keys, value, None, None, None, 6, 1.0, 1.0)
+        *("products", q, keys, value, None, None, None, 6, 1.0, 1.0, "compiled")
     )
     wanted = (q @ keys.transpose(-1, -2)).softmax(-1)
     torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-30)
@@ -266,9 +266,10 @@ def test_attention_operators_keep_the_rules_of_torch():
     for leaf in given_[1:5]:
         leaf.requires_grad_()
     torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention.default, given_)
-    kind, q, keys, value, _, _, keep, _, scale, temperature = given_
+    kind, q, keys, value, _, _, keep, _, scale, temperature, engine = given_
     out, weight, place = torch.ops.convnn_geo.neighbor_attention(*given_)
-    back = (kind, q, keys, value, keep, scale, temperature, torch.ones_like(out), weight, place)
+    back = (kind, q, keys, value, keep, scale, temperature, engine)
+    back = (*back, torch.ones_like(out), weight, place)
     back = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in back)
     torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention_backward.default, back)
 

@@ -21,9 +21,9 @@ def dot(a, b, total):
 
 @triton.jit
 def ordered(value):
-    """Integers in the order of floats; -0.0 counts as 0.0."""
+    """Integers in the order of floats; -0.0 counts as 0.0, NaN as the largest."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit

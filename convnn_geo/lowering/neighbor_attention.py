@@ -104,8 +104,8 @@ def _run(
         *(kind, q, keys, op.value, bias, mask, keep, selection.k),
         *(float(scale), weighting.temperature, engine),
     )
-    # Of features that are not finite the operator itself makes NaN.
-    return out if op.target.pos is None else show_nan(out, op)
+    # Of queries that are not finite the compiled operator makes NaN by itself.
+    return out if engine == "compiled" and op.target.pos is None else show_nan(out, op)
 
 
 def _over(op: Operation, limit: int) -> str | None:
@@ -171,7 +171,9 @@ def _attend(
     empty = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0.0).softmax(-1).masked_fill(score == -torch.inf, 0.0)
     used = weight if keep is None else weight * keep
-    return (used.unsqueeze(-1) * gather_rows(value, place)).sum(-2), weight, place
+    out = (used.unsqueeze(-1) * gather_rows(value, place)).sum(-2)
+    lost = q.sum(-1, keepdim=True).isnan()  # also where a query sees nobody
+    return torch.where(lost, torch.nan, out), weight, place
 
 
 @_attend.register_fake

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -22,10 +20,8 @@ class Triton(PointEngine):
     whole = True
 
     def missing(self) -> str | None:
-        """Triton must be installed."""
-        if find_spec("triton") is None:
-            return "triton is not installed: pip install 'convnn-geo[triton]'"
-        return None
+        """Triton must be installed, and have something to run on."""
+        return gpu.refuses(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def limit(self, device: torch.device) -> int | None:
         """What fits into registers."""
