@@ -361,3 +361,54 @@ def test_more_than_there_is_cannot_be_selected():
     for k in (-1, 4):
         with pytest.raises(ValueError, match="from 0 to 3"):
             k_smallest(torch.zeros(2, 3), k)
+
+
+# -- one operator -----------------------------------------------------------------------------
+
+
+#: KeOps compiles for each case, pynndescent for half a minute.
+TRACED = [n for n in (*EXACT, *APPROXIMATE) if n != "pynndescent"]
+
+
+def cloud_for(engine):
+    """Points that the engine serves."""
+    return torch.randn(60, 3 if engine == "cells" else 12)
+
+
+@pytest.mark.parametrize("engine", TRACED)
+@pytest.mark.parametrize("kind", ["points", "angles", "products"])
+def test_the_operator_keeps_the_rules_of_torch(engine, kind):
+    dimension = 3 if engine == "cells" else 12
+    q, keys = torch.randn(2, 7, dimension), torch.randn(2, 30, dimension)
+    bias = torch.randn(2, 30) if kind == "products" else None
+    arguments = (kind, q, keys, bias, None, 1.0, False, True, 4, None, None, 2**20, engine)
+    torch.library.opcheck(torch.ops.convnn_geo.nearest.default, arguments)
+
+
+@pytest.mark.parametrize("engine", TRACED)
+def test_the_search_is_traced_whole(engine):
+    x = cloud_for(engine)
+
+    def find(points):
+        return knn(points, k=4, backend=engine, check=False).index
+
+    fast = torch.compile(find, fullgraph=True, backend="aot_eager")
+    assert torch.equal(fast(x), find(x))
+
+
+class Finder(torch.nn.Module):
+    def __init__(self, engine):
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, points):
+        found = knn(points, k=4, backend=self.engine, check=False)
+        return found.index, found.distance
+
+
+@pytest.mark.parametrize("engine", TRACED)
+def test_the_search_is_exported(engine):
+    x = cloud_for(engine)
+    program = torch.export.export(Finder(engine), (x,))
+    for found, wanted in zip(program.module()(x), Finder(engine)(x), strict=True):
+        assert torch.equal(found, wanted)

@@ -775,12 +775,3 @@ def test_a_scale_of_the_axes_breaks_no_ties():
         assert torch.equal(
             index[1:-1, 1:-1] - middle[..., None], (index[1, 1] - 12).expand(7, 9, 3)
         )
-
-
-@pytest.mark.parametrize("engine", [n for n in ("dense", "torch_cluster") if n in engines()])
-@pytest.mark.parametrize("kind", ["points", "angles", "products"])
-def test_the_operator_keeps_the_rules_of_torch(engine, kind):
-    q, keys = torch.randn(2, 7, 12), torch.randn(2, 30, 12)
-    bias = torch.randn(2, 30) if kind == "products" else None
-    arguments = (kind, q, keys, bias, None, 1.0, False, True, 4, None, None, 2**20, engine)
-    torch.library.opcheck(torch.ops.convnn_geo.nearest.default, arguments)
