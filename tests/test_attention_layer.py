@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn_geo import encodings, metrics, weighting
 from convnn_geo.candidates import Block, Causal, Random, Window
 from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn.functional import knn_attention
 from convnn_geo.selection import KNearest
 
 B, N, M, E, H = 2, 6, 5, 8, 2
@@ -710,3 +712,143 @@ def test_encoding_for_another_grid_is_an_error() -> None:
     layer = ConvNNAttention(8, 2, encoding="fourier", axes=2)
     with pytest.raises(ValueError, match="made for axes=2"):
         layer(torch.randn(1, 5, 8))
+
+
+# -- knn_attention --------------------------------------------------------------------------
+
+
+QKV = torch.randn(3, 2, 4, 20, 16, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (20, 1), (1, 20), (4, 20, 20), (2, 1, 1, 20)])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("backend", ["auto", "gather"])
+def test_knn_attention_takes_the_masks_that_torch_takes(shape, kind, backend):
+    mask = torch.rand(shape) < 0.7
+    if kind == "float":
+        mask = torch.randn(shape).masked_fill(~mask, -torch.inf)
+    wanted = F.scaled_dot_product_attention(*QKV, attn_mask=mask).nan_to_num(0.0)
+    found = knn_attention(*QKV, 20, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    few = knn_attention(*QKV, 5, attn_mask=mask, backend=backend)
+    torch.testing.assert_close(
+        few, knn_attention(*QKV, 5, attn_mask=mask.expand(2, 4, 20, 20).clone(), backend="gather")
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", [(19, 20), (20, 19), (3, 7), (3, 20, 20), (19,), (1, 2, 4, 20, 20)]
+)
+def test_knn_attention_refuses_masks_that_do_not_fit(shape):
+    with pytest.raises(ValueError, match=r"attn_mask: expected a shape that broadcasts to \(2, 4"):
+        knn_attention(*QKV, 5, attn_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_knn_attention_over_all_keys_is_attention():
+    for options in ({}, {"is_causal": True}, {"scale": 0.3}):
+        wanted = F.scaled_dot_product_attention(*QKV, **options)
+        torch.testing.assert_close(knn_attention(*QKV, 20, **options), wanted, rtol=1e-4, atol=1e-5)
+
+
+BAD = [
+    (lambda: knn_attention(*QKV, 0), ValueError, "k"),
+    (lambda: knn_attention(*QKV, 21), ValueError, "k=21 is larger than the number of keys, 20"),
+    (lambda: knn_attention(*QKV, torch.ones(20, 20)), TypeError, "pass the mask as attn_mask="),
+    (lambda: knn_attention(*QKV, 3, is_causal=True, attn_mask=QKV[0] > 0), ValueError, "not both"),
+    (lambda: knn_attention(*QKV, 3, scale=1.0, metric="cosine"), ValueError, "metric or scale"),
+    (lambda: knn_attention(*QKV, 3, scale=-1.0), ValueError, "scale"),
+    (lambda: knn_attention(*QKV, 3, dropout_p=1.5), ValueError, "dropout"),
+    (lambda: knn_attention(QKV[0], QKV[1][..., :8], QKV[2], 3), ValueError, "equal channels"),
+    (lambda: knn_attention(QKV[0], QKV[1], QKV[2][..., :8, :], 3), ValueError, "equal lengths"),
+    (lambda: knn_attention(QKV[0], QKV[1].double(), QKV[2], 3), TypeError, "convert one of them"),
+    (lambda: knn_attention(*QKV.long(), 3), TypeError, "floating"),
+    (lambda: knn_attention(QKV[0], QKV[1][:, :3], QKV[2], 3), ValueError, "do not broadcast"),
+    (lambda: knn_attention(*QKV, 3, backend="fast"), ValueError, "unknown backend"),
+    (lambda: knn_attention(*QKV[..., :0], 3), ValueError, "at least one channel"),
+]
+
+
+@pytest.mark.parametrize("call, error, text", BAD)
+def test_knn_attention_says_what_is_wrong(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize("gap", [80.0, 90.0, 100.0, 1000.0])
+@pytest.mark.parametrize("nearest", [0, 1])
+def test_scores_that_lie_far_apart(gap, nearest):
+    q, key = torch.ones(1, 1), torch.zeros(2, 1)
+    key[nearest] = gap
+    value = torch.tensor([[1.0], [2.0]])
+    for k in (1, 2):
+        assert knn_attention(q, key, value, k, backend="compiled").item() == nearest + 1
+
+
+def test_large_scores_are_the_same_by_gather():
+    q, key, value = torch.randn(3, 1, 1, 200, 16)
+    for scale in (100.0, 1e4):
+        found = knn_attention(scale * q, key, value, 5)
+        wanted = knn_attention(scale * q, key, value, 5, backend="gather")
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_added_is_not_scaled():
+    mask = torch.randn(20, 20)
+    wanted = F.scaled_dot_product_attention(*QKV, attn_mask=mask, scale=0.1)
+    found = knn_attention(*QKV, 20, attn_mask=mask, scale=0.1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["mask", "value", "key"])
+def test_dropout_is_the_same_by_gather(wide):
+    q, key, value = (torch.randn(1, 20, 8) for _ in range(3))
+    mask = torch.rand(20, 20) < 0.8
+    if wide == "mask":
+        q, key, value = (t.expand(4, 20, 8) for t in (q, key, value))
+        mask = torch.rand(4, 20, 20) < 0.8
+    elif wide == "value":
+        value = torch.randn(3, 20, 8)
+    else:
+        key = torch.randn(3, 20, 8)
+    found = []
+    for backend in ("compiled", "gather"):
+        torch.manual_seed(1)
+        found.append(knn_attention(q, key, value, 5, mask, 0.4, backend=backend))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [None, "cosine", "squared_euclidean"])
+def test_gradients_of_gradients(metric):
+    parts = [(0.3 * torch.randn(1, 9, 12)).requires_grad_() for _ in range(3)]
+    found = []
+    for backend in ("auto", "gather"):
+        out = knn_attention(*parts, 4, metric=metric, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), parts, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(total, parts)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_transforms_of_functions_go_by_gather():
+    q, key, value = torch.randn(3, 7, 9)
+    direction = torch.randn(7, 9)
+    for backend in ("gather", "auto"):
+        attend = lambda x, b=backend: knn_attention(x, key, value, 4, backend=b)  # noqa: E731
+        tangent = torch.func.jvp(attend, (q,), (direction,))[1]
+        gradient = torch.func.grad(lambda x, f=attend: f(x).square().sum())(q)
+        if backend == "gather":
+            wanted = tangent, gradient
+    torch.testing.assert_close(tangent, wanted[0])
+    torch.testing.assert_close(gradient, wanted[1])
+    assert wanted[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("case", ["plain", "not finite", "five axes"])
+def test_knn_attention_compiles_by_inductor(case):
+    shape = (1, 2, 2, 6, 16) if case == "five axes" else (2, 2, 6, 16)
+    q, key, value = torch.randn(3, *shape)
+    if case == "not finite":
+        q = q * 1e30
+    fast = torch.compile(lambda *t: knn_attention(*t, 3) * 2, fullgraph=True)
+    torch.testing.assert_close(fast(q, key, value), knn_attention(q, key, value, 3) * 2)

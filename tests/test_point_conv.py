@@ -12,7 +12,7 @@ from convnn_geo.encodings import Coordinates
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import PointConvNN
 from convnn_geo.search import knn
-from convnn_geo.selection import KNearest, Radius
+from convnn_geo.selection import Given, KNearest, Radius
 
 C, D, K = 4, 5, 3
 BACKENDS = ("gather", "message_passing")
@@ -343,3 +343,17 @@ def test_the_graph_of_the_layer_can_be_had():
     hood = layer.operation(x, pos).neighborhood()
     assert isinstance(hood, Neighborhood)
     assert torch.equal(hood.index[0], torch.cdist(pos, pos).argsort(-1)[:, :K])
+
+
+@pytest.mark.parametrize("options", [{}, {"self_point": "excluded"}, {"metric": "euclidean"}])
+@pytest.mark.parametrize("sizes", [(300, 300), (700, 20, 400)])
+def test_large_clouds_are_searched_each_by_itself(monkeypatch, options, sizes):
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    x, pos = torch.randn(len(batch), 5), torch.randn(len(batch), 3)
+    layer = PointConvNN(5, 8, k=6, **options)
+    assert isinstance(layer.operation(x, pos, batch).selection, Given)
+    found = layer(x, pos, batch)
+    monkeypatch.setattr(PointConvNN, "_by_cloud", lambda *args: False)
+    torch.testing.assert_close(found, layer(x, pos, batch), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="smallest cloud"):
+        PointConvNN(5, 8, k=301)(x, pos, batch)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from convnn_geo.checks import check_int, check_name
+from convnn_geo.checks import check_int, check_name, check_number
 
 
 def names_among(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -50,3 +50,16 @@ def device(text: str) -> str:
     if text.startswith("cuda") and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("torch sees no GPU here; take --device cpu")
     return text
+
+
+def duration(text: str) -> float:
+    """Parses a positive number of seconds.
+
+    Example:
+        >>> duration("2.5")
+        2.5
+    """
+    try:
+        return check_number("seconds", float(text), exclusive=True)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}") from None

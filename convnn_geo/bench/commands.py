@@ -12,7 +12,7 @@ from typing import Any
 
 from convnn_geo import search
 from convnn_geo.bench import calibrate, graph, inputs, layers, peer, pictures, tables
-from convnn_geo.bench.arguments import counts, device, names_among
+from convnn_geo.bench.arguments import counts, device, duration, names_among
 from convnn_geo.bench.cells import run
 from convnn_geo.bench.machine import machine
 from convnn_geo.bench.worker import Worker
@@ -144,7 +144,7 @@ def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
     _add(parser, "n", counts, "NUMBERS", "points")
     _add(parser, "dim", counts, "NUMBERS", "features of a point")
     _add(parser, "batch", counts, "NUMBERS", "examples")
-    _add(parser, "limit", float, "SECONDS", "of a call")
+    _add(parser, "limit", duration, "SECONDS", "of a call")
     parser.add_argument(
         "--device", type=device, default="cpu", metavar="DEVICE", help="cpu or cuda (%(default)s)"
     )

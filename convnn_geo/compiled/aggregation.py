@@ -43,7 +43,10 @@ def _attention(
     problem: Described, value: Tensor, keep: Tensor | None, temperature: float
 ) -> AttentionLayout:
     at, strides = problem.spread(value, 2)
-    kept = None if keep is None else problem.flat(keep)
+    kept = None
+    if keep is not None:
+        k = problem.layout.k
+        kept = problem.flat(keep.expand(*problem.lead, problem.n, k))
     return AttentionLayout(problem.layout, value.shape[-1], at, *strides, kept, temperature)
 
 

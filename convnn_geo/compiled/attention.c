@@ -42,9 +42,10 @@ static inline float exponential(float x) {
   return sum * power;
 }
 
-/* Distances, in order, become weights; those at infinity weigh nothing. */
+/* Distances become weights; those at infinity weigh nothing. */
 static void softmax(const float *distance, int k, float temperature, float *weight) {
-  float total = 0, least = distance[0];
+  float total = 0, least = INFINITY;
+  for (int j = 0; j < k; j++) least = distance[j] < least ? distance[j] : least;
   if (least == INFINITY) {
     memset(weight, 0, (size_t)k * sizeof *weight);
     return;

@@ -137,5 +137,8 @@ def _served(
     here = all(build.here(t) for t in floats)
     here = here and (mask is None or mask.dtype == torch.bool)
     some = q.numel() > 0 and 0 < k <= min(LARGEST_K, keys.shape[-2])
-    plain = keys.shape[-2] <= LONGEST_ROW and (own is None or own.ndim == 1)
+    fits = mask is None or (mask.shape[-1] == keys.shape[-2] and mask.shape[-2] in (1, q.shape[-2]))
+    fits = fits and (bias is None or bias.shape[-1] == keys.shape[-2])
+    fits = fits and q.shape[-1] == keys.shape[-1] and (own is None or len(own) == q.shape[-2])
+    plain = fits and keys.shape[-2] <= LONGEST_ROW and (own is None or own.ndim == 1)
     return here and some and plain and build.library() is not None

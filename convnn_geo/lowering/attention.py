@@ -13,7 +13,7 @@ from convnn_geo.kernels import Sum
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import Biased, BilinearForm, full_precision
 from convnn_geo.operation import Operation
-from convnn_geo.selection import Every
+from convnn_geo.selection import Every, KNearest
 from convnn_geo.weighting import Softmax
 
 
@@ -22,6 +22,15 @@ def by_mask(candidates: Candidates) -> bool:
     if type(candidates) is Both:
         return by_mask(candidates.first) and by_mask(candidates.second)
     return type(candidates) in (All, Block, Causal, Congruent)
+
+
+def _keeps_all(op: Operation) -> bool:
+    """Whether every candidate is kept: in a sum their order does not count."""
+    chosen = op.selection
+    if isinstance(chosen, KNearest) and type(op.candidates) is All:
+        alone = chosen.dilation == 1 and chosen.self_point == "natural"
+        return alone and chosen.k == op.source.num_points
+    return isinstance(chosen, Every)
 
 
 class Attention(Rule):
@@ -41,7 +50,7 @@ class Attention(Rule):
             return f"the kernel is {type(op.kernel).__name__}, not Sum"
         if not isinstance(op.weighting, Softmax):
             return f"weights are {type(op.weighting).__name__}, not Softmax"
-        if not isinstance(op.selection, Every):
+        if not _keeps_all(op):
             return f"{type(op.selection).__name__} keeps part of the candidates"
         if not by_mask(op.candidates):
             return f"candidates of {type(op.candidates).__name__} are named by index"

@@ -94,12 +94,11 @@ def _run(
 ) -> Tensor:
     weighting: Softmax = op.weighting  # type: ignore[assignment]
     selection: KNearest = op.selection  # type: ignore[assignment]
-    keep = None
-    if weighting.training and weighting.dropout:
-        lead = torch.broadcast_shapes(op.bound.shape[:-2], op.value.shape[:-2])
+    keep, mask = None, op.query().subset.mask
+    if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
+        lead = torch.broadcast_shapes(op.bound.shape[:-2], () if mask is None else mask.shape[:-2])
         ones = op.value.new_ones(*lead, op.bound.shape[-2], selection.k)
         keep = F.dropout(ones, weighting.dropout)
-    mask = op.query().subset.mask
     out, _, _ = torch.ops.convnn_geo.neighbor_attention(
         *(kind, q, keys, op.value, bias, mask, keep, selection.k),
         *(float(scale), weighting.temperature, engine),
@@ -126,9 +125,21 @@ def _refuses(op: Operation) -> str | None:
         return f"candidates of {type(op.candidates).__name__} are no mask over all sources"
     if op.search not in ("auto", "dense"):
         return f"search={op.search!r} was asked for"
+    if op.bias is not None:
+        return "scores are added to"
+    if _is_transformed():
+        return "torch.func and forward-mode gradients go by gather"
     if chosen.k > op.source.num_points:
         return f"k={chosen.k} is over the number of sources"
     return None
+
+
+def _is_transformed() -> bool:
+    """Inside ``torch.func`` or forward-mode differentiation, which custom operators do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return dual or torch._C._are_functorch_transforms_active()
 
 
 def _is_one_form(bound: Any) -> bool:
@@ -171,9 +182,17 @@ def _attend(
     empty = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0.0).softmax(-1).masked_fill(score == -torch.inf, 0.0)
     used = weight if keep is None else weight * keep
-    out = (used.unsqueeze(-1) * gather_rows(value, place)).sum(-2)
+    out = _empty(value, lead, q.shape[-2])
+    out.copy_((used.unsqueeze(-1) * gather_rows(value, place)).sum(-2))
     lost = q.sum(-1, keepdim=True).isnan()  # also where a query sees nobody
-    return torch.where(lost, torch.nan, out), weight, place
+    return out.masked_fill_(lost, torch.nan), weight, place
+
+
+def _empty(value: Tensor, lead: torch.Size, n: int) -> Tensor:
+    """Memory ``(..., n, c)`` in which heads lie side by side, as who joins them wants it."""
+    if not lead:
+        return value.new_empty(n, value.shape[-1])
+    return value.new_empty(*lead[:-1], n, lead[-1], value.shape[-1]).transpose(-2, -3)
 
 
 @_attend.register_fake
@@ -199,9 +218,8 @@ def _(
     if engine == "triton":
         out = value.new_empty(*lead, q.shape[-2], value.shape[-1])
         return out, weight, torch.empty_like(weight, dtype=torch.int32)
-    heads = lead[-1:] or (1,)
-    out = q.new_empty(*lead[:-1], q.shape[-2], *heads, value.shape[-1]).transpose(-2, -3)
-    return (out if lead else out.squeeze(0)), weight, torch.empty_like(weight, dtype=torch.long)
+    out = _empty(value, lead, q.shape[-2])
+    return out, weight, torch.empty_like(weight, dtype=torch.long)
 
 
 @torch.library.custom_op("convnn_geo::neighbor_attention_backward", mutates_args=())
@@ -274,15 +292,57 @@ def _(
     return grads[0], grads[1], grads[2], weight.new_empty(*lead, m)
 
 
+def _plain(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    place: Tensor,
+    scale: float,
+    temperature: float,
+) -> Tensor:
+    """The sum over pairs that are chosen already, by operations with gradients of any order."""
+    place = place.long()
+    here, there = q.unsqueeze(-2), gather_rows(keys, place)
+    if kind == "products":
+        distance = -scale * (here * there).sum(-1)
+        if bias is not None:
+            distance = distance + gather_rows(bias.unsqueeze(-1), place).squeeze(-1)
+    else:
+        distance = (here - there).square().sum(-1)
+    if kind == "angles":
+        zero = (here.norm(dim=-1) < 0.5) | (there.norm(dim=-1) < 0.5)
+        distance = (distance / 2).masked_fill(zero, 1.0)
+    seen = weight > 0  # what is hidden, or too far to weigh, has no gradient
+    score = (-distance / temperature).masked_fill(~seen, -torch.inf)
+    score = score.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    weight = score.softmax(-1) * seen
+    used = weight if keep is None else weight * keep
+    return (used.unsqueeze(-1) * gather_rows(value, place)).sum(-2)
+
+
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     kind, q, keys, value, bias, _, keep, _, scale, temperature, engine = inputs
     ctx.kind, ctx.rest = kind, (scale, temperature, engine)
-    ctx.bias = None if bias is None else bias.shape
-    ctx.save_for_backward(q, keys, value, keep, *output[1:])
+    ctx.save_for_backward(q, keys, value, bias, keep, *output[1:])
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    q, keys, value, keep, weight, place = ctx.saved_tensors
+    q, keys, value, bias, keep, weight, place = ctx.saved_tensors
+    tracing = torch._C._len_torch_dispatch_stack() > 0
+    if torch.is_grad_enabled() and not tracing:  # to be differentiated again
+        inputs = [t for t in (q, keys, value, bias) if t is not None]
+        wanted = [t for t in inputs if t.requires_grad]
+        out = _plain(ctx.kind, q, keys, value, bias, keep, weight, place, *ctx.rest[:2])
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+        grads = [
+            None if t is None or not t.requires_grad else next(found)
+            for t in (q, keys, value, bias)
+        ]
+        return (None, *grads, *[None] * 6)
     to_q, to_keys, to_value, to_bias = torch.ops.convnn_geo.neighbor_attention_backward(
         ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place
     )
@@ -291,7 +351,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         to_q.sum_to_size(q.shape).to(q.dtype),
         to_keys.sum_to_size(keys.shape).to(keys.dtype),
         to_value.sum_to_size(value.shape).to(value.dtype),
-        None if ctx.bias is None else to_bias.sum_to_size(ctx.bias),
+        None if bias is None else to_bias.sum_to_size(bias.shape),
         *[None] * 6,
     )
 

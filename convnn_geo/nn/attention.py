@@ -74,7 +74,8 @@ class ConvNNAttention(nn.Module):
         encoding: positional encoding or its name; ``"rotary"`` turns queries and keys, others
             change the inputs of the projections, which grow with the channels that it adds.
         axes: of the grid, for encodings that need to know: 1 for sequences, 2 for images.
-        backend: ``"auto"``, ``"native"``, ``"gather"`` or ``"message_passing"``.
+        backend: ``"auto"``, ``"native"``, ``"compiled"``, ``"gather"``, ``"message_passing"`` or
+            ``"triton"``; :func:`convnn_geo.lowering.explain` says which runs.
         search: engine that finds the neighbours.
 
     Shapes:

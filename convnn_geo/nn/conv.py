@@ -303,7 +303,8 @@ _DOC = """A drop-in for :class:`torch.nn.Conv{n}d` over chosen neighbours of {a}
             ``"rotary"``, ``"conditional"``, or ``LearnedAbsolute(...)``.
         shuffle: work on the pixel-unshuffled {what}, this many pixels an axis in one point, and
             shuffle back.
-        backend: ``"auto"``, ``"native"``, ``"gather"`` or ``"message_passing"``.
+        backend: ``"auto"``, ``"native"``, ``"compiled"``, ``"gather"``, ``"message_passing"`` or
+            ``"triton"``; :func:`convnn_geo.lowering.explain` says which runs.
         search: engine that finds the neighbours; see :func:`convnn_geo.search.engines`.
 
     Shapes:

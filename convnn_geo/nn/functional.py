@@ -40,8 +40,8 @@ def knn_attention(
         key: ``(..., m, d)``; leading axes broadcast.
         value: ``(..., m, c)``.
         k: keys that a query attends to, at most ``m``.
-        attn_mask: boolean ``(..., n, m)``, True where attention is allowed; or floats that are
-            added to the scores before the choice.
+        attn_mask: ``(..., n, m)`` or what broadcasts to it: boolean, True where attention is
+            allowed; or floats that are added to the scores before the choice.
         dropout_p: probability of dropping a weight. Pass 0 when evaluating.
         is_causal: query ``i`` sees the keys up to ``i`` only; not together with a mask.
         scale: of the product; ``1 / sqrt(d)`` by default.
@@ -63,10 +63,14 @@ def knn_attention(
         >>> knn_attention(q, k, v, k=9).shape
         torch.Size([2, 8, 50, 16])
     """
-    _check(query, key, value)
+    if isinstance(k, Tensor):
+        raise TypeError("k: expected an integer, got a tensor; pass the mask as attn_mask=")
     k = check_int("k", k)
+    _check(query, key, value)
     if k > key.shape[-2]:
         raise ValueError(f"k={k} is larger than the number of keys, {key.shape[-2]}; lower k")
+    if check_number("dropout_p", dropout_p) > 1:
+        raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
     if attn_mask is not None and is_causal:
         raise ValueError("pass attn_mask or is_causal, not both; the mask may be causal itself")
     if metric is not None and scale is not None:
@@ -75,7 +79,9 @@ def knn_attention(
     temperature = 1.0
     if scale is not None:
         chosen, temperature = "dot", 1 / check_number("scale", scale, exclusive=True)
-    mask, bias = _mask(attn_mask, query)
+    mask, bias = _mask(attn_mask, query, key, value)
+    if bias is not None:  # it is added once scores are scaled
+        bias = bias * temperature
     op = Operation(
         Points(query),
         Points(key),
@@ -83,7 +89,7 @@ def knn_attention(
         as_metric(chosen),
         Causal() if is_causal else All(),
         KNearest(k),
-        Softmax(temperature, check_number("dropout_p", dropout_p)),
+        Softmax(temperature, dropout_p),
         Sum(),
         mask=mask,
         bias=bias,
@@ -97,6 +103,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         if tensor.ndim < 2:
             raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(tensor.shape)}")
         check_alike("query", query, name, tensor)
+    if not query.shape[-1]:
+        raise ValueError(f"query: expected at least one channel, got {tuple(query.shape)}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(
             f"query and key: expected equal channels, got {query.shape[-1]} and {key.shape[-1]}"
@@ -114,11 +122,25 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         ) from None
 
 
-def _mask(attn_mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What is allowed, and what is added."""
+def _mask(
+    attn_mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is allowed, and what is added, ``(..., n, m)``."""
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)
+    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    shape = torch.Size((*lead, query.shape[-2], key.shape[-2]))
+    try:
+        fits = torch.broadcast_shapes(attn_mask.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"attn_mask: expected a shape that broadcasts to {tuple(shape)}, "
+            f"got {tuple(attn_mask.shape)}"
+        )
+    attn_mask = attn_mask.expand(*attn_mask.shape[:-2], *shape[-2:])
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask is on {attn_mask.device}, the query on {query.device}")
     if attn_mask.dtype == torch.bool:

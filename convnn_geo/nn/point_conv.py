@@ -22,13 +22,14 @@ from convnn_geo.checks import (
 from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
-from convnn_geo.metrics import Metric
+from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
-from convnn_geo.search import ENGINES, check_batch
+from convnn_geo.search import ENGINES, check_batch, knn
+from convnn_geo.search.ragged import LARGE
 from convnn_geo.selection import Given, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
@@ -61,7 +62,7 @@ class PointConvNN(TapLayer):
         order: of the taps, ``"rank"`` or ``"raster"`` (by index).
         encoding: positional encoding or its name.
         axes: of ``pos``, for encodings that add channels for each.
-        backend: ``"auto"``, ``"gather"`` or ``"message_passing"``.
+        backend: ``"auto"``, ``"gather"``, ``"message_passing"`` or ``"triton"``.
         search: engine that finds the neighbours.
 
     Shapes:
@@ -160,7 +161,9 @@ class PointConvNN(TapLayer):
         source = self._encoded(source, batch[0])
         target = source if alone else self._encoded(target, batch[1])
         selection = self.selection
-        if edge_index is None:
+        if edge_index is None and self._by_cloud(source, *batch):
+            selection = Given(self._searched(source, target, *batch))
+        elif edge_index is None:
             source, target = self._dense(source, target, *batch)
         else:
             check_edges(edge_index, source.device)
@@ -205,7 +208,7 @@ class PointConvNN(TapLayer):
             return rows.sum() * rows.new_zeros(0, self.out_channels)
         op = self._operation(source, target, batch, edge_index)
         out = run(op, self.backend)
-        return out if edge_index is not None else op.target.to_rows(out)
+        return out if isinstance(op.selection, Given) else op.target.to_rows(out)
 
     def _encoded(self, points: Points, batch: Tensor | None) -> Points:
         if self.encoding is None or self.encoding.on == "metric":
@@ -252,17 +255,55 @@ class PointConvNN(TapLayer):
             self._check_size(source.num_points, target.num_points)
             dense = Points.from_batch(source.x, source.pos)
             return dense, dense if target is source else Points.from_batch(target.x, target.pos)
-        batch_source = check_batch("batch", batch_source, source)
         alone = target is source
+        batch_source, batch, examples = self._check_clouds(source, target, batch_source, batch)
+        dense = Points.from_batch(source.x, source.pos, batch_source, examples)
+        if alone:
+            return dense, dense
+        return dense, Points.from_batch(target.x, target.pos, batch, examples)
+
+    def _by_cloud(self, source: Points, batch_source: Tensor | None, batch: Tensor | None) -> bool:
+        """Whether clouds are worth a search each, on any engine, instead of one with a mask."""
+        if batch_source is None or batch is None or not batch.numel():
+            return False
+        selection = self.selection
+        plain = isinstance(selection, KNearest) and selection.dilation == 1
+        plain = plain and type(self.candidates) is All and type(self.metric) in (Feature, Spatial)
+        if not plain or torch.compiler.is_compiling():
+            return False
+        check_batch("batch", batch_source, source)
+        return source.num_points >= LARGE * (int(batch_source[-1]) + 1)
+
+    def _searched(
+        self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
+    ) -> Neighborhood:
+        """Each cloud's neighbours, counted as rows."""
+        selection: KNearest = self.selection
+        alone = target is source
+        self._check_clouds(source, target, batch_source, batch)
+        with torch.no_grad():
+            return knn(
+                *(source, None if alone else target, selection.k),
+                *(batch_source, None if alone else batch),
+                metric=self.metric,
+                backend=self.search,
+                self_point=selection.self_point,
+                short=selection.short,
+                check=False,
+            )
+
+    def _check_clouds(
+        self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
+    ) -> tuple[Tensor, Tensor, int]:
+        """Both batch vectors, sound, and how many clouds there are; k must fit into each."""
+        alone = target is source
+        batch_source = check_batch("batch", batch_source, source)
         batch = batch_source if alone else check_batch("batch", batch, target)
         counts = torch.bincount(batch_source)
         examples = counts.numel() if alone else max(counts.numel(), int(batch.max()) + 1)
         counts = torch.bincount(batch_source, minlength=examples)
         self._check_size(int(counts[batch.unique()].min()) if batch.numel() else 0, batch.numel())
-        dense = Points.from_batch(source.x, source.pos, batch_source, examples)
-        if alone:
-            return dense, dense
-        return dense, Points.from_batch(target.x, target.pos, batch, examples)
+        return batch_source, batch, examples
 
     def _check_size(self, smallest: int, targets: int) -> None:
         selection = self.selection

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
-from convnn_geo.checks import check_name
+from convnn_geo.checks import check_floating, check_name, check_tensor
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.points import Points
 from convnn_geo.search.knn import knn
@@ -64,7 +64,10 @@ def knn_graph(
     """
     check_name("flow", flow, FLOWS)
     metric = as_metric(metric)
-    points = x if isinstance(x, Points) else Points(x, x) if isinstance(x, Tensor) else x
+    points = x
+    if not isinstance(x, Points):
+        check_floating("x", check_tensor("x", x))
+        points = Points(x, x)
     found = knn(
         points,
         None,

@@ -110,6 +110,11 @@ Implementation = Callable[[Problem, int, Hidden, int], tuple[Tensor, Tensor]]
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
+_ROOMY = 2**23
+"""Bytes of a slab from which on nobody has asked for less than the default."""
+_MOST = 2**28
+"""Bytes of copies of sources, at most."""
+
 
 def nearest(
     problem: Problem, k: int, hidden: Hidden, slab: int, engine: str
@@ -186,7 +191,7 @@ def _shapes(
 
 def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
     """Dense search: rows of distances by one matrix product, or by differences where few axes."""
-    found = _by_fused_rows(problem, k, hidden)
+    found = _by_fused_rows(problem, k, hidden, slab)
     if found is not None:
         return found
     bound, dtype = problem.bound(), problem.dtype
@@ -218,8 +223,16 @@ def _by_product(
     return values, places
 
 
-def _by_fused_rows(problem: Problem, k: int, hidden: Hidden) -> tuple[Tensor, Tensor] | None:
-    """The same in C, rows of products never leaving the cache; None where that is not served."""
+def _by_fused_rows(
+    problem: Problem, k: int, hidden: Hidden, slab: int
+) -> tuple[Tensor, Tensor] | None:
+    """The same in C, rows of products never leaving the cache; None where that is not served.
+
+    Each thread has a copy of one example's sources: too much where memory is bounded tightly.
+    """
+    copies = problem.keys.shape[-2:].numel() * 4 * torch.get_num_threads()
+    if copies > slab < _ROOMY or copies > _MOST:
+        return None
     few = problem.kind != "products" and problem.q.shape[-1] <= DIRECT_DIMENSIONS
     if few or problem.axes is not None or problem.dtype != torch.float32:
         return None
