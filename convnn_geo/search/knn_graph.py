@@ -64,8 +64,9 @@ def knn_graph(
     """
     check_name("flow", flow, FLOWS)
     metric = as_metric(metric)
-    points = x
-    if not isinstance(x, Points):
+    if isinstance(x, Points):
+        points = x
+    else:
         check_floating("x", check_tensor("x", x))
         points = Points(x, x)
     found = knn(
