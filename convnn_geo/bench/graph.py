@@ -52,12 +52,13 @@ class Cell:
     seed: int = 0
 
     def no_larger(self, other: Cell) -> bool:
-        """Whether this is the same question to the same engine, and no larger in any way."""
+        """Whether this is the same question to the same engine, and no larger in any way.
+
+        Of the same dimension: in another, engines take other ways, which may be faster.
+        """
         return (
-            replace(self, n=other.n, dimension=other.dimension, k=other.k, batch=other.batch)
-            == other
+            replace(self, n=other.n, k=other.k, batch=other.batch) == other
             and self.n <= other.n
-            and self.dimension <= other.dimension
             and self.k <= other.k
             and self.batch <= other.batch
         )
