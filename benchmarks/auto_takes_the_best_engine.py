@@ -56,8 +56,8 @@ def table(results: Sequence[dict[str, Any]]) -> Iterable[str]:
             if r["median"] is not None and r["recall"] > 0.9999 and name != "auto"
         ]
         own = row["auto"]["p10"] if exact else None
-        ratio = math.nan if own is None else own / min(exact)
-        ratios += [] if own is None else [ratio]
+        ratio = math.inf if own is None else own / min(exact)
+        ratios += [ratio] if exact else []
         cells = [_cell(row.get(name, {})) for name in engines]
         yield f"| {' | '.join((*map(str, case), *cells, f'{ratio:.2f}'))} |"
     near = sum(ratio <= 1.15 for ratio in ratios)
