@@ -43,7 +43,6 @@ def _forward(
     bias_ptr,
     out_ptr,
     n,
-    m,
     k,
     c: tl.constexpr,
     d: tl.constexpr,
@@ -93,7 +92,6 @@ def _backward_of_rows(
     to_x_ptr,
     to_rho_ptr,
     n,
-    m,
     k,
     c: tl.constexpr,
     d: tl.constexpr,
@@ -144,7 +142,6 @@ def _backward_of_taps(
     grad_ptr,
     to_tap_ptr,
     n,
-    m,
     k,
     c: tl.constexpr,
     d: tl.constexpr,
@@ -200,7 +197,7 @@ def gather_taps(
     out = rows.new_empty(n, d)
     block_n, block_d = 32, _block(d // groups)
     _forward[(triton.cdiv(n, block_n), triton.cdiv(d // groups, block_d), groups)](
-        *(rows, index, rho, taps, bias, out, n, rows.shape[0], k),
+        *(rows, index, rho, taps, bias, out, n, k),
         **_sizes(c, d, c_group, groups),
         BLOCK_N=block_n,
         BLOCK_C=1 if c_group == 1 else _block(c_group),
@@ -229,7 +226,7 @@ def gather_taps_backward(
         to_rows = torch.zeros_like(rows, dtype=torch.float32)
         to_rho = None if rho is None else torch.zeros_like(rho, dtype=torch.float32)
         _backward_of_rows[(triton.cdiv(n, 32), k, groups)](
-            *(rows, index, rho, taps, grad, to_rows, to_rho, n, rows.shape[0], k),
+            *(rows, index, rho, taps, grad, to_rows, to_rho, n, k),
             **sizes,
             **blocks,
             HAS_RHO=rho is not None,
@@ -239,7 +236,7 @@ def gather_taps_backward(
         channel_blocks = triton.cdiv(c_group, blocks["BLOCK_C"])
         tiles = channel_blocks * triton.cdiv(d // groups, blocks["BLOCK_D"])
         _backward_of_taps[(tiles, k, groups)](
-            *(rows, index, rho, grad, to_taps, n, rows.shape[0], k),
+            *(rows, index, rho, grad, to_taps, n, k),
             **sizes,
             **blocks,
             HAS_RHO=rho is not None,
