@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch_geometric import EdgeIndex
 
 from convnn_geo import compiled
@@ -24,6 +26,7 @@ from convnn_geo.search import (
     knn,
     knn_graph,
 )
+from convnn_geo.search.coincident import Thinned
 
 EXACT = [n for n in engines() if not ENGINES[n].approximate and n not in ("grid", "keops")]
 APPROXIMATE = [n for n in engines() if ENGINES[n].approximate]
@@ -92,6 +95,33 @@ def test_cells_leave_tight_clusters_to_a_tree():
     x[:3] = torch.eye(3) * 1e3
     assert compiled.library() is None or compiled.cells_nearest(x, x, 9, None) is None
     assert torch.equal(knn(x, k=9, backend="cells").index, knn(x, k=9, backend="dense").index)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
+def test_of_many_points_in_one_place_the_first_are_found(monkeypatch, name, compile):
+    if not compile:
+        monkeypatch.setattr(compiled.build, "library", lambda: None)
+    x = torch.randint(0, 2**10, (900, 3)).float()
+    x[::2] = x[1]
+    x[7], x[9] = -0.0, 0.0
+    for y, own in ((None, None), (x[:50], None), (None, torch.arange(900))):
+        found = knn(x, y, 9, backend=name, self_point="natural" if own is None else "excluded")
+        index, distance = naive(x, x if y is None else y, 9, own)
+        assert torch.equal(found.index, index)
+        torch.testing.assert_close(found.distance, distance, rtol=3e-7, atol=0)
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.5]), max_size=40), st.integers(1, 6))
+def test_thinned_points_are_the_first_in_each_place(values, most):
+    points = torch.tensor(values).view(-1, 1).repeat(1, 2)
+    thinned = Thinned.of(points, most)
+    wanted = [i for i, v in enumerate(values) if values[:i].count(v) < most]
+    kept = list(range(len(values))) if thinned is None else thinned.kept.tolist()
+    assert kept == wanted
+    if thinned is not None:
+        number = thinned.renumbered(torch.arange(-1, len(values))).tolist()
+        assert number == [-1] + [wanted.index(i) if i in wanted else -1 for i in range(len(values))]
 
 
 @pytest.mark.parametrize("name", [n for n in EXACT if n not in ("dense", "cells")])

@@ -208,7 +208,7 @@ int cells_nearest(const float *keys, int64_t m, const float *q, int64_t n, int d
       double held = (double)(starts[c + 1] - starts[c]);
       pairs += held * held;
     }
-    status = pairs > 50.0 * wanted * (double)m;
+    status = pairs > 150.0 * wanted * (double)m; /* from there on a tree is faster */
   }
   if (status == 0) {
     for (int axis = 0; axis < AXES; axis++)

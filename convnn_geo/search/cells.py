@@ -12,6 +12,7 @@ from torch import Tensor
 from convnn_geo import compiled
 from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Differences
+from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, referee
 from convnn_geo.search.points import PointEngine
@@ -105,7 +106,7 @@ class Cells(PointEngine):
         found = []
         for example in range(examples):
             here = None if own is None else own if own.ndim == 1 else own[example % len(own)]
-            part = compiled.cells_nearest(q[example % len(q)], keys[example % len(keys)], k, here)
+            part = _in_c(q[example % len(q)], keys[example % len(keys)], k, here)
             if part is None:
                 return self._otherwise(problem, k, hidden, slab)
             found.append(part)
@@ -125,6 +126,17 @@ class Cells(PointEngine):
         return torch.stack(
             [_around(points, keys, asked) for points, keys in zip(q, prepared, strict=True)]
         )
+
+
+def _in_c(q: Tensor, keys: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """By C; where points lie too unevenly, once more without those that only coincide."""
+    found = compiled.cells_nearest(q, keys, k, own)
+    thinned = None if found is not None else Thinned.of(keys, k + (own is not None))
+    if thinned is None:
+        return found
+    own = None if own is None else thinned.renumbered(own)
+    found = compiled.cells_nearest(q, keys[thinned.kept], k, own)
+    return None if found is None else (found[0], thinned.kept[found[1]])
 
 
 def _around(q: Tensor, keys: Tensor, asked: int, wanted: float | None = None) -> Tensor:

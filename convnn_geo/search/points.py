@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convnn_geo.checks import all_finite
+from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.nearest import (
     IMPLEMENTATIONS,
     Problem,
@@ -137,7 +139,10 @@ class PointEngine(Engine):
             rows = unsure_rows(unsure)
             few, behind = problem.targets(rows), hidden.targets(rows)
             more, limit = 4 * asked, self.limit(q.device)
-            if more <= keys.shape[-2] and (limit is None or more <= limit):
+            thinned = _thinned(problem, k + (hidden.own is not None))
+            if thinned is not None:
+                again = self._among(thinned, few, k, behind, slab)
+            elif more <= keys.shape[-2] and (limit is None or more <= limit):
                 part = few.coordinates()[0]
                 part = part.expand(*lead, *part.shape[-2:]).reshape(q.shape[0], -1, q.shape[-1])
                 again = self._settled(few, prepared, part, keys, lead, k, behind, more, slab)
@@ -145,6 +150,15 @@ class PointEngine(Engine):
                 again = by_rows(few, k, behind, slab)
             value, place = put_rows(value, place, rows, again)
         return value, place
+
+    def _among(
+        self, thinned: Thinned, problem: Problem, k: int, hidden: Hidden, slab: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same without points that only coincide with others."""
+        own = None if hidden.own is None else thinned.renumbered(hidden.own)
+        keys = problem.keys[..., thinned.kept, :]
+        value, place = self.nearest(replace(problem, keys=keys), k, Hidden(own=own), slab)
+        return value, thinned.kept[place]
 
     def unsure(
         self, problem: Problem, q: Tensor, keys: Tensor, farthest: Tensor, last: Tensor
@@ -177,3 +191,9 @@ class PointEngine(Engine):
         length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
         rounding = 8 * torch.finfo(q.dtype).eps * length.square()
         return (self.slack(q, keys, length.square()) + rounding) * (problem.scale / 2)
+
+
+def _thinned(problem: Problem, most: int) -> Thinned | None:
+    """Without points that only coincide, where that is the same for every example."""
+    alone = problem.bias is None and problem.keys.shape[:-2].numel() == 1
+    return Thinned.of(problem.keys.flatten(0, -2), most) if alone else None
