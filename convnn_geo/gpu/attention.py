@@ -331,10 +331,12 @@ def attend(
     strides = (0, 0, 0) if mask is None else mask.stride()[:-1]
     examples = len(q)
     out = value.new_empty(examples, n, c)
-    if m <= ROW:
+    # Products of float32 are not done by tensor cores, and take registers: scores fit without keep.
+    if m <= ROW and (keep is None or q.dtype != torch.float32):
         weight = q.new_empty(examples, n, k, dtype=torch.float32)
         place = torch.empty_like(weight, dtype=torch.int32)
-        block = 16 if m > 256 else 32
+        # As many scores as registers hold: eight warps, and few rows where they are long or wide.
+        block = 16 if m > 256 or q.dtype == torch.float32 else 32
         _attend_rows[(triton.cdiv(n, block), examples)](
             *(q, keys, value, bias, None if mask is None else mask.view(torch.uint8), keep),
             *(out, weight, place, n, m, k, heads, *strides, scale, temperature),
@@ -347,6 +349,7 @@ def attend(
             HAS_BIAS=bias is not None,
             HAS_MASK=mask is not None,
             HAS_KEEP=keep is not None,
+            num_warps=8,
         )
     else:
         starts = tuple(torch.arange(examples + 1, device=q.device) * size for size in (n, m))

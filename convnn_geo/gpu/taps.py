@@ -60,7 +60,7 @@ def _forward(
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for j in range(k):
         index, rho = _of_rank(index_ptr, rho_ptr, j, rows, n, HAS_RHO)
-        for start in tl.static_range(0, c_group, BLOCK_C):
+        for start in range(0, c_group, BLOCK_C):
             channels = start + tl.arange(0, BLOCK_C)
             x = _rows(x_ptr, index, rho, group * c_group, channels, c_group, c, rows < n)
             tap = tl.load(
@@ -107,10 +107,10 @@ def _backward_of_rows(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     index, rho = _of_rank(index_ptr, rho_ptr, j, rows, n, HAS_RHO)
     of_rho = tl.zeros([BLOCK_N], tl.float32)
-    for start in tl.static_range(0, c_group, BLOCK_C):
+    for start in range(0, c_group, BLOCK_C):
         channels = start + tl.arange(0, BLOCK_C)
         back = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for first in tl.static_range(0, d_group, BLOCK_D):
+        for first in range(0, d_group, BLOCK_D):
             outs = first + tl.arange(0, BLOCK_D)
             grad = tl.load(
                 grad_ptr + rows[:, None] * d + (group * d_group + outs)[None, :],
