@@ -73,7 +73,7 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml
 	@touch $@
 
 $(STAMPS)/all: $(STAMPS)/torch pyproject.toml
-	$(PIP) install -e '.[all]'
+	$(PIP) install '$(TORCH)' -e '.[all]'
 	@touch $@
 
 # torch_cluster and torch_scatter. pip keeps the wheels that it builds, but under a key that

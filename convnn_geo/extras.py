@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -29,6 +32,8 @@ def require(module: str, extra: str) -> ModuleType:
         '[1]'
     """
     package = module.partition(".")[0]
+    if package in _USERS_OF_TORCHVISION:
+        _prepare_torchvision()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -38,6 +43,31 @@ def require(module: str, extra: str) -> ModuleType:
             f"{package} is not installed; install it with: pip install 'convnn-geo[{extra}]'",
             name=package,
         ) from error
+
+
+_USERS_OF_TORCHVISION = ("torchvision", "timm")
+
+
+@functools.cache
+def _prepare_torchvision() -> None:
+    """Let torchvision be imported beside a torch that its operators were not compiled for.
+
+    PyPI's torchvision is built for CUDA. Beside a CPU build of torch its operators, non-maximum
+    suppression and the like, can't be loaded; its import then fails for want of their signatures,
+    although models, transforms and data sets use none of them.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or torch.version.cuda is not None or "torchvision" in sys.modules:
+        return
+    folder = Path(spec.origin or "").parent
+    for library in folder.glob("_C.*"):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(library)
+            return
+    for name in ("nms", "qnms"):
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
 
 @torch.compiler.assume_constant_result
