@@ -1,0 +1,115 @@
+"""Positions of tokens: where a vision transformer's patches lie, and its class token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.checks import check_int, check_tuple
+from convnn_geo.metrics import BilinearForm, Distances, Interpolation, Metric, Spatial
+from convnn_geo.nn import ConvNNAttention
+from convnn_geo.points import Grid, Points
+
+
+class PatchPositions(Metric):
+    r"""Squared distance of patches on their grid; prefix tokens are at distance 0 of all.
+
+    .. math:: d(i, j) = r_i r_j |p_i - p_j|^2
+
+    with :math:`r = 0` for a prefix token (a class token, say) and 1 for a patch. Tokens are the
+    prefix, then the patches in raster order.
+
+    Args:
+        size: patches along each axis, e.g. ``(14, 14)``.
+        prefix: tokens before the patches.
+
+    Example:
+        >>> metric = PatchPositions((2, 2), prefix=1)
+        >>> metric(Points.from_tokens(torch.zeros(1, 5, 3)))[4].tolist()
+        [0.0, 2.0, 1.0, 1.0, 0.0]
+    """
+
+    def __init__(self, size: tuple[int, ...], prefix: int = 0) -> None:
+        super().__init__()
+        self.size = check_tuple("size", size, len(size))
+        self.prefix = check_int("prefix", prefix, 0)
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """One matrix product, so that attention stays one call."""
+        q, k = self._placed(target), self._placed(source)
+        r, s = q[..., :1], k[..., :1]
+        away, there = q.square().sum(-1, keepdim=True) - r, k.square().sum(-1, keepdim=True) - s
+        query = torch.cat([-away, -r, 2 * q[..., 1:]], -1)
+        return BilinearForm(query, torch.cat([s, there, k[..., 1:]], -1))
+
+    def _placed(self, points: Points) -> Tensor:
+        """``(r, r p)`` of each token, ``(n, 1 + axes)``."""
+        grid = Grid(self.size)
+        expected = self.prefix + grid.num_points
+        if points.num_points != expected:
+            raise ValueError(
+                f"PatchPositions: expected {expected} tokens ({self.prefix} before patches of "
+                f"{' x '.join(map(str, self.size))}), got {points.num_points}; give images of the "
+                "size that the model was made for"
+            )
+        double = points.x is not None and points.x.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
+        place = grid.positions(points.device, dtype)
+        place = torch.cat([torch.ones_like(place[:, :1]), place], -1)
+        return nn.functional.pad(place, (0, 0, self.prefix, 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, prefix={self.prefix}"
+
+
+def token_positions(model: nn.Module, name: str) -> Metric:
+    """The metric of positions for an attention in a model.
+
+    Inside timm's or torchvision's ``VisionTransformer`` tokens are patches on their grid; in any
+    other model they are a sequence.
+    """
+    parts = name.split(".") if name else []
+    for end in range(len(parts) - 1, -1, -1):
+        found = _patches(model.get_submodule(".".join(parts[:end])))
+        if found is not None:
+            return found
+    return Spatial(squared=True)
+
+
+def place_tokens(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Tell an attention that was put into a vision transformer where its tokens lie.
+
+    A recipe between positions and features knows nothing of the model around it, and takes tokens
+    for a sequence. Any other stands at the features' end, where positions do not count yet.
+    """
+    place = token_positions(model, name)
+    if not isinstance(place, PatchPositions):
+        return
+    for part in layer.modules():
+        if not isinstance(part, ConvNNAttention):
+            continue
+        metric = part.metric
+        if not isinstance(metric, (Interpolation, Spatial)):
+            part.metric = Interpolation(place, metric, 1.0)
+        elif isinstance(metric, Interpolation) and _is_of_sequence(metric.first):
+            metric.first = place
+
+
+def _is_of_sequence(metric: Metric) -> bool:
+    """Whether a metric is the one that recipes of attention take for positions."""
+    return isinstance(metric, Spatial) and metric.squared and metric.scale is None
+
+
+def _patches(module: Any) -> PatchPositions | None:
+    embed = getattr(module, "patch_embed", None)
+    size, prefix = getattr(embed, "grid_size", None), getattr(module, "num_prefix_tokens", None)
+    if size is not None and prefix is not None:  # timm's
+        return PatchPositions(tuple(size), prefix)
+    if isinstance(getattr(module, "class_token", None), nn.Parameter) and hasattr(
+        module, "patch_size"
+    ):  # torchvision's
+        side = module.image_size // module.patch_size
+        return PatchPositions((side, side), 1)
+    return None

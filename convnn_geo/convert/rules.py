@@ -1,0 +1,66 @@
+"""Rules: which layers are to become what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from convnn_geo.convert.specs import Spec, spec
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which layers are to become what; all conditions that are given must hold.
+
+    Args:
+        become: a :class:`Spec`, its name, or any function from a layer to a layer.
+        name: glob of the layer's name, e.g. ``"features.*"``.
+        type: class of the layer, or a tuple of classes.
+        depth: number of known layers before it in the model's order, or a range of them.
+        where: given the layer's name and the layer, whether the rule holds.
+
+    Raises:
+        TypeError: a condition of the wrong type.
+        ValueError: an unknown name to become.
+
+    Example:
+        >>> rule = Rule("keep", name="features.*", type=nn.Conv2d, depth=range(1, 4))
+        >>> rule.matches("features.0", nn.Conv2d(1, 1, 1), 1)
+        True
+        >>> rule.matches("features.0", nn.Conv2d(1, 1, 1), 0)
+        False
+    """
+
+    become: Spec | str | Callable[[nn.Module], nn.Module]
+    name: str | None = None
+    type: type[Any] | tuple[type[Any], ...] | None = None
+    depth: int | range | None = None
+    where: Callable[[str, nn.Module], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.become, Spec):
+            object.__setattr__(self, "become", spec(self.become))
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"Rule: name is a glob such as 'features.*', got {self.name!r}")
+        classes = self.type if isinstance(self.type, tuple) else (self.type,)
+        if self.type is not None and not all(isinstance(c, type) for c in classes):
+            raise TypeError(f"Rule: type is a class or a tuple of classes, got {self.type!r}")
+        whole = isinstance(self.depth, int) and not isinstance(self.depth, bool)
+        if self.depth is not None and not whole and not isinstance(self.depth, range):
+            raise TypeError(f"Rule: depth is an integer or a range, got {self.depth!r}")
+        if self.where is not None and not callable(self.where):
+            raise TypeError(f"Rule: where is a function of name and layer, got {self.where!r}")
+
+    def matches(self, name: str, layer: nn.Module, depth: int) -> bool:
+        """Whether all conditions hold."""
+        depths = (self.depth,) if isinstance(self.depth, int) else self.depth
+        return (
+            (self.name is None or fnmatchcase(name, self.name))
+            and (self.type is None or isinstance(layer, self.type))
+            and (depths is None or depth in depths)
+            and (self.where is None or bool(self.where(name, layer)))
+        )

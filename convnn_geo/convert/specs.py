@@ -1,0 +1,135 @@
+"""Specs: what a layer is to become, by name and options."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from convnn_geo.checks import check_name
+from convnn_geo.convert.choices import CHOICES, Choice, check_options
+from convnn_geo.convert.known import KNOWN, kind
+from convnn_geo.convert.weights import NotApplicable
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a layer is to become: called with the layer, it gives the new one.
+
+    Args:
+        name: of a spec, or of a function.
+        options: of the new layer.
+        build: from the layer and the options to the new layer; None for the specs by name.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    build: Callable[..., nn.Module] | None = None
+
+    def __call__(self, layer: nn.Module) -> nn.Module:
+        """The layer's replacement; the layer itself for ``"keep"``.
+
+        Raises:
+            NotApplicable: a layer of this kind, or this one, can't become what is asked for.
+            ValueError: an option is wrong.
+        """
+        new = self._build(layer)
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"{self.name}: expected an nn.Module in return, got {new!r}")
+        if new is not layer:
+            new.train(layer.training)
+            new.converted_from = type(layer).__name__  # type: ignore[assignment]
+        return new
+
+    def _build(self, layer: nn.Module) -> nn.Module:
+        if self.build is not None:
+            return self.build(layer, **self.options)
+        if self.name == "keep":
+            return layer
+        which = kind(layer)
+        if which is None:
+            raise NotApplicable(f"{type(layer).__name__} is not among the layers known: {KNOWN}")
+        choices = CHOICES[which]
+        if self.name not in choices:
+            raise NotApplicable(
+                f"{type(layer).__name__} can't become {self.name!r}; expected one of: "
+                f"{', '.join(['keep', *choices])}"
+            )
+        choice = choices[self.name]
+        check_options(self.name, self.options, choice.options, choice.required)
+        return choice.build(layer, **self._own_options())
+
+    def _own_options(self) -> dict[str, Any]:
+        """Options for one layer: a metric, say, that learns is not shared between layers."""
+        return {
+            name: copy.deepcopy(value) if isinstance(value, nn.Module) else value
+            for name, value in self.options.items()
+        }
+
+
+def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
+    """What a layer is to become.
+
+    ======================  ==================================================================
+    name                    a layer becomes
+    ======================  ==================================================================
+    ``exact``               the layer of ours that equals it, with its weights
+    ``keep``                itself
+    ``conv``                of a convolution: the same as ``exact``
+    ``convnn``              ConvNN over the ``k`` nearest by ``metric``
+    ``branching``           ConvNN beside the convolution: ``ratio``, ``other``, ...
+    ``attention``           attention among all pixels; of an attention: the same as ``exact``
+    ``kvt``                 attention over the ``k`` nearest keys
+    ``convnn_attention``    attention over the ``k`` nearest with taps inside the heads
+    any recipe              of a convolution, an attention or DynamicEdgeConv
+    ======================  ==================================================================
+
+    Weights are carried over where their shapes allow; others are drawn anew.
+
+    Args:
+        become: a name, or any function from a layer (and the options) to a layer.
+        **options: of the new layer; :func:`spec_options` lists those of a name.
+
+    Raises:
+        ValueError: an unknown name, or an option that it does not take.
+
+    Example:
+        >>> spec("convnn", k=5)(nn.Conv2d(3, 8, 3, padding=1)).k
+        5
+        >>> type(spec("kvt", k=4)(nn.MultiheadAttention(8, 2))).__name__
+        'ConvNNAttention'
+    """
+    if callable(become):
+        return Spec(getattr(become, "__name__", type(become).__name__), options, become)
+    required = [option for choice in _choices(become) for option in choice.required]
+    check_options(become, options, spec_options(become), required)
+    return Spec(become, options)
+
+
+def spec_names() -> list[str]:
+    """Names that :func:`spec` knows.
+
+    Example:
+        >>> {"exact", "branching", "kvt", "interpolated_conv2d"} <= set(spec_names())
+        True
+    """
+    return list(dict.fromkeys(["keep", *(name for some in CHOICES.values() for name in some)]))
+
+
+def spec_options(name: str) -> list[str]:
+    """Options that a spec takes, for any kind of layer.
+
+    Example:
+        >>> spec_options("attention"), spec_options("branching")[:3]
+        (['num_heads'], ['ratio', 'k', 'metric'])
+    """
+    check_name("spec", name, spec_names())
+    return list(dict.fromkeys(option for choice in _choices(name) for option in choice.options))
+
+
+def _choices(name: str) -> list[Choice]:
+    """A name's choices, one a kind of layer that may become it."""
+    return [some[name] for some in CHOICES.values() if name in some]

@@ -1,0 +1,229 @@
+"""What a converted model consists of: a line a layer, with parameters, FLOPs and lowerings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnn_geo.checks import check_instance
+from convnn_geo.convert.flops import bound_operation, layer_flops
+from convnn_geo.convert.known import is_ours, kind, places
+from convnn_geo.lowering import choose
+from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn.taps import TapLayer
+
+
+@dataclass(frozen=True)
+class Line:
+    """A layer of a report.
+
+    Args:
+        name: in the model.
+        was: class of the layer that was replaced; empty where none was.
+        now: class of the layer that is there.
+        parameters: numbers in it.
+        flops: of the run; None without inputs.
+        lowering: how it ran; None without inputs.
+    """
+
+    name: str
+    was: str
+    now: str
+    parameters: int
+    flops: int | None = None
+    lowering: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` found; ``print`` shows a table.
+
+    Args:
+        lines: a line a layer that was converted, or could be.
+        other_parameters: numbers in all other layers.
+        other_flops: of all other layers; None without inputs.
+    """
+
+    lines: tuple[Line, ...]
+    other_parameters: int
+    other_flops: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model."""
+        return self.other_parameters + sum(line.parameters for line in self.lines)
+
+    @property
+    def flops(self) -> int | None:
+        """Of the run; None without inputs."""
+        if self.other_flops is None:
+            return None
+        return self.other_flops + sum(line.flops or 0 for line in self.lines)
+
+    def __str__(self) -> str:
+        rows = [("layer", "was", "is", "parameters", "FLOPs", "lowering")]
+        for line in self.lines:
+            run = (_short(line.flops), line.lowering or "")
+            rows.append((line.name, line.was, line.now, f"{line.parameters:,}", *run))
+        others = f"{self.other_parameters:,}", _short(self.other_flops), ""
+        rows.append(("other layers", "", "", *others))
+        rows.append(("total", "", "", f"{self.parameters:,}", _short(self.flops), ""))
+        used = range(len(rows[0]) if self.flops is not None else 4)
+        widths = [max(len(row[place]) for row in rows) for place in used]
+        return "\n".join(
+            "  ".join(
+                row[place].rjust(widths[place])
+                if place in (3, 4)
+                else row[place].ljust(widths[place])
+                for place in used
+            ).rstrip()
+            for row in rows
+        )
+
+
+def report(model: nn.Module, *inputs: Any) -> Report:
+    """What a model consists of, layer by layer.
+
+    FLOPs are two a multiply-add, of one run in eval mode on the inputs: those of torch's layers as
+    ``torch.utils.flop_counter`` counts them, every convolution among them; those of ours from
+    shapes, the search for neighbours by features included, positions and additions left out.
+
+    Args:
+        model: any torch model, converted or not.
+        *inputs: of its forward; without them neither FLOPs nor lowerings are known.
+
+    Example:
+        >>> from convnn_geo import convert
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 2))
+        >>> print(convert.report(convert.to_convnn(model), torch.zeros(1, 3, 4, 4)))
+        layer         was     is        parameters   FLOPs  lowering
+        0             Conv2d  ConvNN2d         224   6.91k  convolution
+        other layers                           258     512
+        total                                  482   7.42k
+    """
+    check_instance("model", model, nn.Module)
+    found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
+    layers = {names[0]: layer for layer, names in found}
+    meter = _Meter(layers)
+    if inputs:
+        meter.run(model, inputs)
+    counted: set[int] = set()
+    lines = []
+    for name, layer in layers.items():
+        flops = meter.flops.get(name, 0) if inputs else None
+        lowering = " + ".join(dict.fromkeys(meter.rules.get(name, ()))) or "torch"
+        lines.append(
+            Line(
+                name=name,
+                was=getattr(layer, "converted_from", ""),
+                now=type(layer).__name__,
+                parameters=_numbers(layer, counted),
+                flops=flops,
+                lowering=lowering if inputs else None,
+            )
+        )
+    rest = meter.total - sum(line.flops or 0 for line in lines) if inputs else None
+    return Report(tuple(lines), _numbers(model, counted), rest)
+
+
+@dataclass
+class _Meter:
+    """FLOPs and lowerings of one run, layer by layer."""
+
+    layers: dict[str, nn.Module]
+    flops: dict[str, int] = field(default_factory=dict)
+    rules: dict[str, list[str]] = field(default_factory=dict)
+    total: int = 0
+
+    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Run the model once, watched; nothing in it changes."""
+        self._inside: list[str] = []
+        self._starts: list[int] = []
+        self._correction = 0
+        handles = []
+        for name, layer in self.layers.items():
+            handles += self._watch(name, layer)
+        try:
+            with _quietly(model), FlopCounterMode(display=False) as counter:
+                self._counter = counter
+                model(*inputs)
+                self.total = self._now()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _now(self) -> int:
+        return self._counter.get_total_flops() + self._correction
+
+    def _watch(self, name: str, layer: nn.Module) -> list[Any]:
+        def enter(*_: Any) -> None:
+            self._inside.append(name)
+            self._starts.append(self._now())
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+            self.flops[name] = self.flops.get(name, 0) + self._now() - self._starts.pop()
+
+        handles: list[Any] = [layer.register_forward_pre_hook(enter, prepend=True)]
+        for part in layer.modules():
+            if isinstance(part, (TapLayer, ConvNNAttention)):
+                handles += self._watch_ours(part)
+        return [*handles, layer.register_forward_hook(leave)]
+
+    def _watch_ours(self, part: nn.Module) -> list[Any]:
+        """In the place of what torch counts inside a layer of ours goes what its shapes say."""
+
+        def enter(*_: Any) -> None:
+            self._starts.append(self._now())
+
+        def leave(part: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+            op = bound_operation(part, args, kwargs)
+            rule, _ = choose(op, part.backend)  # type: ignore[arg-type]
+            self.rules.setdefault(self._inside[-1], []).append(rule.name)
+            flops = layer_flops(part, op)
+            self._correction += self._starts.pop() + flops - self._now()
+
+        return [
+            part.register_forward_pre_hook(enter),
+            part.register_forward_hook(leave, with_kwargs=True),
+        ]
+
+
+@contextmanager
+def _quietly(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient, by kernels that torch's counter knows; undone afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _numbers(module: nn.Module, counted: set[int]) -> int:
+    """Numbers in parameters that were not counted yet."""
+    fresh = {id(p): p for p in module.parameters() if id(p) not in counted}
+    counted.update(fresh)
+    return sum(p.numel() for p in fresh.values())
+
+
+def _short(flops: int | None) -> str:
+    """``1.81G`` for 1,814,073,344."""
+    if flops is None:
+        return ""
+    for unit, name in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if flops >= unit:
+            return f"{flops / unit:.2f}{name}"
+    return str(flops)

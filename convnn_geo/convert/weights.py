@@ -1,0 +1,42 @@
+"""Weights that go over from a layer to the one that takes its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+
+class NotApplicable(ValueError):  # noqa: N818 - a verdict on a layer, read as one
+    """A layer can't become what was asked for; the message says why."""
+
+
+def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise unless the layer's weights are parameters of its own, and there already."""
+    for name in names:
+        if name not in layer._parameters and getattr(layer, name, None) is not None:
+            raise NotApplicable(
+                f"its {name} is computed from other parameters; remove the parametrization, or "
+                "the weight norm, first"
+            )
+        if isinstance(layer._parameters.get(name), UninitializedParameter):
+            raise NotApplicable(f"its {name} has no shape yet; run the model once first")
+
+
+def carry(new: nn.Module, name: str, old: nn.Parameter | None) -> None:
+    """Give ``new`` the parameter of an old layer, where the shapes allow.
+
+    The same Parameter where shapes are equal, so that optimizers go on; its values where only the
+    axes of the taps are flattened, ``(d, c, 3, 3)`` to ``(d, c, 9)``.
+    """
+    fresh: Any = getattr(new, name, None)
+    if old is None or not isinstance(fresh, nn.Parameter):
+        return
+    if fresh.shape == old.shape:
+        setattr(new, name, old)
+    elif fresh.numel() == old.numel() and fresh.shape[:2] == old.shape[:2]:
+        with torch.no_grad():
+            fresh.copy_(old.reshape(fresh.shape))
+        fresh.requires_grad_(old.requires_grad)

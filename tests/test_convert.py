@@ -1,0 +1,791 @@
+"""Layers of other models become ours: the same at the ends, and in between another."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch_geometric.nn import DynamicEdgeConv, EdgeConv
+
+from convnn_geo import convert, recipes
+from convnn_geo.convert import NotApplicable, Rule, spec
+from convnn_geo.convert.flops import looks_at_features
+from convnn_geo.metrics import Feature, Interpolation, Spatial, interpolate
+from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
+from convnn_geo.points import Points
+from convnn_geo.selection import Every
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
+
+
+def imported(name):
+    """An optional package, or a skip: torchvision built for another torch raises RuntimeError."""
+    try:
+        return __import__(name, fromlist=["models"])
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{name} can't be imported here: {error}")
+
+
+def close(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def known(model):
+    return [m for m in model.modules() if convert.known.kind(m) is not None]
+
+
+# Whole models
+
+
+VISION = [
+    ("resnet18", {}, 224),
+    ("vgg11", {"init_weights": False}, 64),
+    ("densenet121", {}, 32),
+    pytest.param("vit_b_16", {"image_size": 32}, 32, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "side"), VISION)
+def test_torchvision_models_give_the_same_logits(name, options, side):
+    model = getattr(imported("torchvision").models, name)(**options).eval()
+    nn.init.normal_(list(model.modules())[-1].weight, std=0.02)  # torchvision's ViT starts at zeros
+    x = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        before = model(x)
+        assert before.std() > 1e-3
+        count = len(known(model))
+        assert convert.to_convnn(model) is model
+        assert known(model) == [] and count >= 8
+        close(model(x), before, atol=1e-4)
+
+
+def test_vit_tiny_gives_the_same_logits():
+    timm = imported("timm")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = model(x)
+        convert.to_convnn(model)
+        assert type(model.blocks[11].attn) is convert.TimmAttention and known(model) == []
+        close(model(x), before, atol=1e-4)
+        assert len(convert.set_interpolation(model, 0.5)) == 12  # its patches do not overlap: even
+        assert (model(x) - before).abs().max() > 1e-3
+        convert.set_interpolation(model, 1.0)
+        close(model(x), before, atol=1e-4)
+
+
+# Convolutions
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_convolution_equals_itself(data):
+    axes = data.draw(st.integers(1, 3))
+    side = st.tuples(*[st.integers(1, 4)] * axes)
+    groups = data.draw(st.sampled_from([1, 2]))
+    mode = data.draw(st.sampled_from(["zeros", "circular", "replicate"]))
+    padding = data.draw(st.one_of(st.sampled_from(["same", "valid"]), st.integers(0, 1)))
+    options = {
+        "kernel_size": data.draw(side),
+        "stride": 1 if padding == "same" else data.draw(st.integers(1, 2)),
+        "dilation": data.draw(st.integers(1, 2)),
+        "groups": groups,
+        "bias": data.draw(st.booleans()),
+        "padding": padding,
+        "padding_mode": mode,
+    }
+    conv = CONV[axes](2 * groups, 4, **options)
+    new = convert.to_convnn(conv)
+    assert type(new) is CONVNN[axes] and new.weight is conv.weight and new.bias is conv.bias
+    x = torch.randn(2, 2 * groups, *[9, 8, 7][:axes])
+    close(new(x), conv(x))
+
+
+def test_conversion_keeps_mode_dtype_hooks_and_frozen_weights():
+    conv = nn.Conv2d(2, 3, 3, dtype=torch.float64).eval()
+    conv.weight.requires_grad_(False)
+    calls = []
+    conv.register_forward_hook(lambda *_: calls.append(1))
+    before = torch.random.get_rng_state()
+    new = convert.to_convnn(conv)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing is drawn for exact layers
+    assert not new.training and new.weight.dtype == torch.float64
+    assert not new.weight.requires_grad and new.bias.requires_grad
+    new(torch.zeros(1, 2, 4, 4, dtype=torch.float64))
+    assert calls == [1] and new.converted_from == "Conv2d"
+
+
+def test_gradients_and_optimizers_go_on():
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 1, 2))
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+    convert.to_convnn(model)
+    x = torch.randn(3, 2, 9)
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        m(x).square().mean().backward()
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        close(ours, theirs, atol=1e-6)
+    assert list(model.state_dict()) == list(twin.state_dict())
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+def test_a_layer_with_a_forward_of_its_own_is_another_layer():
+    model = nn.Sequential(Scaled(2, 2, 3), Named(2, 2, 3), nn.ConvTranspose2d(2, 2, 3))
+    convert.to_convnn(model)
+    assert [type(layer) for layer in model] == [Scaled, ConvNN2d, nn.ConvTranspose2d]
+
+
+def test_weights_that_are_computed_are_refused_by_name():
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3))
+    assert convert.known.kind(parametrized) == "convolution"
+    for layer in (parametrized, nn.LazyConv2d(2, 3)):
+        model = nn.Sequential(nn.Conv2d(2, 2, 3), layer)
+        with pytest.raises(
+            NotApplicable, match=r"1 \(\w*Conv2d\) can't become 'exact': its weight"
+        ):
+            convert.to_convnn(model)
+        assert type(model[0]) is nn.Conv2d  # nothing is replaced where anything fails
+
+
+# Attention
+
+
+ATTENTION = {
+    "plain": {},
+    "sequence first": {"batch_first": False},
+    "no bias": {"bias": False},
+    "other channels": {"kdim": 6, "vdim": 10},
+    "learned key": {"add_bias_kv": True},
+    "zero key": {"add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
+def test_multihead_attention_equals_itself(options):
+    layer = nn.MultiheadAttention(8, 2, **{"batch_first": True, **options})
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    new = convert.to_convnn(layer)
+    assert type(new) is ConvNNAttention and list(new.state_dict()) == list(layer.state_dict())
+    assert {id(p) for p in new.parameters()} == {id(p) for p in layer.parameters()}
+    q = torch.randn(3, 5, 8)
+    k, v = torch.randn(3, 7, layer.kdim), torch.randn(3, 7, layer.vdim)
+    if not layer.batch_first:
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[0, 4:] = True
+    masks = {"key_padding_mask": padding, "attn_mask": torch.randn(5, 7).gt(1)}
+    masks["attn_mask"][:, 0] = False
+    masks["attn_mask"] = masks["attn_mask"].float() * -1e4
+    masks["key_padding_mask"] = padding.float() * -1e4
+    for ours, theirs in zip(new(q, k, v, **masks), layer(q, k, v, **masks), strict=True):
+        close(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_encoder(training, norm_first):
+    layer = nn.TransformerEncoderLayer(
+        *(16, 4, 32), dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(training)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(3, 6, 16)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    with torch.set_grad_enabled(training):
+        before = model(x, src_key_padding_mask=padding)
+        convert.to_convnn(model)
+        assert isinstance(model.layers[1].self_attn, ConvNNAttention)
+        close(model(x, src_key_padding_mask=padding)[~padding], before[~padding])
+        convert.set_interpolation(model, 0.3)
+        assert (model(x) - before)[0].abs().max() > 1e-3
+
+
+def test_dropout_of_attention_is_carried():
+    new = convert.to_convnn(nn.MultiheadAttention(8, 2, dropout=0.4))
+    assert new.dropout == new.weighting.dropout == 0.4
+
+
+TIMM = {
+    "plain": {"qkv_bias": True},
+    "no bias": {"proj_bias": False},
+    "qk norm": {"qk_norm": True, "norm_layer": nn.LayerNorm},
+}
+
+
+@pytest.mark.parametrize("options", TIMM.values(), ids=TIMM)
+def test_timm_attention_equals_itself(options):
+    imported("timm")
+    from timm.layers import Attention
+
+    layer = Attention(8, 2, **options)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    new = convert.to_convnn(layer)
+    assert {id(p) for p in new.parameters()} == {id(p) for p in layer.parameters()}
+    x = torch.randn(3, 6, 8)
+    allowed = torch.rand(3, 1, 6, 6) < 0.7
+    allowed[..., 0] = True
+    close(new(x), layer(x))
+    close(new(x, attn_mask=allowed), layer(x, attn_mask=allowed))
+    close(new(x, attn_mask=torch.zeros(6, 6) + 3.0 * allowed[0, 0]), layer(x, 3.0 * allowed[0, 0]))
+    close(new(x, is_causal=True), layer(x, is_causal=True))
+
+
+def test_timm_attention_becomes_others_and_refuses_what_it_has_no_place_for():
+    imported("timm")
+    from timm.layers import Attention
+
+    x = torch.randn(2, 9, 8)
+    normalised = Attention(8, 2, qk_norm=True, norm_layer=nn.LayerNorm)
+    new = spec("kvt", k=9)(normalised)  # all of nine tokens
+    close(new(x), normalised(x))
+    assert (spec("kvt", k=3)(normalised)(x) - normalised(x)).abs().max() > 1e-3
+    taps = spec("convnn_attention", k=4, kernel="standard")(Attention(8, 2))
+    assert taps.attention.taps.shape == (4, 4, 4) and taps(x).shape == x.shape
+    with pytest.raises(NotApplicable, match="normalises"):
+        spec("interpolated_attention")(normalised)
+    with pytest.raises(NotApplicable, match="heads have 12 channels"):
+        spec("exact")(Attention(8, 2, attn_head_dim=6))
+    with pytest.raises(NotApplicable, match="gate"):
+        spec("exact")(Attention(8, 2, gated=True))
+
+
+# Graphs
+
+
+def edge_layer(monkeypatch, aggr="max"):
+    monkeypatch.setattr("torch_geometric.typing.WITH_KNN", True)  # it is built, and never run
+    mlp = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    return DynamicEdgeConv(mlp, k=4, aggr=aggr)
+
+
+@pytest.mark.parametrize("aggr", ["max", "mean", "add"])
+def test_dynamic_edge_conv(monkeypatch, aggr):
+    layer = edge_layer(monkeypatch, aggr)
+    x, batch = torch.randn(12, 3), torch.tensor([0] * 7 + [1] * 3 + [2] * 2)  # 3 and 2 under k
+    edges = []
+    for i in range(12):
+        inside = [j for j in range(12) if batch[j] == batch[i]]
+        inside.sort(key=lambda j, i=i: float((x[i] - x[j]).square().sum()))
+        edges += [(j, i) for j in inside[:4]]
+    expected = EdgeConv(layer.nn, aggr)(x, torch.tensor(edges).T)  # it resets what it is given
+    new = convert.to_convnn(nn.ModuleDict({"conv": layer}))["conv"]
+    close(new(x, batch), expected)
+    assert {id(p) for p in new.parameters()} == {id(p) for p in layer.parameters()}
+    with pytest.raises(NotApplicable, match="how many channels"):
+        spec("exact")(DynamicEdgeConv(nn.ReLU(), 3))
+
+
+# Rules and specs
+
+
+def chain():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, stride=2, padding=1)),
+        nn.Conv2d(4, 6, 1),
+    )
+
+
+def kinds(model):
+    layers = (model[0], model[2][0], model[2][1], model[3])
+    return [type(layer).__name__.removesuffix("2d") for layer in layers]
+
+
+def test_rules_select_by_name_type_depth_and_predicate():
+    assert kinds(convert.to_convnn(chain())) == ["ConvNN"] * 4
+    for condition, expected in (
+        ({"name": "2.*"}, "Conv ConvNN ConvNN Conv"),
+        ({"name": "?"}, "ConvNN Conv Conv ConvNN"),
+        ({"type": nn.Conv1d}, "Conv Conv Conv Conv"),
+        ({"type": (nn.Conv1d, nn.Conv2d)}, "ConvNN ConvNN ConvNN ConvNN"),
+        ({"depth": 2}, "Conv Conv ConvNN Conv"),
+        ({"depth": range(1, 3)}, "Conv ConvNN ConvNN Conv"),
+        ({"where": lambda name, layer: layer.out_channels == 6}, "Conv Conv Conv ConvNN"),
+        ({"name": "2.*", "depth": range(2)}, "Conv ConvNN Conv Conv"),
+    ):
+        assert kinds(convert.to_convnn(chain(), [Rule("exact", **condition)])) == expected.split()
+
+
+def test_the_first_rule_that_matches_wins():
+    rules = [Rule("keep", depth=0), Rule(spec("branching", k=3), depth=range(2)), Rule("convnn")]
+    model = convert.to_convnn(chain(), rules)
+    assert kinds(model) == ["Conv", "Branching", "ConvNN", "ConvNN"]
+    assert model[2][1].k == 9 and model[3].k == 1
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 6, 4, 4)
+    assert convert.to_convnn(model, Rule("exact"))[2][0].neighbors.k == 3  # ours stay as they are
+    assert kinds(model) == ["ConvNN", "Branching", "ConvNN", "ConvNN"]
+
+
+def test_a_function_may_make_the_layer_and_a_shared_layer_stays_shared():
+    shared = nn.Conv2d(2, 2, 3, padding=1)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    made = []
+
+    def make(layer, scale):
+        made.append(layer)
+        return nn.Sequential(layer, nn.Upsample(scale_factor=scale))
+
+    convert.to_convnn(model, [Rule(spec(make, scale=2), name="b.0")])
+    assert model["a"] is model["b"][0] and made == [shared]
+    assert model["a"](torch.zeros(1, 2, 3, 3)).shape == (1, 2, 6, 6)
+
+
+def test_bad_rules_say_what_is_wrong():
+    with pytest.raises(ValueError, match=r"name='layer1.*' fits no layer.*2\.0, 2\.1, 3"):
+        convert.to_convnn(chain(), [Rule("exact", name="layer1*")])
+    with pytest.raises(ValueError, match="unknown spec 'convn'; expected one of: keep, exact"):
+        Rule("convn")
+    for wrong in ({"name": 3}, {"type": "Conv2d"}, {"depth": True}, {"depth": 1.0}, {"where": 1}):
+        with pytest.raises(TypeError, match=f"Rule: {next(iter(wrong))}"):
+            Rule("exact", **wrong)
+    with pytest.raises(TypeError, match="model"):
+        convert.to_convnn("resnet18")
+    with pytest.raises(TypeError, match="rules"):
+        convert.to_convnn(chain(), ["exact"])
+    with pytest.raises(TypeError, match=r"expected an nn\.Module in return, got None"):
+        convert.to_convnn(chain(), [Rule(lambda layer: None)])
+    model = chain()
+    with pytest.raises(
+        NotApplicable, match=r"2\.1 \(Conv2d\) can't become 'branching': its stride"
+    ):
+        convert.to_convnn(model, [Rule("branching")])
+    assert kinds(model) == ["Conv"] * 4
+    with pytest.raises(ValueError, match=r"0 \(Conv2d\): .*ratio"):
+        convert.to_convnn(model, [Rule(spec("branching", ratio=2.0))])
+    with pytest.raises(TypeError, match=r"0 \(Conv2d\): k: expected an integer"):
+        convert.to_convnn(model, [Rule(spec("convnn", k=2.5))])
+
+
+def test_specs_refuse_options_that_they_do_not_take():
+    with pytest.raises(ValueError, match=r"unknown option 'ratio' of spec 'kvt'; .*\bk\b"):
+        spec("kvt", ratio=0.5)
+    with pytest.raises(ValueError, match="unknown option 'k' of spec 'exact'; it takes none"):
+        spec("exact", k=3)
+    with pytest.raises(ValueError, match="'neighborhood_attention' needs kernel_size"):
+        spec("neighborhood_attention")
+    attention = spec("attention", num_heads=2)  # an option for convolutions alone
+    assert attention(nn.Conv2d(4, 6, 3, padding=1))(torch.zeros(1, 4, 5, 3)).shape == (1, 6, 5, 3)
+    with pytest.raises(ValueError, match="num_heads"):
+        attention(nn.MultiheadAttention(4, 2))
+    with pytest.raises(NotApplicable, match="not among the layers known"):
+        spec("exact")(nn.Linear(2, 2))
+    with pytest.raises(NotApplicable, match="Conv2d can't become 'kvt'"):
+        spec("kvt")(nn.Conv2d(2, 2, 1))
+
+
+REQUIRED = {
+    "block_attention": {"size": 3},
+    "dilated_attention": {"kernel_size": 3},
+    "neighborhood_attention": {"kernel_size": 3},
+    "sliding_window_attention": {"kernel_size": 3},
+    "strided_attention": {"stride": 2},
+}
+
+
+@pytest.mark.parametrize("name", convert.spec_names())
+def test_every_spec_runs_on_a_layer_that_it_is_for(name, monkeypatch):
+    layers = {
+        1: (nn.Conv1d(4, 4, 3, padding=1), torch.randn(2, 4, 11)),
+        2: (nn.Conv2d(4, 4, 3, padding=1), torch.randn(2, 4, 5, 6)),
+        3: (nn.Conv3d(4, 4, 3, padding=1), torch.randn(2, 4, 3, 4, 5)),
+        "attention": (nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 12, 8)),
+        "edge": (edge_layer(monkeypatch), torch.randn(12, 3)),
+    }
+    become, ran = spec(name, **REQUIRED.get(name, {})), 0
+    for layer, x in layers.values():
+        try:
+            new = become(layer)
+        except NotApplicable:
+            continue
+        inputs = (x, x, x) if isinstance(layer, nn.MultiheadAttention) else (x,)
+        if new is layer:
+            assert name == "keep"
+            ran += 1
+            continue
+        out = new(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.shape == (*x.shape[:-1], 4) if x.ndim == 2 else out.shape == x.shape
+        out.sum().backward()
+        assert all(p.grad is not None for p in new.parameters())
+        ran += 1
+    assert ran
+
+
+def test_names_of_specs_are_all_that_a_layer_could_become():
+    names = convert.spec_names()
+    assert len(set(names)) == len(names)
+    assert {"keep", "exact", "conv", "convnn", "branching", "attention", "kvt"} < set(names)
+    assert not {n for n in names if "pool" in n} and "dynamic_edge_conv" in names
+
+
+def test_weights_are_carried_where_shapes_allow():
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2)
+    nine = spec("convnn")(conv)
+    assert torch.equal(nine.weight, conv.weight.flatten(2)) and nine.bias is conv.bias
+    assert nine.stride == (2, 2) and nine.groups == 2 and nine.k == 9
+    five = spec("convnn", k=5)(conv)
+    assert five.weight.shape == (6, 2, 5) and five.bias is conv.bias
+    x = torch.randn(1, 4, 7, 8)
+    assert nine(x).shape == conv(x).shape
+    plain = nn.Conv2d(4, 6, (3, 5), padding="same")
+    ends = [spec("branching", ratio=ratio)(plain) for ratio in (0.0, 0.5, 1.0)]
+    assert ends[0].other.weight is plain.weight
+    assert ends[1].neighbors.out_channels == 3 and ends[1].pointwise is not None
+    assert ends[2].neighbors.k == 9 and ends[2].neighbors.weight.shape == (6, 4, 9)
+    x = torch.randn(1, 4, 7, 8)
+    close(ends[0](x), plain(x))
+    moved = spec("interpolated_conv2d", lam=0.7)(plain)
+    assert moved.weight is plain.weight and moved.metric.lam == 0.7
+
+
+@pytest.mark.parametrize(
+    ("become", "layer", "reason"),
+    [
+        ("branching", nn.Conv2d(4, 4, 3), "changes the image's size"),
+        ("branching", nn.Conv2d(4, 4, 3, padding=1, groups=2), "2 groups"),
+        ("branching", nn.Conv2d(4, 4, 4, padding="same"), "even"),
+        ("branching", nn.Conv1d(4, 4, 3, padding="same", dilation=2), "dilation"),
+        ("convnn", nn.Conv2d(4, 4, 3), "changes the image's size"),
+        ("attention", nn.Conv2d(4, 4, 3, 2, 1), "stride"),
+        ("interpolated_conv2d", nn.Conv1d(4, 4, 3), "1 axes, the recipe 2"),
+        ("conv3d_by_position", nn.Conv3d(4, 4, (3, 3, 2)), "even"),
+        ("interpolated_conv2d", nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), "reflect"),
+        ("depthwise_conv2d", nn.Conv2d(4, 6, 3), "from 4 to 6 channels"),
+    ],
+)
+def test_specs_refuse_layers_that_they_do_not_fit(become, layer, reason):
+    with pytest.raises(NotApplicable, match=reason):
+        spec(become)(layer)
+
+
+def test_layers_do_not_share_what_learns():
+    metric = interpolate("spatial", "cosine", learnable=True)
+    become = spec("convnn", metric=metric, weighting="softmax")
+    first, second = (become(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2))
+    assert first.metric.lam is not second.metric.lam
+
+
+# Reports
+
+
+def test_flops_against_counts_by_hand():
+    model = nn.Sequential(
+        nn.Conv1d(3, 8, 5, padding="same"),
+        nn.Conv1d(8, 8, 3, padding=1, stride=2, groups=4),
+        nn.Flatten(),
+        nn.Linear(8 * 10, 7),
+    )
+    x = torch.randn(2, 3, 20)
+    by_hand = [2 * 2 * 20 * 8 * 3 * 5, 2 * 2 * 10 * 8 * 2 * 3]
+    for was in ("", "Conv1d"):
+        found = convert.report(model, x)
+        assert [line.flops for line in found.lines] == by_hand
+        assert found.other_flops == 2 * 2 * 80 * 7 and found.other_parameters == 80 * 7 + 7
+        assert found.flops == sum(by_hand) + found.other_flops
+        assert [line.was for line in found.lines] == [was, was]
+        assert {line.lowering for line in found.lines} == {"convolution" if was else "torch"}
+        convert.to_convnn(model)
+    convert.to_convnn(model)
+    convert.set_interpolation(model, 1.0)
+    first = convert.report(model, x).lines[0]  # 24 sources: two zeros at each end
+    assert first.flops == 2 * 2 * (20 * 24 * 3 + 20 * 5 * 3 * 8) and first.lowering == "gather"
+
+
+def test_flops_of_chosen_neighbours_by_hand():
+    def one(layer, *inputs):
+        (line,) = convert.report(layer, *inputs).lines
+        return line.flops
+
+    x = torch.randn(2, 4, 6, 7)  # 42 pixels
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    taps = 2 * 2 * 42 * 9 * 4 * 6
+    search = 2 * 2 * 42 * 42 * 4
+    assert one(conv, x) == one(spec("exact")(conv), x) == taps
+    assert one(spec("convnn")(conv), x) == search + taps
+    assert one(spec("conv2d_by_position")(conv), x) == taps  # positions take no products
+    half = 2 * 2 * 42 * 9 * 4 * 3
+    assert one(spec("branching")(conv), x) == search + 2 * half + 2 * 2 * 42 * 6 * 6
+    tokens = torch.randn(2, 10, 8)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    project, products = 2 * 2 * 10 * 4 * 8 * 8, 2 * 2 * 2 * 10 * 10 * 4
+    assert one(attention, tokens, tokens, tokens) == project + 2 * products
+    exact, nearest = spec("exact")(attention), spec("kvt", k=3)(attention)
+    assert one(exact, tokens, tokens, tokens) == project + 2 * products
+    assert one(nearest, tokens) == project + products + 2 * 2 * 2 * 10 * 3 * 4
+
+
+def test_flops_of_networks_on_edges(monkeypatch):
+    new = convert.to_convnn(edge_layer(monkeypatch))
+    x, batch = torch.randn(12, 3), torch.arange(12) // 6
+    (line,) = convert.report(new, x, batch).lines
+    assert line.now == "DynamicEdgeConvNN" and line.was == "DynamicEdgeConv"
+    edges = 12 * 4
+    assert line.flops == 2 * edges * (6 * 8 + 8 * 4) + 2 * 2 * 6 * 6 * 3
+
+
+def test_report_of_whole_models_does_not_change_with_exact_layers():
+    model = imported("torchvision").models.resnet18()
+    x = torch.randn(1, 3, 64, 64)
+    before = convert.report(model, x)
+    state = copy.deepcopy(model.state_dict())
+    after = convert.report(convert.to_convnn(model), x)
+    assert [line.flops for line in after.lines] == [line.flops for line in before.lines]
+    assert after.flops == before.flops and after.parameters == before.parameters == 11_689_512
+    assert len(after.lines) == 20 and model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not model.conv1._forward_hooks and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_reports_print_a_line_a_layer():
+    model = convert.to_convnn(chain(), [Rule("branching", depth=1), Rule("exact")])
+    text = str(convert.report(model, torch.zeros(1, 3, 8, 8))).splitlines()
+    assert text[0].split() == ["layer", "was", "is", "parameters", "FLOPs", "lowering"]
+    assert [line.split()[0] for line in text[1:5]] == ["0", "2.0", "2.1", "3"]
+    assert text[2].split()[1:3] == ["Conv2d", "Branching"] and text[2].endswith("convolution")
+    assert "gather + convolution" in text[2] and text[-1].startswith("total")
+    bare = convert.report(model)
+    assert bare.flops is None and "FLOPs" not in str(bare) and bare.parameters > 0
+    shared = nn.Conv2d(2, 2, 1)
+    twice = convert.report(nn.Sequential(shared, shared), torch.zeros(1, 2, 3, 3))
+    assert len(twice.lines) == 1 and twice.lines[0].flops == 2 * 2 * 9 * 2 * 2
+    assert twice.parameters == 6
+    with pytest.raises(TypeError, match="model"):
+        convert.report("resnet18")
+
+
+def test_metrics_that_look_at_features():
+    assert looks_at_features(0.5 * Spatial() + Feature("cosine"))
+    assert not looks_at_features(0.5 * Spatial() + 0 * Feature("cosine"))
+    assert not looks_at_features(interpolate("spatial", "cosine", 0.0))
+    assert looks_at_features(interpolate("spatial", "cosine", 0.5))
+    assert not looks_at_features(convert.PatchPositions((2, 2)))
+
+
+# The spectrum
+
+
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [
+        (1, {"kernel_size": 5, "padding": 2}),
+        (1, {"kernel_size": 3}),
+        (2, {"kernel_size": 3, "padding": 1, "stride": 2}),
+        (2, {"kernel_size": (3, 5), "padding": "same", "groups": 2}),
+        (2, {"kernel_size": 7, "padding": 3}),
+        (3, {"kernel_size": 3, "padding": 1}),
+    ],
+)
+def test_convolutions_move_along_the_spectrum_and_back(axes, options):
+    conv = CONV[axes](4, 6, **options)
+    x = torch.randn(2, 4, *[[31], [10, 9], [4, 5, 6]][axes - 1])
+    layer = convert.to_convnn(copy.deepcopy(conv))
+    parameters = list(layer.parameters())
+    assert convert.interpolation(layer) == {"": 0.0}
+    outs = {}
+    for lam in (0.0, 0.6, 1.0, 0.6, 0.0):
+        assert convert.set_interpolation(layer, lam) == [""]
+        assert convert.interpolation(layer) == {"": lam}
+        out = layer(x)
+        assert out.shape == conv(x).shape
+        assert torch.equal(outs.setdefault(lam, out), out)
+    close(outs[0.0], conv(x))
+    assert (outs[0.6] - outs[0.0]).abs().max() > 1e-2
+    assert (outs[1.0] - outs[0.6]).abs().max() > 1e-2
+    assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
+    assert list(layer.state_dict()) == list(conv.state_dict())
+    convert.set_interpolation(layer, 1e-9)  # the neighbours are chosen, and they are the window
+    close(layer(x), conv(x))
+    assert not isinstance(layer.selection, Every)
+
+
+def test_between_the_ends_it_is_the_recipe():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    layer, x = convert.to_convnn(nn.Sequential(conv)), torch.randn(2, 3, 8, 9)
+    for lam in (0.4, 0.8, 1.0):
+        peer = recipes.interpolated_conv2d(3, 5, 3, lam)
+        peer.load_state_dict(conv.state_dict())
+        convert.set_interpolation(layer, lam)
+        assert torch.equal(layer(x), peer(x))
+    assert convert.interpolation(peer) == {"": 1.0}
+    convert.set_interpolation(peer, 0.0)  # a layer built by the recipe moves as well
+    close(peer(x), conv(x))
+
+
+def test_layers_that_choose_by_features_move_to_positions():
+    conv = nn.Conv2d(3, 5, 3, padding=1)
+    layer, x = spec("convnn", k=6, metric="euclidean")(conv), torch.randn(1, 3, 8, 9)
+    before = layer(x)
+    assert convert.interpolation(layer) == {"": 1.0}
+    convert.set_interpolation(layer, 0.0)
+    near = ConvNN2d(3, 5, k=6, metric=Spatial("chebyshev"))
+    near.load_state_dict(layer.state_dict())
+    close(layer(x), near(x))
+    convert.set_interpolation(layer, 1.0)
+    assert torch.equal(layer(x), before)
+    both = nn.ModuleList([spec("branching")(conv), spec("branching", ratio=0.0)(conv)])
+    assert convert.set_interpolation(both, 0.5) == ["0.neighbors"]
+    assert isinstance(both[0].neighbors.metric, Interpolation) and both[0].other.metric is not None
+    assert not isinstance(both[0].other.metric, Interpolation)
+
+
+def test_what_can_not_move_stays():
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 4, padding="same"),
+        nn.Conv2d(2, 2, 3, padding=2, dilation=2),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(2, 2, 1),
+    )
+    convert.to_convnn(model).append(recipes.max_pool2d(2)).append(recipes.bilateral_filter(1, 1))
+    x = torch.randn(1, 2, 8, 8)
+    before = model(x)
+    with pytest.raises(ValueError, match="no layer that can move"):
+        convert.set_interpolation(model, 0.5)
+    for other in (nn.Conv2d(2, 2, 3), spec("attention")(nn.Conv2d(2, 2, 3, padding=1))):
+        with pytest.raises(ValueError, match="no layer that can move"):
+            convert.set_interpolation(other, 0.5)
+    model.append(convert.to_convnn(nn.Conv2d(2, 2, 3)))
+    assert convert.set_interpolation(model, 0.5) == ["6"]
+    assert torch.equal(model[:-1](x), before)
+    for lam in (-0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="lam"):
+            convert.set_interpolation(model, lam)
+    for key in ("add_bias_kv", "add_zero_attn"):
+        attention = convert.to_convnn(nn.MultiheadAttention(4, 2, **{key: True}))
+        assert convert.interpolation(attention) == {}
+
+
+def test_attention_moves_along_the_sequence():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    layer, x = convert.to_convnn(attention), 3 * torch.randn(2, 7, 8)
+    assert convert.interpolation(layer) == {"": 1.0}
+    outs = []
+    for lam in (0.0, 0.5, 1.0):
+        assert convert.set_interpolation(layer, lam) == [""]
+        outs.append(layer(x)[0])
+    close(outs[2], attention(x, x, x)[0])
+    place = torch.arange(7.0)
+    near = (-(place[:, None] - place).square()).softmax(-1)
+    value = x @ attention.in_proj_weight[16:].T
+    close(outs[0], attention.out_proj(near @ value))
+    assert (outs[1] - outs[0]).abs().max() > 1e-2 and (outs[1] - outs[2]).abs().max() > 1e-2
+
+
+def small_vit(which):
+    if which == "timm":
+        imported("timm")
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(
+            img_size=(8, 12), patch_size=4, embed_dim=16, depth=2, num_heads=2, reg_tokens=2
+        )
+    vision = imported("torchvision.models.vision_transformer")
+    return vision.VisionTransformer(8, 4, 2, 2, 16, 32)
+
+
+@pytest.mark.parametrize(("which", "size", "prefix"), [("timm", (2, 3), 3), ("tv", (2, 2), 1)])
+def test_patches_of_vision_transformers_lie_on_their_grid(which, size, prefix):
+    model = convert.to_convnn(small_vit(which).eval())
+    x = torch.randn(1, 3, 4 * size[0], 4 * size[1])
+    before = model(x)
+    inside = model.blocks if which == "timm" else model.encoder
+    assert len(convert.set_interpolation(inside, 0.25)) == 2  # the layers know the model's grid
+    metrics = [m for m in model.modules() if isinstance(m, convert.PatchPositions)]
+    assert [(m.size, m.prefix) for m in metrics] == [(size, prefix)] * 2
+    assert model(x).shape == before.shape
+    convert.set_interpolation(model, 1)
+    close(model(x), before)
+    recipe = small_vit(which)
+    convert.to_convnn(recipe, [Rule(spec("interpolated_attention", lam=1.0), name="*att*")])
+    found = [m for m in recipe.modules() if isinstance(m, convert.PatchPositions)]
+    assert [(m.size, m.prefix) for m in found] == [(size, prefix)] * 2
+    own = small_vit(which)
+    keep = spec("interpolated_attention", spatial=Spatial("l1"))
+    convert.to_convnn(own, [Rule(keep, name="*att*")])
+    assert not any(isinstance(m, convert.PatchPositions) for m in own.modules())
+
+
+def test_positions_of_patches_by_hand():
+    metric = convert.PatchPositions((3, 4), prefix=2)
+    tokens = Points.from_tokens(torch.randn(2, 14, 5))
+    found = metric(tokens)
+    place = [None, None] + [(i, j) for i in range(3) for j in range(4)]
+    for i, p in enumerate(place):
+        for j, q in enumerate(place):
+            expected = 0 if p is None or q is None else (p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2
+            assert found[i, j] == expected
+    with pytest.raises(
+        ValueError, match=r"expected 14 tokens \(2 before patches of 3 x 4\), got 9"
+    ):
+        metric(Points.from_tokens(torch.zeros(1, 9, 5)))
+    with pytest.raises(ValueError, match="size"):
+        convert.PatchPositions((3, 0))
+
+
+def test_lam_learns():
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3)))
+    weights = list(model.parameters())
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    assert convert.set_interpolation(model, 0.5, learnable=True) == ["0", "1"]
+    assert [n for n, _ in model.named_parameters() if n.endswith("lam")] == [
+        *("0.metric.lam", "1.metric.lam")
+    ]
+    lams = [layer.metric.lam for layer in model]
+    optimizer.add_param_group({"params": lams})
+    x = torch.randn(2, 2, 6, 6)
+    model(x).square().sum().backward()
+    assert all(lam.grad.abs() > 0 for lam in lams)
+    optimizer.step()
+    stands = convert.interpolation(model)
+    assert set(stands) == {"0", "1"} and all(v != 0.5 and 0 <= v <= 1 for v in stands.values())
+    convert.set_interpolation(model, 0.2, learnable=True)
+    assert [layer.metric.lam for layer in model] == lams and lams[0].item() == pytest.approx(0.2)
+    assert all(a is b for a, b in zip(weights[:2], model[0].parameters(), strict=False))
+    convert.set_interpolation(model, 0.0)
+    assert len(list(model.parameters())) == 4
+    twin = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 2, 3))
+    twin.load_state_dict(model.state_dict())
+    close(model(x), twin(x))
+
+
+def test_weights_of_a_layer_that_learns_have_mean_one():
+    layer = convert.to_convnn(nn.Conv2d(2, 4, 3, padding=1))
+    convert.set_interpolation(layer, 0.5, learnable=True)
+    op = layer.operation(torch.randn(1, 2, 6, 6))
+    weight = op.weighting(op.pairs())
+    close(weight.mean(-1), torch.ones(1, 36))
+    attention = convert.to_convnn(nn.MultiheadAttention(8, 2, batch_first=True))
+    convert.set_interpolation(attention, 0.5, learnable=True)
+    attention(torch.randn(2, 5, 8))[0].square().sum().backward()
+    assert attention.metric.lam.grad.abs() > 0
+
+
+def test_converted_models_are_copied_and_saved(tmp_path):
+    model = convert.to_convnn(chain(), [Rule("convnn", depth=1), Rule("exact")]).eval()
+    x = torch.randn(1, 3, 8, 8)
+    convert.set_interpolation(model, 0.6)
+    close(copy.deepcopy(model)(x), model(x))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = convert.to_convnn(chain(), [Rule("convnn", depth=1), Rule("exact")]).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    convert.set_interpolation(fresh, 0.6)
+    assert torch.equal(fresh(x), model(x))
