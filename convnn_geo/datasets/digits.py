@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_int
+from convnn_geo.datasets.images import image_task
+from convnn_geo.datasets.task import Task
 from convnn_geo.extras import require
 
 SHARES = (0.6, 0.2, 0.2)
@@ -86,3 +88,15 @@ def split_index(count: int, seed: int) -> tuple[Tensor, ...]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     train, validation = int(SHARES[0] * count), int(SHARES[1] * count)
     return order.split([train, validation, count - train - validation])
+
+
+def digits_task(seed: int = 0, image_size: int | None = None) -> Task:
+    """The digits, normalised, as a task of ten classes.
+
+    Args:
+        seed: of the split.
+        image_size: to resize the 8 x 8 pixels to.
+    """
+    splits = digits(seed)
+    parts = [(part.x, part.y) for part in (splits.train, splits.validation, splits.test)]
+    return image_task("digits", parts, 10, image_size)
