@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from functools import reduce
 
 import pytest
 import torch
@@ -37,11 +38,13 @@ def processor(request):
 
 
 def distances(kind, q, keys, bias=None, scale=1.0):
-    q, keys = q.double(), keys.double()
+    few = kind != "products" and q.shape[-1] <= 8  # which are compared in float32, axis by axis
+    q, keys = (q, keys) if few else (q.double(), keys.double())
     if kind == "products":
         values = -scale * (q @ keys.transpose(-1, -2))
         return values if bias is None else values + bias.double().unsqueeze(-2)
-    values = (q.unsqueeze(-2) - keys.unsqueeze(-3)).square().sum(-1)
+    squares = (q.unsqueeze(-2) - keys.unsqueeze(-3)).square()
+    values = reduce(torch.add, squares.unbind(-1)) if few else squares.sum(-1)
     if kind == "points":
         return values
     zero = (q.norm(dim=-1) < 0.5).unsqueeze(-1) | (keys.norm(dim=-1) < 0.5).unsqueeze(-2)
@@ -77,7 +80,9 @@ def is_nearest(kind, q, keys, k, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n, m, d, k", [(1, 1, 9, 1), (7, 31, 12, 5), (50, 300, 33, 9)])
+@pytest.mark.parametrize(
+    "n, m, d, k", [(1, 1, 9, 1), (30, 70, 1, 9), (60, 200, 3, 9), (7, 31, 12, 5), (50, 300, 33, 9)]
+)
 def test_the_nearest_by_products(processor, kind, n, m, d, k):
     is_nearest(kind, points(kind, 2, n, d), points(kind, 2, m, d), k)
     is_nearest(kind, points(kind, n, d), points(kind, m, d), m if m <= 128 else 128)

@@ -382,10 +382,17 @@ def test_torch_cluster_is_asked_again_only_where_ties_cross_the_boundary(calls):
     assert calls[1][0] < 729 and calls[1][1] == 32  # the inner points' 7 nearest are certain
 
 
-def test_torch_cluster_with_every_point_coincident_ends_in_the_dense_engine(calls):
+def test_torch_cluster_with_every_point_coincident_is_asked_once(calls):
     x = torch.full((300, 2), 7.0)
     found = knn(x, None, 5, backend="torch_cluster")
     assert torch.equal(found.index, torch.arange(5).expand(300, 5))
+    assert [k for _, k in calls] == [6]  # then only five points are left
+
+
+def test_torch_cluster_with_ties_all_around_ends_in_the_dense_engine(calls):
+    angle = torch.arange(300) * (torch.pi / 150)
+    x = torch.stack([angle.cos(), angle.sin()], -1)
+    knn(x, torch.zeros(1, 2), 5, backend="torch_cluster")
     assert [k for _, k in calls] == [6, 24, 96]
 
 

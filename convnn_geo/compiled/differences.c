@@ -1,4 +1,5 @@
-/* Squared Euclidean distances of chosen pairs, summed in double precision. */
+/* Squared Euclidean distances of chosen pairs. Of few axes they are summed in single precision, in
+   the order of axes and without fused operations, as everywhere else in this package. */
 
 #include "differences.h"
 
@@ -17,6 +18,15 @@ double squared_difference(const float *q, const float *key, int64_t d) {
     total += difference * difference;
   }
   for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  return total;
+}
+
+float squared_difference_of_few(const float *q, const float *key, int64_t d) {
+  float total = 0;
+  for (int64_t axis = 0; axis < d; axis++) {
+    float difference = q[axis] - key[axis];
+    total += difference * difference;
+  }
   return total;
 }
 

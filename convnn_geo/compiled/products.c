@@ -2,8 +2,8 @@
 
    Products in single precision tell who may be among the k nearest: all that lie no farther beyond
    the k-th than rounding can reach. Where rounding can't change their order either, that is all.
-   Elsewhere these few are measured in double precision, and the result, rounded to single, decides;
-   ties go to the lowest index. So the choice does not depend on how a product is summed, and no row
+   Elsewhere these few are measured in double precision (in single, where there are few axes), and
+   the result, rounded to single, decides; ties go to the lowest index. So the choice does not depend on how a product is summed, and no row
    is ever sorted.
 
    Sources are packed into panels once an example. A block of rows of products stays in cache. */
@@ -150,9 +150,13 @@ static double product(const float *q, const float *key, int64_t d) {
 static float measure(const Workspace *w, const float *q, int zero, int64_t j) {
   const Problem *p = w->problem;
   const float *key = w->key + j * p->key_row;
-  if (p->kind == POINTS) return (float)squared_difference(q, key, p->d);
-  if (p->kind == ANGLES)
-    return zero || is_zero(key, p->d) ? 1 : (float)(squared_difference(q, key, p->d) / 2);
+  if (p->kind != PRODUCTS) {
+    int few = p->d <= FEW_AXES;
+    if (p->kind == ANGLES && (zero || is_zero(key, p->d))) return 1;
+    float half = p->kind == ANGLES ? 0.5f : 1;
+    return few ? squared_difference_of_few(q, key, p->d) * half
+               : (float)(squared_difference(q, key, p->d) * half);
+  }
   double value = -(double)p->scale * product(q, key, p->d);
   return (float)(w->add ? value + w->add[j] : value);
 }
@@ -283,9 +287,11 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     const float *q = w->query + (start + (i < rows ? i : rows - 1)) * p->q_row;
     float size = squared_distance(q, w->center, p->d);
     stand(q, w->center, -factor, p->d, w->target + i, TARGETS);
-    /* Twice the error of a sum of d terms; of their squares' sums; of centring and rounding. */
+    /* Twice the error of a sum of d terms; of their squares' sums; of centring and rounding; and
+       that of the distance that decides, where it is in single precision, too. */
     float reach = fabsf(factor) * sqrtf(size) * w->longest + w->largest_bias, d = (float)p->d;
     margin[i] = FLT_EPSILON * ((d + 12) * reach + d * w->largest_bias + 6 * size);
+    if (p->d <= FEW_AXES) margin[i] += FLT_EPSILON * (d + 4) * (reach + w->largest_bias + size);
     margin[i] += (d + 12) * FLT_MIN;
     same[i] = p->kind == POINTS ? size : p->kind == ANGLES ? 1 : 0;
     if (!(reach + size < FLT_MAX / 16)) return 0;

@@ -91,6 +91,8 @@ class Cells(PointEngine):
         reason = super().refuses(query)
         if reason is None and query.dimension > 3:
             return f"cells are for up to 3 dimensions, these points have {query.dimension}"
+        if reason is None and query.problem.kind == "angles":
+            return "vectors that differ by angles lie where directions are, many in one cell"
         return reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convnn_geo import compiled
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
-from convnn_geo.metrics.distances import DIRECT_DIMENSIONS, take
+from convnn_geo.metrics.distances import take
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import order_by_value_then_place
 
@@ -233,8 +233,7 @@ def _by_fused_rows(
     copies = problem.keys.shape[-2:].numel() * 4 * torch.get_num_threads()
     if copies > slab < _ROOMY or copies > _MOST:
         return None
-    few = problem.kind != "products" and problem.q.shape[-1] <= DIRECT_DIMENSIONS
-    if few or problem.axes is not None or problem.dtype != torch.float32:
+    if problem.axes is not None or problem.dtype != torch.float32:
         return None
     return compiled.products_nearest(
         problem.kind,

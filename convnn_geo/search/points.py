@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -139,26 +140,45 @@ class PointEngine(Engine):
             rows = unsure_rows(unsure)
             few, behind = problem.targets(rows), hidden.targets(rows)
             more, limit = 4 * asked, self.limit(q.device)
-            thinned = _thinned(problem, k + (hidden.own is not None))
-            if thinned is not None:
-                again = self._among(thinned, few, k, behind, slab)
-            elif more <= keys.shape[-2] and (limit is None or more <= limit):
+            again = self._thinned(few, k, behind, slab)
+            if again is None and more <= keys.shape[-2] and (limit is None or more <= limit):
                 part = few.coordinates()[0]
                 part = part.expand(*lead, *part.shape[-2:]).reshape(q.shape[0], -1, q.shape[-1])
                 again = self._settled(few, prepared, part, keys, lead, k, behind, more, slab)
-            else:
+            elif again is None:
                 again = by_rows(few, k, behind, slab)
             value, place = put_rows(value, place, rows, again)
         return value, place
 
-    def _among(
-        self, thinned: Thinned, problem: Problem, k: int, hidden: Hidden, slab: int
-    ) -> tuple[Tensor, Tensor]:
-        """The same without points that only coincide with others."""
-        own = None if hidden.own is None else thinned.renumbered(hidden.own)
-        keys = problem.keys[..., thinned.kept, :]
-        value, place = self.nearest(replace(problem, keys=keys), k, Hidden(own=own), slab)
-        return value, thinned.kept[place]
+    def _thinned(
+        self, problem: Problem, k: int, hidden: Hidden, slab: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Example by example, without points that only coincide with others; None if none do."""
+        if problem.bias is not None:
+            return None
+        lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+
+        def alone(tensor: Tensor | None) -> Sequence[Tensor | None]:
+            if tensor is None:
+                return [None] * lead.numel()
+            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])  # type: ignore[return-value]
+
+        owned = None if hidden.own is None else hidden.own.unsqueeze(-1)
+        parts = (problem.q, problem.keys, problem.axes, owned)
+        examples = list(zip(*(alone(part) for part in parts), strict=True))
+        thinned = [Thinned.of(keys, k + (owned is not None)) for _, keys, _, _ in examples]
+        if not any(thinned):
+            return None
+        found = []
+        for (q, keys, axes, own), less in zip(examples, thinned, strict=True):
+            own = None if own is None else own.squeeze(-1)
+            if less is not None:
+                keys, own = keys[less.kept], None if own is None else less.renumbered(own)
+            one = replace(problem, q=q, keys=keys, axes=axes)
+            value, place = self.nearest(one, k, Hidden(own=own), slab)
+            found.append((value, place if less is None else less.kept[place]))
+        values, places = (torch.stack(t).view(*lead, -1, k) for t in zip(*found, strict=True))
+        return values, places
 
     def unsure(
         self, problem: Problem, q: Tensor, keys: Tensor, farthest: Tensor, last: Tensor
@@ -191,9 +211,3 @@ class PointEngine(Engine):
         length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
         rounding = 8 * torch.finfo(q.dtype).eps * length.square()
         return (self.slack(q, keys, length.square()) + rounding) * (problem.scale / 2)
-
-
-def _thinned(problem: Problem, most: int) -> Thinned | None:
-    """Without points that only coincide, where that is the same for every example."""
-    alone = problem.bias is None and problem.keys.shape[:-2].numel() == 1
-    return Thinned.of(problem.keys.flatten(0, -2), most) if alone else None
