@@ -33,7 +33,7 @@ def require(module: str, extra: str) -> ModuleType:
     """
     package = module.partition(".")[0]
     if package in _USERS_OF_TORCHVISION:
-        _prepare_torchvision()
+        prepare_torchvision()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -49,7 +49,7 @@ _USERS_OF_TORCHVISION = ("torchvision", "timm")
 
 
 @functools.cache
-def _prepare_torchvision() -> None:
+def prepare_torchvision() -> None:
     """Let torchvision be imported beside a torch that its operators were not compiled for.
 
     PyPI's torchvision is built for CUDA. Beside a CPU build of torch its operators, non-maximum

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from convnn_geo.extras import prepare_torchvision
+
 torch.set_num_threads(2)
+prepare_torchvision()  # so that tests may import it plainly
 
 
 @pytest.fixture(autouse=True)

@@ -24,14 +24,6 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
-def imported(name):
-    """An optional package, or a skip: torchvision built for another torch raises RuntimeError."""
-    try:
-        return __import__(name, fromlist=["models"])
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"{name} can't be imported here: {error}")
-
-
 def close(ours, theirs, atol=1e-5):
     torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
 
@@ -53,7 +45,7 @@ VISION = [
 
 @pytest.mark.parametrize(("name", "options", "side"), VISION)
 def test_torchvision_models_give_the_same_logits(name, options, side):
-    model = getattr(imported("torchvision").models, name)(**options).eval()
+    model = getattr(pytest.importorskip("torchvision").models, name)(**options).eval()
     nn.init.normal_(list(model.modules())[-1].weight, std=0.02)  # torchvision's ViT starts at zeros
     x = torch.randn(1, 3, side, side)
     with torch.no_grad():
@@ -66,7 +58,7 @@ def test_torchvision_models_give_the_same_logits(name, options, side):
 
 
 def test_vit_tiny_gives_the_same_logits():
-    timm = imported("timm")
+    timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
@@ -232,7 +224,7 @@ TIMM = {
 
 @pytest.mark.parametrize("options", TIMM.values(), ids=TIMM)
 def test_timm_attention_equals_itself(options):
-    imported("timm")
+    pytest.importorskip("timm")
     from timm.layers import Attention
 
     layer = Attention(8, 2, **options)
@@ -250,7 +242,7 @@ def test_timm_attention_equals_itself(options):
 
 
 def test_timm_attention_becomes_others_and_refuses_what_it_has_no_place_for():
-    imported("timm")
+    pytest.importorskip("timm")
     from timm.layers import Attention
 
     x = torch.randn(2, 9, 8)
@@ -544,7 +536,7 @@ def test_flops_of_networks_on_edges(monkeypatch):
 
 
 def test_report_of_whole_models_does_not_change_with_exact_layers():
-    model = imported("torchvision").models.resnet18()
+    model = pytest.importorskip("torchvision").models.resnet18()
     x = torch.randn(1, 3, 64, 64)
     before = convert.report(model, x)
     state = copy.deepcopy(model.state_dict())
@@ -692,13 +684,13 @@ def test_attention_moves_along_the_sequence():
 
 def small_vit(which):
     if which == "timm":
-        imported("timm")
+        pytest.importorskip("timm")
         from timm.models.vision_transformer import VisionTransformer
 
         return VisionTransformer(
             img_size=(8, 12), patch_size=4, embed_dim=16, depth=2, num_heads=2, reg_tokens=2
         )
-    vision = imported("torchvision.models.vision_transformer")
+    vision = pytest.importorskip("torchvision.models.vision_transformer")
     return vision.VisionTransformer(8, 4, 2, 2, 16, 32)
 
 

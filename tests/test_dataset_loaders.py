@@ -35,12 +35,7 @@ DOWNLOADED = ["mnist", "cifar10", "cifar100", "modelnet10", "modelnet40", "shape
 
 @pytest.fixture
 def torchvision():
-    """The package; one that was built for another torch can't be imported."""
-    try:
-        import torchvision
-    except (ImportError, OSError, RuntimeError) as error:
-        pytest.skip(f"torchvision can't be imported: {error}")
-    return torchvision
+    return pytest.importorskip("torchvision")
 
 
 def images_of(dataset):

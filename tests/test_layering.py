@@ -34,9 +34,16 @@ PIPELINE = [
     {"lowering"},
     {"nn"},
     {"recipes"},
+    {"convert"},
+    {"models"},
+    {"console", "datasets"},
+    {"viz"},
+    {"train"},
+    {"experiments"},
 ]
 OPTIONAL = {
     "faiss",
+    "lightning_fabric",
     "matplotlib",
     "pyg_lib",
     "pykeops",
@@ -45,9 +52,12 @@ OPTIONAL = {
     "skimage",
     "sklearn",
     "torch_cluster",
+    "tensorboard",
+    "timm",
     "torch_scatter",
     "torchvision",
     "triton",
+    "yaml",
 }
 
 
