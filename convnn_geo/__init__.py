@@ -3,7 +3,7 @@ r"""convnn_geo: convolution, attention and everything between, as one choice of 
 The pipeline, stage by stage; each module hands a small value to the next::
 
     points -> metrics -> candidates -> search, selection -> neighborhood
-           -> weighting -> kernels -> operation -> lowering -> nn -> recipes
+           -> weighting -> kernels -> operation -> lowering -> nn -> recipes -> convert -> models
 
 A layer turns its input into points, measures how near they are, looks among candidates, keeps the
 nearest, weighs them and applies a kernel:
@@ -25,10 +25,12 @@ Example:
 
 from convnn_geo import (
     candidates,
+    convert,
     encodings,
     kernels,
     lowering,
     metrics,
+    models,
     nn,
     recipes,
     search,
@@ -48,10 +50,12 @@ __all__ = [
     "__version__",
     "candidates",
     "checking",
+    "convert",
     "encodings",
     "kernels",
     "lowering",
     "metrics",
+    "models",
     "nn",
     "recipes",
     "search",

@@ -1,0 +1,119 @@
+"""A run from its first epoch, or from where it was left, to its one look at the test part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from convnn_geo.train.checkpoint import (
+    NAME,
+    PREVIOUS,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from convnn_geo.train.config import Config, ConfigError
+from convnn_geo.train.order import seed_model
+from convnn_geo.train.processes import start
+from convnn_geo.train.record import Board, Run, write_metrics
+from convnn_geo.train.setup import build, check_fits, load_task, model_arguments, save_model
+from convnn_geo.train.training import Training
+from convnn_geo.train.watch import Watch
+
+
+def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | None = None) -> Run:
+    """Train with one seed, and read the test part once, by the last weights.
+
+    Writes to ``config.folder / f"seed-{seed}"``: after each epoch a checkpoint and the metrics so
+    far, and at the end ``result.json`` and ``weights.pt``. A run that was killed loses at most the
+    epoch that it was in. On the CPU a continued run gives the same weights, bit for bit, as one
+    that was never interrupted.
+
+    Args:
+        config: of the run.
+        seed: of the weights, of the order of examples, and of dropout and the like.
+        resume: continue a run that was begun in the folder; what is done is not done again.
+        watch: is told how it goes.
+
+    Raises:
+        ConfigError: the model or the data don't take what the configuration asks for, or the
+            folder holds a run and ``resume`` is False, or one of another configuration.
+        CheckpointError: a checkpoint is corrupt or can't be written.
+        DivergedError: the loss became infinite or no number.
+        MissingExtraError: Lightning Fabric is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from convnn_geo.train import Config, fit
+        >>> config = Config("all_conv_net", image_size=8, epochs=1, out=tempfile.mkdtemp())
+        >>> sorted(fit(config, seed=0).test)
+        ['accuracy', 'loss']
+    """
+    fabric = start(config)
+    folder = config.folder / f"seed-{seed}"
+    found = _stored(config, folder, resume) if fabric.is_global_zero else {}
+    state = fabric.broadcast(found)
+    if "test" in state:
+        return Run.from_dict(state, folder)
+    with fabric.rank_zero_first():  # the others find downloaded what the first downloads
+        task = load_task(config)
+    seed_model(seed)
+    arguments = model_arguments(config, task)
+    module = build(arguments)
+    check_fits(task, module)
+    training = Training(fabric, config, task, module, seed, state or None)
+    if fabric.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(config.folder / "config.json", json.dumps(config.to_dict(), indent=2))
+    _epochs(training, folder, watch if watch and fabric.is_global_zero else Watch())
+    run = Run(
+        seed=seed,
+        parameters=sum(p.numel() for p in module.parameters()),
+        history=tuple(training.history),
+        test=training.evaluate(task.test),
+        folder=folder,
+    )
+    if fabric.is_global_zero:
+        save_model(folder / "weights.pt", arguments, training.scored)
+        result = {"config": config.to_dict(), **run.to_dict()}
+        write_atomically(folder / "result.json", json.dumps(result, indent=2))
+    fabric.barrier()
+    return run
+
+
+def _epochs(training: Training, folder: Path, watch: Watch) -> None:
+    config, first = training.config, training.fabric.is_global_zero
+    with Board(folder, config.tensorboard and first, training.epoch) as board:
+        if first:
+            write_metrics(folder, training.history)  # rows after the checkpoint are forgotten
+        while training.epoch < config.epochs:
+            training.train_epoch(watch)
+            if first:
+                save_checkpoint(folder, training.state_dict())
+                write_metrics(folder, training.history)
+                board.add(training.history[-1])
+                watch.end(training.history[-1])
+            training.fabric.barrier()
+
+
+def _stored(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
+    """The result of a run that is done, the checkpoint of one that was begun, or nothing."""
+    result = folder / "result.json"
+    if not resume:
+        if any((folder / name).exists() for name in (NAME, PREVIOUS, result.name)):
+            raise ConfigError(
+                f"{folder} holds a run already; continue it with resume, or choose another folder "
+                "by out"
+            )
+        return {}
+    if result.exists():
+        try:
+            state: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{result} is corrupt ({error}); delete it to score anew") from error
+    else:
+        state = load_checkpoint(folder) or {}
+    if state:
+        config.check_same(state["config"], str(folder))
+    return state

@@ -1,0 +1,122 @@
+"""From a configuration to its data and its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from convnn_geo.datasets import Task, load
+from convnn_geo.models import create_model
+from convnn_geo.train.checkpoint import load_tensors, save_tensors
+from convnn_geo.train.config import Config, ConfigError
+
+_SMALL = 32  # the least that networks which halve an image five times make something of
+
+
+def load_task(config: Config) -> Task:
+    """The data, refused where the configuration asks of it what it can't give.
+
+    Args:
+        config: names the data.
+
+    Raises:
+        ConfigError: an option that the data don't take or that makes no sense for them.
+        FileNotFoundError: the data are not there.
+    """
+    task = _load(config, config.image_size)
+    size = task.image_size
+    if task.kind == "classification" and config.image_size is None and size and size < _SMALL:
+        task = _load(config, _SMALL)
+    if task.kind == "denoising" and config.label_smoothing:
+        raise ConfigError("label_smoothing: denoising has no labels; set it to 0")
+    if task.kind != "classification" and config.mixup:
+        raise ConfigError(f"mixup: mixes images with classes, not {task.kind}; set it to 0")
+    if task.image_size is None and config.channels_last:
+        raise ConfigError("channels_last: points have no channels to lay out; leave it out")
+    return task
+
+
+def model_arguments(config: Config, task: Task) -> dict[str, Any]:
+    """What :func:`build` takes: the configuration's model, sized for the task."""
+    arguments: dict[str, Any] = {"name": config.model, "layer": config.layer}
+    if task.num_classes is not None:
+        arguments["num_classes"] = task.num_classes
+    arguments["in_channels"] = task.in_channels
+    if task.image_size is not None:
+        arguments["image_size"] = task.image_size
+    return {**arguments, **config.model_options, **config.layer_options}
+
+
+def build(arguments: dict[str, Any]) -> nn.Module:
+    """A model with new weights.
+
+    Args:
+        arguments: of :func:`convnn_geo.models.create_model`.
+
+    Raises:
+        ConfigError: the model does not take them.
+    """
+    try:
+        return create_model(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model {arguments['name']}: {error}") from error
+
+
+@torch.no_grad()
+def check_fits(task: Task, module: nn.Module) -> None:
+    """Raise ``ConfigError`` unless the model takes the task's inputs and gives what is scored.
+
+    Args:
+        task: the data, two examples of which are tried.
+        module: on the CPU.
+    """
+    inputs, target = task.collate([task.train[number] for number in range(min(2, len(task.train)))])
+    try:
+        output = module.eval()(*inputs)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"the model can't take {task.name}, {task.kind}: {error}") from error
+    wanted = target.shape if task.num_classes is None else (len(target), task.num_classes)
+    if output.shape != wanted:
+        raise ConfigError(
+            f"{task.name}, {task.kind}, needs outputs of shape {tuple(wanted)}; the model gives "
+            f"{tuple(output.shape)}: choose another model or other data"
+        )
+
+
+def save_model(path: Path, arguments: dict[str, Any], module: nn.Module) -> None:
+    """Write what :func:`load_model` reads: weights, and how to build what they belong to."""
+    save_tensors(path, {"model": arguments, "weights": module.state_dict()})
+
+
+def load_model(path: str | Path) -> nn.Module:
+    """A trained model in eval mode, on the CPU.
+
+    Args:
+        path: of ``weights.pt`` in a run's folder.
+
+    Raises:
+        CheckpointError: the file is corrupt.
+        FileNotFoundError: there is no such file.
+    """
+    state = load_tensors(Path(path))
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        module = build(state["model"])
+    module.load_state_dict(state["weights"])
+    return module.eval()
+
+
+def _load(config: Config, image_size: int | None) -> Task:
+    try:
+        return load(
+            config.data,
+            root=config.data_root,
+            seed=config.data_seed,
+            image_size=image_size,
+            download=config.download,
+            **config.data_options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data {config.data}: {error}") from error
