@@ -1,5 +1,7 @@
 """Kernels in Triton against plain sums: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -325,3 +327,32 @@ def test_refusals(monkeypatch, make, reason):
     x = torch.randn(1, 8, 16, dtype=layer.out_proj.weight.dtype)
     with pytest.raises(ValueError, match=reason):
         explain(layer, x)
+
+
+class TestAutocast:
+    pytestmark = triton
+    """Layers in half precision whose distances stay in float32."""
+
+    def found(self, layer, x, backend):
+        layer.backend = backend
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = layer(x)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        return out, torch.autograd.grad(out.float().square().sum(), parameters)
+
+    @pytest.mark.parametrize("kind", ["attention", "convolution"])
+    def test_a_layer_is_the_same_by_gather(self, kind):
+        if kind == "attention":
+            layer = ConvNNAttention(32, 2, k=5).to(DEVICE)
+            x = torch.randn(2, 20, 32, device=DEVICE)
+            layer.forward = functools.partial(layer.forward, need_weights=False)
+        else:
+            layer = ConvNN2d(8, 6, k=9, metric="cosine").to(DEVICE)
+            x = torch.randn(2, 8, 6, 5, device=DEVICE)
+        (out, grads), (other, others) = (self.found(layer, x, b) for b in ("triton", "gather"))
+        assert out.dtype == other.dtype == torch.bfloat16
+        torch.testing.assert_close(out, other, rtol=0.05, atol=0.05)
+        for a, b in zip(grads, others, strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=0.1, atol=0.03 * float(b.abs().max()) + 1e-3)
