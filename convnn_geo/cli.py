@@ -1,4 +1,4 @@
-"""The command line: verify, demo, show, train, bench."""
+"""The command line: verify, demo, show, train, experiment, bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from convnn_geo import __version__
 from convnn_geo.bench.commands import add_bench
+from convnn_geo.experiments.commands import add_experiment
 from convnn_geo.extras import MissingExtraError
 from convnn_geo.train.commands import add_train
 
@@ -21,6 +22,7 @@ examples:
   python -m convnn_geo show --out spectrum.png    neighbours of three pixels of a photograph
   python -m convnn_geo show --image photo.png --pixel 40,60 --spectrum 5 --out spectrum.png
   python -m convnn_geo train --model vgg11 --layer branching --data digits --epochs 2
+  python -m convnn_geo experiment branching_ratio --quick
   python -m convnn_geo bench graph --quick        search engines, side by side, in runs/bench/graph
 """
 
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_show(commands)
     add_train(commands)
+    add_experiment(commands)
     add_bench(commands)
     return parser
 

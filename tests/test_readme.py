@@ -33,7 +33,9 @@ def test_python_blocks_run_from_top_to_bottom(capsys):
 def test_commands_are_understood():
     lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line)[3:] for line in lines if line.startswith("python -m convnn_geo")]
-    assert {command[0] for command in commands} == {"demo", "verify", "show", "bench"}
+    assert {command[0] for command in commands} == {
+        *("demo", "verify", "show", "train", "experiment", "bench")
+    }
     for command in commands:
         _parser().parse_args(command)
     shown = "show --image photo.png --pixel 40,60 --spectrum 5 --out spectrum.png"

@@ -1,0 +1,38 @@
+"""The paper's questions, asked of models small enough for two CPU cores, and honestly scored.
+
+An experiment is a file that names its grid; the rest is shared: every finished run is kept, so that
+a second call goes on; the result is a table with mean and deviation over seeds, a picture beside
+the published curve, and sentences made from the numbers.
+
+    python -m convnn_geo experiment branching_ratio --quick
+
+Example:
+    >>> from convnn_geo.experiments import EXPERIMENTS
+    >>> len(EXPERIMENTS["branching_ratio"].settings(False))
+    18
+"""
+
+from convnn_geo.experiments import branching_ratio
+from convnn_geo.experiments.base import Experiment, Published, Setting
+from convnn_geo.experiments.report import write_report
+from convnn_geo.experiments.run import Result, run, train_setting
+from convnn_geo.experiments.summary import Row, sentences
+
+EXPERIMENTS = {
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (branching_ratio,)
+}
+"""By name."""
+
+__all__ = [
+    "EXPERIMENTS",
+    "Experiment",
+    "Published",
+    "Result",
+    "Row",
+    "Setting",
+    "run",
+    "sentences",
+    "train_setting",
+    "write_report",
+]

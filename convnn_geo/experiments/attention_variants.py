@@ -1,0 +1,44 @@
+"""Which tokens should a token attend to?"""
+
+from __future__ import annotations
+
+from convnn_geo.experiments.base import Experiment, Published, Setting
+from convnn_geo.experiments.changes import LookAround
+from convnn_geo.experiments.settings import vit
+
+_SERIES = "vision transformer"
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Attention, the k nearest keys without and with taps, and squares of patches."""
+    attention = vit(quick, "attention")
+    found = [
+        Setting(_SERIES, "attention", attention),
+        Setting(_SERIES, "KVT", vit(quick, "kvt", k=9)),
+        Setting(_SERIES, "local window", attention, LookAround(3)),
+        Setting(_SERIES, "neighborhood", attention, LookAround(3, shift=True)),
+        Setting(_SERIES, "ConvNN", vit(quick, "convnn_attention", k=9)),
+    ]
+    return found
+
+
+EXPERIMENT = Experiment(
+    name="attention_variants",
+    title="Variants of attention",
+    question="Does it matter whether a token attends to all, to its nearest by feature, or to its "
+    "nearest by position?",
+    axis="attention",
+    settings=settings,
+    notes="A small vision transformer on 64 patches and a class token. KVT and ConvNN take the "
+    "nine nearest keys, ConvNN with a depthwise tap a rank; a local window is the 3 × 3 patches "
+    "around a patch, cut at the border, a neighborhood the same moved inward. The class token "
+    "sees all patches, and all see it.",
+    published=Published(
+        "ViT-Tiny, k = 9, 224 px, arXiv 2606.14725",
+        "accuracy (%)",
+        {
+            "CIFAR-10": [("attention", 78.4), ("KVT", 75.8), ("ConvNN", 74.4)],
+            "CIFAR-100": [("attention", 52.1), ("KVT", 49.0), ("ConvNN", 49.2)],
+        },
+    ),
+)

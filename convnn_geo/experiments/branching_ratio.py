@@ -1,0 +1,46 @@
+"""How large a share of ConvNN is best beside convolution?"""
+
+from __future__ import annotations
+
+from convnn_geo.experiments.base import Experiment, Published, Setting
+from convnn_geo.experiments.settings import vgg
+
+RATIOS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Nine shares for each of two metrics; three in a hurry."""
+    return [
+        Setting(
+            series,
+            ratio,
+            vgg(quick, "branching", ratio=ratio, k=9, metric=metric, **options),
+        )
+        for series, metric, options in (
+            ("cosine", "cosine", {"search": "dense"}),
+            ("mixed as published", "paper_mix", {}),
+        )
+        for ratio in (RATIOS[::4] if quick else RATIOS)
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="branching_ratio",
+    title="Share of ConvNN in branching layers",
+    question="Which share of a layer's channels should choose their neighbours, the rest being "
+    "convolution?",
+    axis="share of ConvNN channels",
+    settings=settings,
+    notes="Every 3 × 3 convolution of VGG-11 is a branching layer with k = 9. By cosine a pixel of "
+    "the first layer, which has one channel, sees only whether another is on its side of the mean; "
+    "the published mixing, (λ |Δf| / σ)² + ((1 - λ) |Δp|)² with λ = 0.5, also sees where it lies.",
+    published=Published(
+        "VGG-11, k = 9, Euclidean mixed, 150 epochs, arXiv 2606.14725",
+        "accuracy (%)",
+        {
+            "CIFAR-10": [(0.0, 81.1), (0.25, 82.2), (0.5, 83.1), (0.75, 81.9), (1.0, 68.8)],
+            "CIFAR-100": [(0.0, 46.3), (0.25, 48.4), (0.5, 50.0), (0.75, 51.0), (1.0, 32.8)],
+        },
+    ),
+    pairs=[("cosine", "mixed as published")],
+)

@@ -1,0 +1,91 @@
+"""``convnn-geo experiment``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from convnn_geo.checks import check_int
+
+
+def add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``experiment`` to the command line."""
+    parser = commands.add_parser(
+        "experiment",
+        help="one of the paper's questions, asked of small models",
+        description="Train a grid of small models on data that ship with packages, and write a "
+        "table, a picture beside the published curve and what was seen: OUT/NAME.md, .csv and "
+        ".png. Runs are kept in OUT/runs: a second call goes on where the first was stopped.",
+        epilog="example: convnn-geo experiment branching_ratio --quick",
+    )
+    parser.add_argument("experiment", nargs="?", metavar="NAME", help="see --list")
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, an epoch or so, few settings"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: runs/experiment, with --quick runs/quick"
+    )
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of a setting (3; 1 if quick)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes, a thread each; the numbers do not depend on it (%(default)s)",
+    )
+    parser.set_defaults(command=_experiment)
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    # Only these need Fabric, and only where they run.
+    from convnn_geo.console import print_table
+    from convnn_geo.experiments import EXPERIMENTS, report, run
+    from convnn_geo.experiments.summary import Row, sentences
+
+    if arguments.list:
+        rows = [[each.name, each.question] for each in EXPERIMENTS.values()]
+        print_table("Experiments", ["name", "asks"], rows)
+        return 0
+    try:
+        name = _known(arguments.experiment, list(EXPERIMENTS))
+        seeds = (1 if arguments.quick else 3) if arguments.seeds is None else arguments.seeds
+        check_int("--seeds", seeds)
+        check_int("--workers", arguments.workers)
+    except ValueError as error:
+        print(f"convnn-geo experiment: error: {error}", file=sys.stderr)
+        return 2
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    experiment = EXPERIMENTS[name]
+    out = arguments.out or Path("runs", "quick" if arguments.quick else "experiment")
+    began = time.perf_counter()
+    print(experiment.question, flush=True)
+    found = run(
+        experiment,
+        out / "runs" / name,
+        seeds,
+        arguments.quick,
+        arguments.workers,
+        lambda line: print(line, flush=True),
+    )
+    rows = [Row(*each) for each in found]
+    command = f"convnn-geo experiment {name} --seeds {seeds}" + " --quick" * arguments.quick
+    path = report.write_report(experiment, rows, out, command)
+    unit = rows[0].unit
+    head = ["series", experiment.axis, f"test ({unit})", f"validation ({unit})"]
+    head += report.COLUMNS[4:]
+    print_table(experiment.title, head, [report.cells(row) for row in rows])
+    for sentence in sentences(experiment, rows):
+        print(sentence)
+    print(f"{path}, with a picture and every run, after {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _known(name: str | None, known: list[str]) -> str:
+    if name not in known:
+        given = "none" if name is None else repr(name)
+        raise ValueError(f"expected the name of an experiment, got {given}; {', '.join(known)}")
+    return name

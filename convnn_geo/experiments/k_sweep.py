@@ -1,0 +1,47 @@
+"""How many neighbours?"""
+
+from __future__ import annotations
+
+from convnn_geo.experiments.base import Experiment, Published, Setting
+from convnn_geo.experiments.settings import vgg, vit
+
+_BRANCHING, _CONVNN, _KVT = "branching (VGG-11)", "ConvNN attention (ViT)", "KVT (ViT)"
+
+
+def settings(quick: bool) -> list[Setting]:
+    """Numbers of neighbours in three kinds of layers, and the plain networks."""
+    numbers = (1, 9, 25) if quick else (1, 2, 4, 9, 16, 25)
+    mixed = {"ratio": 0.5, "metric": "paper_mix"}
+    return [
+        *(Setting(_BRANCHING, k, vgg(quick, "branching", k=k, **mixed)) for k in numbers),
+        *(Setting(_CONVNN, k, vit(quick, "convnn_attention", k=k)) for k in numbers),
+        *(Setting(_KVT, k, vit(quick, "kvt", k=k)) for k in numbers),
+        Setting("convolution (VGG-11)", None, vgg(quick, None)),
+        Setting("attention (ViT)", None, vit(quick, None)),
+    ]
+
+
+EXPERIMENT = Experiment(
+    name="k_sweep",
+    title="Number of neighbours",
+    question="How many neighbours should a point have?",
+    axis="k",
+    settings=settings,
+    notes="Branching layers of VGG-11 with ratio 0.5 by the published mixing; attention of a small "
+    "vision transformer over the k nearest of its tokens, with a tap a rank (ConvNN) or without "
+    "(KVT). Where an image of VGG-11 has fewer pixels than k, the last taps are empty.",
+    published=Published(
+        "ViT-Base and ResNet-50, ImageNet-1K, arXiv 2606.14725",
+        "accuracy (%)",
+        {
+            "ConvNN attention (ViT-Base)": [(9, 81.19), (16, 81.60), (25, 81.64)],
+            "KVT (ViT-Base)": [(25, 81.29)],
+            "branching (ResNet-50)": [(9, 79.42), (16, 79.76)],
+        },
+    ),
+    against={
+        _BRANCHING: "convolution (VGG-11)",
+        _CONVNN: "attention (ViT)",
+        _KVT: "attention (ViT)",
+    },
+)

@@ -1,0 +1,46 @@
+"""Can a network learn where to stand on the spectrum?"""
+
+from __future__ import annotations
+
+from convnn_geo.experiments.base import Experiment, Setting
+from convnn_geo.experiments.changes import Interpolate
+from convnn_geo.experiments.settings import vgg, vit
+from convnn_geo.train import Config
+
+
+def settings(quick: bool) -> list[Setting]:
+    """λ fixed, and learned from each of three starts, one a layer."""
+    fixed = (0.0, 1.0) if quick else (0.0, 0.25, 0.5, 0.75, 1.0)
+    starts = (0.5,) if quick else (0.25, 0.5, 0.75)
+    found = []
+    for name, config in _configs(quick).items():
+        found += [
+            *(Setting(f"fixed ({name})", at, config, Interpolate(at, weighted=True)) for at in fixed),
+            *(
+                Setting(f"learned ({name})", at, config, Interpolate(at, learnable=True))
+                for at in starts
+            ),
+        ]
+    return found
+
+
+def _configs(quick: bool) -> dict[str, Config]:
+    return {
+        "VGG-11": vgg(quick, "interpolated_conv2d", metric="euclidean"),
+        "ViT": vit(quick, "interpolated_attention", k=9),
+    }
+
+
+EXPERIMENT = Experiment(
+    name="learned_lambda",
+    title="Learned place on the spectrum",
+    question="Does one λ a layer, learned, beat every fixed λ, and where does it settle?",
+    axis="λ, where it is fixed or starts",
+    settings=settings,
+    notes="Which neighbours are chosen has no gradient, so λ learns through their weights, a "
+    "softmax over distances. In VGG-11 these are times k, and so that only learning differs, the "
+    "networks of fixed λ have them, too: λ = 0 is no plain convolution here. In the vision "
+    "transformer λ lies between squared distance of patches (0) and attention over the nine "
+    "nearest keys (1). Nothing is published for this.",
+    pairs=[(f"learned ({name})", f"fixed ({name})") for name in ("VGG-11", "ViT")],
+)

@@ -1,0 +1,118 @@
+"""The picture of an experiment: ours, beside it the published curves, and where λ settled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from convnn_geo.experiments.base import Experiment, Published, place
+from convnn_geo.experiments.summary import Row, series
+from convnn_geo.extras import require
+from convnn_geo.viz import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKERS = "osD^vP"
+
+
+def draw(experiment: Experiment, rows: Sequence[Row]) -> Figure:
+    """A curve a series: mean, deviation and every run.
+
+    Args:
+        experiment: that was run.
+        rows: of all its settings.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    settled = [row for row in rows if row.learned]
+    count = 1 + (experiment.published is not None) + bool(settled)
+    figure = require("matplotlib.figure", extra="train").Figure(
+        figsize=(1 + 5 * count, 4.6), dpi=110, layout="constrained"
+    )
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    _ours(panels.pop(0), experiment, rows)
+    if settled:
+        _settled(panels.pop(0), settled)
+    if experiment.published is not None:
+        _published(panels.pop(0), experiment.axis, experiment.published)
+    figure.suptitle(experiment.title)
+    return figure
+
+
+def _ours(axis: Axes, experiment: Experiment, rows: Sequence[Row]) -> None:
+    names = _names([row.setting.at for row in rows])
+    for number, (name, group) in enumerate(series(rows).items()):
+        color = COLORS[number % len(COLORS)]
+        if group[0].setting.at is None:
+            low, high = group[0].mean - group[0].deviation, group[0].mean + group[0].deviation
+            axis.axhspan(low, high, color=color, alpha=0.12, linewidth=0)
+            axis.axhline(group[0].mean, color=color, linestyle="--", label=name)
+            continue
+        at = [_number(row.setting.at, names) for row in group]
+        axis.errorbar(
+            at,
+            [row.mean for row in group],
+            [row.deviation for row in group],
+            color=color,
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="none" if names else "-",
+            capsize=4,
+            label=name,
+        )
+        for x, row in zip(at, group, strict=True):
+            axis.scatter([x] * len(row.scores), row.scores, s=9, color=color, alpha=0.5, zorder=3)
+    seeds = len(rows[0].results)
+    axis.set_title("here" + (f": mean ± deviation of {seeds} runs, and each" * (seeds > 1)))
+    _finish(axis, experiment.axis, names, "PSNR (dB)" if rows[0].unit == "dB" else "accuracy (%)")
+
+
+def _published(axis: Axes, label: str, published: Published) -> None:
+    names = _names([at for curve in published.curves.values() for at, _ in curve])
+    for number, (name, curve) in enumerate(published.curves.items()):
+        axis.plot(
+            [_number(at, names) for at, _ in curve],
+            [value for _, value in curve],
+            color=COLORS[number % len(COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="none" if names else "-",
+            label=name,
+        )
+    axis.set_title("published, on other data")
+    _finish(axis, label, names, published.unit)
+
+
+def _settled(axis: Axes, rows: Sequence[Row]) -> None:
+    for number, row in enumerate(rows):
+        color = COLORS[number % len(COLORS)]
+        means, deviations = zip(*row.learned.values(), strict=True)
+        layers = range(1, len(means) + 1)
+        axis.errorbar(
+            layers, means, deviations, color=color, marker="o", capsize=3, label=row.setting.label
+        )
+    axis.set_ylim(-0.03, 1.03)
+    axis.set_title("where λ settled")
+    _finish(axis, "layer", [], "λ")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _finish(axis: Axes, label: str, names: Sequence[str], unit: str) -> None:
+    axis.set_xlabel(label)
+    axis.set_ylabel(unit)
+    if names:
+        axis.set_xticks(range(len(names)), names)
+        axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _names(places: Sequence[float | str | None]) -> list[str]:
+    """Names along the axis, in order; none where places are numbers."""
+    return list(dict.fromkeys(place(at) for at in places if isinstance(at, str)))
+
+
+def _number(at: float | str | None, names: Sequence[str]) -> float:
+    return float(names.index(at)) if isinstance(at, str) else float(at or 0.0)

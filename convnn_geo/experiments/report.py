@@ -1,0 +1,117 @@
+"""The page of an experiment: NAME.md with a table and what was seen, NAME.csv and NAME.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from convnn_geo.experiments.base import Experiment, place
+from convnn_geo.experiments.pictures import draw
+from convnn_geo.experiments.summary import Row, sentences
+from convnn_geo.train.checkpoint import write_atomically
+
+COLUMNS = ("series", "at", "test", "validation", "parameters", "seconds an epoch")
+
+
+def write_report(experiment: Experiment, rows: Sequence[Row], folder: Path, command: str) -> Path:
+    """Write the three files.
+
+    Args:
+        experiment: that was run.
+        rows: of all its settings.
+        folder: for the files.
+        command: that made them.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(experiment, rows).savefig(folder / f"{experiment.name}.png")
+    write_atomically(folder / f"{experiment.name}.csv", _csv(rows))
+    path = folder / f"{experiment.name}.md"
+    write_atomically(path, page(experiment, rows, command))
+    return path
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table, by :data:`COLUMNS`."""
+    return [
+        row.setting.series,
+        place(row.setting.at),
+        row.shown,
+        f"{row.validation:.2f}",
+        f"{row.results[0].parameters}",
+        f"{row.seconds:.2f}",
+    ]
+
+
+def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
+    """The page in Markdown."""
+    unit = rows[0].unit
+    lines = [
+        f"# {experiment.title}",
+        experiment.question,
+        " ".join(sentences(experiment, rows)),
+        f"![{experiment.title}]({experiment.name}.png)",
+        experiment.notes,
+    ]
+    if experiment.published is not None:
+        lines.append(
+            f"Published, on other data and at another size, so that only shapes compare: "
+            f"{experiment.published.source}."
+        )
+    head = ["series", experiment.axis, f"test ({unit})", f"validation ({unit})", *COLUMNS[4:]]
+    lines.append(_table(head, [cells(row) for row in rows]))
+    places = [row for row in rows if row.learned]
+    if places:
+        lines += ["λ by layer, mean over seeds:", _places(places)]
+    epochs = sorted({row.setting.config.epochs for row in rows})
+    lines.append(
+        f"Made by `{command}`. Epochs: {', '.join(map(str, epochs))}; all else alike within a "
+        "series. The test part is read once, after the last epoch. Every run is in "
+        f"[{experiment.name}.csv]({experiment.name}.csv)."
+    )
+    return "\n\n".join(lines) + "\n"
+
+
+def _places(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.learned))
+    body = [
+        [row.setting.label, *(f"{row.learned[n][0]:.2f}" if n in row.learned else "" for n in names)]
+        for row in rows
+    ]
+    return _table(["setting", *names], body)
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["series", "at", "seed", "test", "validation", "parameters", "seconds", "learned"]
+    )
+    for row in rows:
+        for seed, result in enumerate(row.results):
+            learned = " ".join(f"{name}={value:.4f}" for name, value in result.learned.items())
+            writer.writerow(
+                [
+                    row.setting.series,
+                    place(row.setting.at),
+                    seed,
+                    f"{result.test:.6g}",
+                    f"{result.validation:.6g}",
+                    result.parameters,
+                    f"{result.seconds:.3f}",
+                    learned,
+                ]
+            )
+    return text.getvalue()

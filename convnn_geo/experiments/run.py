@@ -1,0 +1,177 @@
+"""Running what an experiment lacks: two processes with a thread each, every finished run kept.
+
+With one thread a run gives the same numbers however many run at a time; a thread more would split
+sums differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from convnn_geo.experiments.base import Experiment, Setting
+from convnn_geo.train.checkpoint import write_atomically
+from convnn_geo.train.order import seed_model
+from convnn_geo.train.processes import start
+from convnn_geo.train.setup import build, check_fits, load_task, model_arguments
+from convnn_geo.train.training import Training
+from convnn_geo.train.watch import Watch
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Args:
+        score: name of what is scored.
+        test: score on the test part after the last epoch.
+        validation: score on the validation part after the last epoch.
+        parameters: numbers in the model.
+        seconds: of training, an epoch.
+        test_size: examples that were scored.
+        learned: where layers that learn their place on the spectrum have settled, by name.
+    """
+
+    score: str
+    test: float
+    validation: float
+    parameters: int
+    seconds: float
+    test_size: int
+    learned: dict[str, float] = field(default_factory=dict)
+
+
+def run(
+    experiment: Experiment,
+    folder: Path,
+    seeds: int = 3,
+    quick: bool = False,
+    workers: int = 2,
+    tell: Callable[[str], object] = lambda line: None,
+) -> list[tuple[Setting, list[Result]]]:
+    """Train what was not trained yet.
+
+    A run is kept as a file under a name that says all that its numbers depend on, so that a second
+    call goes on where the first was stopped, and changed settings are trained anew.
+
+    Args:
+        experiment: to run.
+        folder: of the runs that are kept.
+        seeds: runs of each setting, with seeds 0, 1, ...
+        quick: run the small part.
+        workers: processes; 1 to run here.
+        tell: is given a line for each run that finishes.
+
+    Returns:
+        Each setting with its results, one a seed.
+    """
+    settings = experiment.settings(quick)
+    jobs = [(setting, seed) for seed in range(seeds) for setting in settings]
+    files = [_file(folder, *job) for job in jobs]
+    lacking = {file: job for file, job in zip(files, jobs, strict=True) if not file.exists()}
+    if len(lacking) < len(set(files)):
+        tell(f"{len(set(files)) - len(lacking)} of {len(set(files))} runs are there already")
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (file, result) in enumerate(_results(lacking, workers), start=1):
+        write_atomically(file, json.dumps(asdict(result), indent=1) + "\n")
+        setting, seed = lacking[file]
+        tell(
+            f"{number}/{len(lacking)}  {setting.label}, seed {seed}: "
+            f"{result.score} {result.test:.4g}"
+        )
+    found = {
+        file: Result(**json.loads(file.read_text(encoding="utf-8"))) for file in dict.fromkeys(files)
+    }
+    return [
+        (setting, [found[_file(folder, setting, seed)] for seed in range(seeds)])
+        for setting in settings
+    ]
+
+
+def train_setting(setting: Setting, seed: int) -> Result:
+    """Train, and read the test part once, by the last weights.
+
+    Args:
+        setting: what to train.
+        seed: of the weights, of the order of examples, and of what a model draws.
+    """
+    config = setting.config
+    with one_thread():
+        fabric, task = start(config), load_task(config)
+        seed_model(seed)
+        module = build(model_arguments(config, task))
+        if setting.change is not None:
+            setting.change(module)
+        check_fits(task, module)
+        training = Training(fabric, config, task, module, seed)
+        while training.epoch < config.epochs:
+            training.train_epoch(Watch())
+        test = training.evaluate(task.test)
+    score = training.objective.score
+    return Result(
+        score=score,
+        test=test[score],
+        validation=training.history[-1][f"validation_{score}"],
+        parameters=sum(p.numel() for p in module.parameters()),
+        seconds=statistics.fmean(row["seconds"] for row in training.history),
+        test_size=len(task.test),
+        learned=learned(module),
+    )
+
+
+def learned(model: nn.Module) -> dict[str, float]:
+    """Where layers stand that learn their place on the spectrum, by name."""
+    return {
+        name.removesuffix(".metric.lam"): min(max(parameter.item(), 0.0), 1.0)
+        for name, parameter in model.named_parameters()
+        if name.endswith(".metric.lam") and parameter.requires_grad
+    }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _results(
+    jobs: dict[Path, tuple[Setting, int]], workers: int
+) -> Iterator[tuple[Path, Result]]:
+    """Results as they come."""
+    if workers == 1 or len(jobs) < 2:
+        for file, job in jobs.items():
+            yield file, train_setting(*job)
+        return
+    # Spawned, because a process forked after torch has used threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures: dict[Any, Path] = {
+            pool.submit(train_setting, *job): file for file, job in jobs.items()
+        }
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:  # Ctrl-C, too: what has not begun is not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _file(folder: Path, setting: Setting, seed: int) -> Path:
+    digest = hashlib.sha256(setting.key().encode()).hexdigest()[:12]
+    return folder / f"{digest}-seed-{seed}.json"

@@ -1,0 +1,184 @@
+"""What the runs say: a row a setting, and sentences that are made from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from convnn_geo.experiments.base import Experiment, Setting, place
+from convnn_geo.experiments.run import Result
+from convnn_geo.viz import mean_deviation
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of a setting, in percent or in decibels.
+
+    Args:
+        setting: what was trained.
+        results: one a seed.
+    """
+
+    setting: Setting
+    results: Sequence[Result]
+
+    @property
+    def unit(self) -> str:
+        """Of the scores."""
+        return "dB" if self.results[0].score == "psnr" else "%"
+
+    @property
+    def scores(self) -> list[float]:
+        """On the test part."""
+        return [self._scale * result.test for result in self.results]
+
+    @property
+    def validation(self) -> float:
+        """Mean on the validation part: what to choose by."""
+        return mean_deviation([self._scale * result.validation for result in self.results])[0]
+
+    @property
+    def mean(self) -> float:
+        """Of :attr:`scores`, rounded as it is shown, so that sentences add up."""
+        return round(mean_deviation(self.scores)[0], 2)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation of :attr:`scores`; 0 for a single run."""
+        return round(mean_deviation(self.scores)[1], 2)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, an epoch."""
+        return mean_deviation([result.seconds for result in self.results])[0]
+
+    @property
+    def shown(self) -> str:
+        """Mean and deviation as text."""
+        return f"{self.mean:.2f}" + (f" ± {self.deviation:.2f}" if len(self.results) > 1 else "")
+
+    @property
+    def where(self) -> str:
+        """The setting in a sentence."""
+        at = self.setting.at
+        return self.setting.series if at is None else f"{place(at)} ({self.shown} {self.unit})"
+
+    @property
+    def learned(self) -> dict[str, tuple[float, float]]:
+        """Where each layer settled: mean and deviation over seeds, by name."""
+        return {
+            name: mean_deviation([result.learned[name] for result in self.results])
+            for name in self.results[0].learned
+        }
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.results[0].score == "psnr" else 100.0
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their series, in order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.setting.series, []).append(row)
+    return found
+
+
+def best(rows: Sequence[Row]) -> Row:
+    """The row of the highest mean test score."""
+    return max(rows, key=lambda row: row.mean)
+
+
+def sentences(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+    """What was seen, and what these runs can't tell.
+
+    Args:
+        experiment: names the series that are compared.
+        rows: of all settings.
+    """
+    said = []
+    groups = series(rows)
+    for name, group in groups.items():
+        if len(group) > 1:
+            said += _along(name, group)
+    baselines = [row for row in rows if row.setting.at is None]
+    for name, group in groups.items():
+        if group[0].setting.at is not None:
+            said += [compare(best(group), other) for other in baselines]
+    said += [compare(best(groups[one]), best(groups[other])) for one, other in experiment.pairs]
+    for row in rows:
+        if row.learned:
+            said.append(_settled(row))
+    if experiment.published is not None:
+        said.append(_published(experiment))
+    return [*said, _caution(rows)]
+
+
+def _along(name: str, group: Sequence[Row]) -> list[str]:
+    """Where a curve is highest and lowest, and how its top compares to its ends."""
+    top, bottom = best(group), min(group, key=lambda row: row.mean)
+    if top.mean == bottom.mean:
+        return [f"{name}: the mean is the same everywhere, {top.mean:.2f} {top.unit}."]
+    said = [f"{name}: the mean is highest at {top.where} and lowest at {bottom.where}."]
+    chosen = max(group, key=lambda row: row.validation)
+    if chosen is not top:
+        said[0] = (
+            f"{said[0][:-1]}; the validation part would choose {chosen.where}."
+        )
+    if all(isinstance(row.setting.at, (int, float)) for row in group):
+        ends = [row for row in (group[0], group[-1]) if row is not top]
+        said += [compare(top, end) for end in ends]
+    return said
+
+
+def compare(first: Row, second: Row) -> str:
+    """Which of two has the higher mean, and whether by more than both deviations together."""
+    ahead, behind = (first, second) if first.mean >= second.mean else (second, first)
+    difference = ahead.mean - behind.mean
+    names = f"{ahead.setting.label}", f"{behind.setting.label}"
+    if difference == 0:
+        return f"{names[0]} and {names[1]} have the same mean, {ahead.mean:.2f} {ahead.unit}."
+    lead = f"{names[0]} is {difference:.2f} {points(ahead)} above {names[1]}"
+    if len(ahead.results) < 2:
+        return f"{lead}, by a single run of each."
+    spread = ahead.deviation + behind.deviation
+    if difference > spread:
+        return f"{lead}, more than both deviations together ({spread:.2f})."
+    return f"{lead}, within both deviations together ({spread:.2f}): these runs do not tell."
+
+
+def points(row: Row) -> str:
+    """The unit of a difference."""
+    return "dB" if row.unit == "dB" else "points"
+
+
+def _settled(row: Row) -> str:
+    layers = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in row.learned.values()]
+    if len(row.results) < 2:
+        layers = [f"{mean:.2f}" for mean, _ in row.learned.values()]
+    return f"{row.setting.label}: λ settled at {', '.join(layers)}, from the first layer to the last."
+
+
+def _published(experiment: Experiment) -> str:
+    """Where the published curves are highest."""
+    published = experiment.published
+    if published is None:
+        return ""
+    tops = {name: max(curve, key=lambda point: point[1]) for name, curve in published.curves.items()}
+    told = ", ".join(f"{name} at {place(at)} ({value:g})" for name, (at, value) in tops.items())
+    return f"The published numbers are highest for {told}."
+
+
+def _caution(rows: Sequence[Row]) -> str:
+    result, seeds = rows[0].results[0], len(rows[0].results)
+    spread = (
+        f"What follows ± is the sample standard deviation over {seeds} seeds of one split"
+        if seeds > 1
+        else "With a single seed there is no deviation to judge differences by"
+    )
+    if result.score == "psnr":
+        return f"{spread}; {result.test_size} test images."
+    return (
+        f"{spread}; of {result.test_size} test examples, one is "
+        f"{100 / result.test_size:.2f} percentage points."
+    )
