@@ -97,7 +97,8 @@ static void sort(List *list, int k) {
 void smallest_of_row(const float *row, int64_t m, int k, float *best, int64_t *index) {
   List list;
   list.count = 0;
-  float limit = bound(row, m, k); /* values under it are listed, so just above the bound */
+  int equal = 0; /* of many equal to the bound, the first k are all that can be among the nearest */
+  float most = bound(row, m, k), limit = most; /* what is under it is listed: just above the bound */
   limit = fabsf(limit) <= FLT_MIN ? 2 * FLT_MIN : nextafterf(limit, INFINITY); /* never denormal */
   for (int64_t start = 0; start < m; start += BLOCK) {
     int width = BLOCK;
@@ -112,7 +113,9 @@ void smallest_of_row(const float *row, int64_t m, int k, float *best, int64_t *i
     for (int j = 0; j < width; j++) { /* whether it counts decides what the next overwrites */
       list.value[count] = row[start + j];
       list.index[count] = start + j;
-      count += row[start + j] < limit;
+      int same = row[start + j] == most;
+      count += (row[start + j] < limit) & (!same | (equal < k));
+      equal += same;
     }
     list.count = count;
     if (list.count > LIST - 2 * BLOCK) {

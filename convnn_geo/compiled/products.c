@@ -256,11 +256,11 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
   float some[GROUPS + 1], limit = bound(row, p->m, k) + margin;
   int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
-  int sure = 0;
+  int sure = 0, few = count <= FEW || count <= 2 * k; /* so many more are tied, and never apart */
   if (p->wanted == SET && count >= k && count < k + SPARE) {
     sure = divide(w->value, w->listed, (int)count, k, margin);
     for (int j = 0; sure && j < k; j++) values[j] = w->value[j] + same, places[j] = w->listed[j];
-  } else if (p->wanted != VALUES && (one_more || count <= k)) {
+  } else if (p->wanted != VALUES && few && (one_more || count <= k)) {
     sort(w, count, seen, some, order);
     sure = apart(some, seen, margin);
     for (int j = 0; sure && j < found; j++) values[j] = some[j] + same, places[j] = order[j];
