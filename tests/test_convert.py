@@ -781,3 +781,44 @@ def test_converted_models_are_copied_and_saved(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     convert.set_interpolation(fresh, 0.6)
     assert torch.equal(fresh(x), model(x))
+
+
+# Found by use
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_encoder_with_a_padding_mask_in_eval():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 5, 16)
+    mask = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    with torch.no_grad():
+        before = model(x, src_key_padding_mask=mask)
+        after = convert.to_convnn(model)(x, src_key_padding_mask=mask)
+    close(after[~mask], before[~mask])
+
+
+def test_patches_moved_outside_their_model_find_their_place_in_it():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    convert.to_convnn(model.blocks)
+    convert.set_interpolation(model.blocks, 0.3)
+    convert.set_interpolation(model, 0.3)
+    assert isinstance(model.blocks[0].attn.attention.metric.first, convert.PatchPositions)
+
+
+def test_a_learned_place_comes_back_from_beyond_the_ends():
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)))
+    convert.set_interpolation(model, 0.5, learnable=True)
+    lam = model[0].metric.lam
+    for beyond in (-0.4, 1.3):
+        with torch.no_grad():
+            lam.fill_(beyond)
+        lam.grad = None
+        model(torch.randn(1, 2, 6, 6)).square().sum().backward()
+        assert lam.grad.abs() > 0
+
+
+def test_converting_twice_says_what_is_converted():
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 2, 3)))
+    with pytest.raises(ValueError, match="1 more were converted before"):
+        convert.to_convnn(model, convert.Rule("exact", name="0"))

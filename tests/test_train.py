@@ -353,6 +353,56 @@ def test_clipping_bounds_a_step(small, tmp_path):
     assert moved.item() == pytest.approx(0.01, rel=1e-2)
 
 
+def test_losses_that_are_reported_know_no_smoothing(small, tmp_path, digits):
+    config = Config(epochs=1, label_smoothing=0.3, out=str(tmp_path), **SIZE)
+    run = fit(config)
+    x, y = everything(digits.test, digits)
+    with torch.no_grad():
+        plain = F.cross_entropy(small[-1].eval()(x), y)
+    assert run.test["loss"] == pytest.approx(float(plain), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"model_options": {"name": "resnet18"}}, r"'name' is not the model's to set: say model"),
+        ({"model_options": {"layer": "convnn"}}, "say layer"),
+        ({"model_options": {"num_classes": 7}}, "follows from the data"),
+        ({"data_options": {"seed": 3}}, "say data_seed"),
+    ],
+)
+def test_options_that_other_keys_own_are_refused(tmp_path, options, told):
+    with pytest.raises(ConfigError, match=told):
+        fit(Config(model="vgg11", epochs=1, out=str(tmp_path), **options))
+
+
+def test_tuples_in_options_can_be_resumed(small, tmp_path):
+    config = Config(epochs=1, model_options={"dropout": 0.0}, out=str(tmp_path), **SIZE)
+    fit(config)
+    same = replace(config, layer_options={})
+    assert fit(same, resume=True).test
+    replace(config, layer_options={"kernel_size": (3,)}).check_same(
+        {**config.to_dict(), "layer_options": {"kernel_size": [3]}}, "there"
+    )
+
+
+def test_every_seeds_folder_is_looked_at_first(small, tmp_path):
+    config = Config(epochs=1, out=str(tmp_path), **SIZE)
+    fit(config, seed=1)
+    with pytest.raises(ConfigError, match="seed-1 holds a run already"):
+        train(replace(config, seeds=2))
+    assert not (tmp_path / "seed-0").exists()
+
+
+@pytest.mark.parametrize("name, content", [("result.json", "{}"), ("result.json", "[1]")])
+def test_files_of_others_are_no_runs(small, tmp_path, name, content):
+    config = Config(epochs=1, out=str(tmp_path), **SIZE)
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0" / name).write_text(content)
+    with pytest.raises(ConfigError, match="no result of a run"):
+        fit(config, resume=True)
+
+
 def test_averaged_weights_are_what_is_scored_and_saved(small, tmp_path):
     def weights(name, **options):
         options = {**PLAIN, **SIZE, "batch_size": 2000, "learning_rate": 0.5, **options}

@@ -18,8 +18,8 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
 
     Known are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, ``nn.MultiheadAttention``, timm's
     ``Attention`` and PyG's ``DynamicEdgeConv``, wherever a model holds them. Each becomes what the
-    first rule that matches says; where none does, it is left. Nothing is replaced where an error is
-    raised.
+    first rule that matches says; where none does, it is left. Layers that are ours already stay.
+    Nothing is replaced where an error is raised.
 
     Args:
         model: any torch model.
@@ -45,13 +45,16 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
         check_instance("rules", rule, Rule)
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
     known = [(layer, names) for layer, names in found if not is_ours(layer)]
-    _check_names(rules, [name for _, names in known for name in names])
+    _check_names(rules, [name for _, names in known for name in names], len(found) - len(known))
     replacements = []
     for depth, (layer, names) in enumerate(known):
         for rule in rules:
             if any(rule.matches(name, layer, depth) for name in names):
                 replacements.append((layer, names, _become(rule, names[0], layer)))
                 break
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which only torch's own attention takes
     for layer, names, new in replacements:
         _carry_hooks(layer, new)
         for name in names:
@@ -74,13 +77,14 @@ def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _check_names(rules: list[Rule], names: list[str]) -> None:
+def _check_names(rules: list[Rule], names: list[str], ours: int) -> None:
+    more = f"; {ours} more were converted before, and stay" if ours else ""
     for rule in rules:
         lone = Rule("keep", name=rule.name)
         if rule.name is not None and not any(lone.matches(n, nn.Identity(), 0) for n in names):
             raise ValueError(
                 f"rule name={rule.name!r} fits no layer that is known; the model has: "
-                f"{', '.join(names) or 'none'}"
+                f"{', '.join(names) or 'none'}{more}"
             )
 
 

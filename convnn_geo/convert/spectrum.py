@@ -13,7 +13,7 @@ from convnn_geo.checks import check_number
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
 from convnn_geo.convert.known import places
-from convnn_geo.convert.positions import PatchPositions, token_positions
+from convnn_geo.convert.positions import PatchPositions, place_tokens, token_positions
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
@@ -94,6 +94,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     for name, layer in movable.items():
         if not isinstance(layer.metric, Interpolation):
             layer.metric = Interpolation(*_ends(model, name, layer), lam)
+        elif isinstance(layer, ConvNNAttention):  # it may have been moved outside of its model
+            place_tokens(model, name, layer)
         _set_lam(layer.metric, lam, learnable, next(layer.parameters()).device)
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)

@@ -181,7 +181,9 @@ class Interpolation(Metric):
         """Both distances, weighted; at a fixed end only the one that counts."""
         if self.end is not None:
             return self.end.distances(target, source)
-        lam = self.lam.clamp(0, 1) if isinstance(self.lam, Tensor) else self.lam
+        lam: float | Tensor = self.lam
+        if isinstance(lam, Tensor):  # the gradient passes the clamp, or beyond it lam were lost
+            lam = lam + (lam.clamp(0, 1) - lam).detach()
         return Combination(
             [
                 (1 - lam, self.first.distances(target, source)),

@@ -37,7 +37,8 @@ def vit(
         num_classes: of the data.
         in_channels: of the images.
         image_size: side of the images, a multiple of ``patch_size``.
-        patch_size: side of a patch; 16 for images of 224 pixels, otherwise an eighth of the side.
+        patch_size: side of a patch; 16 for images of 224 pixels, otherwise the
+            largest divisor of the side up to an eighth of it.
         depth: blocks.
         width: multiplies the 64 channels of a head.
         dropout: of projections, in training.
@@ -45,7 +46,8 @@ def vit(
     """
     definition = require("timm.models.vision_transformer", extra="vision")
     if patch_size is None:
-        patch_size = 16 if image_size == 224 else max(image_size // 8, 1)
+        most = 16 if image_size == 224 else max(image_size // 8, 1)
+        patch_size = next(side for side in range(most, 0, -1) if image_size % side == 0)
     if image_size % check_int("patch_size", patch_size):
         raise ValueError(
             f"image_size: expected a multiple of patch_size={patch_size}, got {image_size}; resize "

@@ -182,7 +182,7 @@ class Config:
             other: :meth:`to_dict` of the run that was begun.
             where: it is, for the message.
         """
-        mine = self.to_dict()
+        mine = json.loads(json.dumps(self.to_dict()))  # as it was written: tuples are lists
         names = [name for name in mine if name not in FREE and mine[name] != other.get(name)]
         if names:
             told = ", ".join(

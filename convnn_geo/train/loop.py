@@ -51,8 +51,8 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         ['accuracy', 'loss']
     """
     fabric = start(config)
-    folder = config.folder / f"seed-{seed}"
-    found = _stored(config, folder, resume) if fabric.is_global_zero else {}
+    folder = _folder(config, seed)
+    found = stored(config, seed, resume) if fabric.is_global_zero else {}
     state = fabric.broadcast(found)
     if "test" in state:
         return Run.from_dict(state, folder)
@@ -97,8 +97,23 @@ def _epochs(training: Training, folder: Path, watch: Watch) -> None:
             training.fabric.barrier()
 
 
-def _stored(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
-    """The result of a run that is done, the checkpoint of one that was begun, or nothing."""
+def _folder(config: Config, seed: int) -> Path:
+    return config.folder / f"seed-{seed}"
+
+
+def stored(config: Config, seed: int, resume: bool) -> dict[str, Any]:
+    """The result of a run that is done, the checkpoint of one that was begun, or nothing.
+
+    Args:
+        config: of the run.
+        seed: of the run.
+        resume: whether a run that was begun may be there.
+
+    Raises:
+        ConfigError: a run is there and may not be, or is of another configuration.
+        CheckpointError: its checkpoint is corrupt.
+    """
+    folder = _folder(config, seed)
     result = folder / "result.json"
     if not resume:
         if any((folder / name).exists() for name in (NAME, PREVIOUS, result.name)):
@@ -112,8 +127,14 @@ def _stored(config: Config, folder: Path, resume: bool) -> dict[str, Any]:
             state: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{result} is corrupt ({error}); delete it to score anew") from error
+        if not isinstance(state, dict) or not {"config", "test", "history"} <= state.keys():
+            raise ConfigError(f"{result} is no result of a run; delete it to score anew")
     else:
-        state = load_checkpoint(folder) or {}
-    if state:
-        config.check_same(state["config"], str(folder))
+        found = load_checkpoint(folder)
+        if found is None:
+            return {}
+        state = found
+        if not {"config", "history", "model"} <= state.keys():
+            raise ConfigError(f"{folder / NAME} is no checkpoint of a run; delete it to go on")
+    config.check_same(state["config"], str(folder))
     return state

@@ -10,7 +10,7 @@ from typing import Any
 from convnn_geo.extras import require
 from convnn_geo.train.checkpoint import write_atomically
 from convnn_geo.train.config import Config
-from convnn_geo.train.loop import fit
+from convnn_geo.train.loop import fit, stored
 from convnn_geo.train.processes import start
 from convnn_geo.train.record import Run
 from convnn_geo.train.watch import Watch
@@ -94,6 +94,9 @@ def train(config: Config, *, resume: bool = False, watch: Watch | None = None) -
     from convnn_geo.train.plots import plot_curves
 
     fabric = start(config)
+    if fabric.is_global_zero:
+        for seed in range(config.seeds):  # before hours of work
+            stored(config, seed, resume)
     runs = [fit(config, seed, resume=resume, watch=watch) for seed in range(config.seeds)]
     summary = Summary(config, tuple(runs))
     if fabric.is_global_zero:

@@ -13,6 +13,12 @@ from convnn_geo.models import create_model
 from convnn_geo.train.checkpoint import load_tensors, save_tensors
 from convnn_geo.train.config import Config, ConfigError
 
+_SAID = {
+    "name": "say model (--model)",
+    "layer": "say layer (--layer)",
+    "image_size": "say image_size (--image-size)",
+}
+_DATA = "it follows from the data"
 _SMALL = 32  # the least that networks which halve an image five times make something of
 
 
@@ -47,7 +53,13 @@ def model_arguments(config: Config, task: Task) -> dict[str, Any]:
     arguments["in_channels"] = task.in_channels
     if task.image_size is not None:
         arguments["image_size"] = task.image_size
-    return {**arguments, **config.model_options, **config.layer_options}
+    options = {**config.model_options, **config.layer_options}
+    for name in options:
+        if name in (*arguments, "num_classes", "image_size"):
+            raise ConfigError(
+                f"option {name!r} is not the model's to set: {_SAID.get(name, _DATA)}"
+            )
+    return {**arguments, **options}
 
 
 def build(arguments: dict[str, Any]) -> nn.Module:
@@ -109,6 +121,9 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def _load(config: Config, image_size: int | None) -> Task:
+    for name, flag in (("seed", "data_seed"), ("root", "data_root"), ("image_size", "image_size")):
+        if name in config.data_options:
+            raise ConfigError(f"data option {name!r}: say {flag} instead")
     try:
         return load(
             config.data,

@@ -52,6 +52,7 @@ class Training:
         self.fabric, self.config, self.task, self.seed = fabric, config, task, seed
         self.history: list[dict[str, Any]] = []
         self.objective = objective(task.kind, config.label_smoothing)
+        self.scoring = objective(task.kind)  # without smoothing: losses of all runs compare
         self.module = module.to(fabric.device)
         if config.channels_last:
             self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -119,11 +120,11 @@ class Training:
         for inputs, target in map(self._move, loader):
             with self.fabric.autocast():
                 output = model(*inputs)
-            loss += self.objective.loss(output.float(), target).double().sum()
-            score += self.objective.scores(output.float(), target).double().sum()
+            loss += self.scoring.loss(output.float(), target).double().sum()
+            score += self.scoring.scores(output.float(), target).double().sum()
             count += len(target)
         loss, score, count = total(self.fabric, loss, score, count).tolist()
-        return {"loss": loss / count, self.objective.score: score / count}
+        return {"loss": loss / count, self.scoring.score: score / count}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to continue; generators need none, see :func:`seed_epoch`."""
