@@ -12,7 +12,16 @@ Example:
     18
 """
 
-from convnn_geo.experiments import branching_ratio
+from convnn_geo.experiments import (
+    attention_variants,
+    branching_ratio,
+    candidate_sweep,
+    denoising,
+    k_sweep,
+    lambda_sweep,
+    learned_lambda,
+    point_spectrum,
+)
 from convnn_geo.experiments.base import Experiment, Published, Setting
 from convnn_geo.experiments.report import write_report
 from convnn_geo.experiments.run import Result, run, train_setting
@@ -20,7 +29,16 @@ from convnn_geo.experiments.summary import Row, sentences
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (branching_ratio,)
+    for module in (
+        branching_ratio,
+        k_sweep,
+        candidate_sweep,
+        lambda_sweep,
+        learned_lambda,
+        attention_variants,
+        denoising,
+        point_spectrum,
+    )
 }
 """By name."""
 

@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
     "nearest by position?",
     axis="attention",
     settings=settings,
-    notes="A small vision transformer on 64 patches and a class token. KVT and ConvNN take the "
+    notes="A small vision transformer on 36 patches and a class token. KVT and ConvNN take the "
     "nine nearest keys, ConvNN with a depthwise tap a rank; a local window is the 3 × 3 patches "
     "around a patch, cut at the border, a neighborhood the same moved inward. The class token "
     "sees all patches, and all see it.",

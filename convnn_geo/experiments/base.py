@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ class Setting:
 
     Example:
         >>> Setting("cosine", 0.5, Config(epochs=2)).label
-        'cosine, 0.5'
+        'cosine at 0.5'
     """
 
     series: str
@@ -39,7 +39,7 @@ class Setting:
     @property
     def label(self) -> str:
         """In tables and on the terminal."""
-        return self.series if self.at is None else f"{self.series}, {place(self.at)}"
+        return self.series if self.at is None else f"{self.series} at {place(self.at)}"
 
     def key(self) -> str:
         """All that the numbers depend on, as text."""
@@ -76,7 +76,7 @@ class Experiment:
         settings: the grid, or a small part of it where ``True`` is given.
         notes: what a reader must know of the settings.
         published: to be drawn beside; None where nothing is published.
-        pairs: series whose best points are compared.
+        pairs: series that are compared, each by the point that the validation part chooses.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Experiment:
     settings: Callable[[bool], list[Setting]]
     notes: str
     published: Published | None = None
-    pairs: Sequence[tuple[str, str]] = field(default=())
+    pairs: Sequence[tuple[str, str]] = ()
 
 
 def place(at: Any) -> str:

@@ -14,12 +14,15 @@ def settings(quick: bool) -> list[Setting]:
         Setting(
             series,
             ratio,
-            vgg(quick, "branching", ratio=ratio, k=9, metric=metric, **options),
+            vgg(
+                quick,
+                "branching",
+                ratio=ratio,
+                k=9,
+                metric=metric,
+            ),
         )
-        for series, metric, options in (
-            ("cosine", "cosine", {"search": "dense"}),
-            ("mixed as published", "paper_mix", {}),
-        )
+        for series, metric in (("cosine", "cosine"), ("mixed as published", "paper_mix"))
         for ratio in (RATIOS[::4] if quick else RATIOS)
     ]
 

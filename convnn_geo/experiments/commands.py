@@ -6,9 +6,12 @@ import argparse
 import logging
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from convnn_geo.checks import check_int
+from convnn_geo.checks import check_int, check_name
+from convnn_geo.console import print_table
+from convnn_geo.train import ConfigError, DivergedError
 
 
 def add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,51 +44,42 @@ def add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _experiment(arguments: argparse.Namespace) -> int:
-    # Only these need Fabric, and only where they run.
-    from convnn_geo.console import print_table
-    from convnn_geo.experiments import EXPERIMENTS, report, run
-    from convnn_geo.experiments.summary import Row, sentences
+    from convnn_geo.experiments import EXPERIMENTS
 
     if arguments.list:
-        rows = [[each.name, each.question] for each in EXPERIMENTS.values()]
-        print_table("Experiments", ["name", "asks"], rows)
+        listed = [[each.name, each.question] for each in EXPERIMENTS.values()]
+        print_table("Experiments", ["name", "asks"], listed)
         return 0
     try:
-        name = _known(arguments.experiment, list(EXPERIMENTS))
-        seeds = (1 if arguments.quick else 3) if arguments.seeds is None else arguments.seeds
-        check_int("--seeds", seeds)
-        check_int("--workers", arguments.workers)
-    except ValueError as error:
+        _run(arguments)
+    except (ConfigError, DivergedError) as error:
         print(f"convnn-geo experiment: error: {error}", file=sys.stderr)
-        return 2
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    experiment = EXPERIMENTS[name]
-    out = arguments.out or Path("runs", "quick" if arguments.quick else "experiment")
-    began = time.perf_counter()
-    print(experiment.question, flush=True)
-    found = run(
-        experiment,
-        out / "runs" / name,
-        seeds,
-        arguments.quick,
-        arguments.workers,
-        lambda line: print(line, flush=True),
-    )
-    rows = [Row(*each) for each in found]
-    command = f"convnn-geo experiment {name} --seeds {seeds}" + " --quick" * arguments.quick
-    path = report.write_report(experiment, rows, out, command)
-    unit = rows[0].unit
-    head = ["series", experiment.axis, f"test ({unit})", f"validation ({unit})"]
-    head += report.COLUMNS[4:]
-    print_table(experiment.title, head, [report.cells(row) for row in rows])
-    for sentence in sentences(experiment, rows):
-        print(sentence)
-    print(f"{path}, with a picture and every run, after {time.perf_counter() - began:.0f} s")
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-def _known(name: str | None, known: list[str]) -> str:
-    if name not in known:
-        given = "none" if name is None else repr(name)
-        raise ValueError(f"expected the name of an experiment, got {given}; {', '.join(known)}")
-    return name
+def _run(arguments: argparse.Namespace) -> None:
+    from convnn_geo.experiments import EXPERIMENTS, report, run
+    from convnn_geo.experiments.summary import Row, sentences
+
+    quick, name = arguments.quick, arguments.experiment
+    try:
+        experiment = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
+        seeds = (1 if quick else 3) if arguments.seeds is None else arguments.seeds
+        check_int("--seeds", seeds)
+        workers = check_int("--workers", arguments.workers)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    out = arguments.out or Path("runs", "quick" if quick else "experiment")
+    began = time.perf_counter()
+    print(experiment.question, flush=True)
+    tell = partial(print, flush=True)
+    found = run(experiment, out / "runs" / name, seeds, quick, workers, tell)
+    rows = [Row(*each) for each in found]
+    command = f"convnn-geo experiment {name} --seeds {seeds}" + " --quick" * quick
+    path = report.write_report(experiment, rows, out, command)
+    print_table(experiment.title, report.head(experiment, rows), [report.cells(r) for r in rows])
+    for sentence in sentences(experiment, rows):
+        print(sentence)
+    print(f"{path}, with a picture and every run, after {time.perf_counter() - began:.0f} s")

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from convnn_geo.experiments.base import Experiment, Setting
-from convnn_geo.experiments.changes import Interpolate
+from convnn_geo.experiments.changes import Interpolate, InterpolateHeads
 from convnn_geo.experiments.settings import vgg, vit
 from convnn_geo.train import Config
 
+_HEADS = "learned a head (ViT)"
+
 
 def settings(quick: bool) -> list[Setting]:
-    """λ fixed, and learned from each of three starts, one a layer."""
+    """λ fixed, and learned from each of three starts, one a layer or a head."""
     fixed = (0.0, 1.0) if quick else (0.0, 0.25, 0.5, 0.75, 1.0)
     starts = (0.5,) if quick else (0.25, 0.5, 0.75)
     found = []
     for name, config in _configs(quick).items():
-        found += [
-            *(Setting(f"fixed ({name})", at, config, Interpolate(at, weighted=True)) for at in fixed),
-            *(
-                Setting(f"learned ({name})", at, config, Interpolate(at, learnable=True))
-                for at in starts
-            ),
-        ]
-    return found
+        for kind, places in (("fixed", fixed), ("learned", starts)):
+            found += [
+                Setting(f"{kind} ({name})", at, config, Interpolate(at, kind == "learned"))
+                for at in places
+            ]
+    heads = _configs(quick)["ViT"]
+    return [*found, *(Setting(_HEADS, at, heads, InterpolateHeads(at)) for at in starts)]
 
 
 def _configs(quick: bool) -> dict[str, Config]:
@@ -34,7 +35,7 @@ def _configs(quick: bool) -> dict[str, Config]:
 EXPERIMENT = Experiment(
     name="learned_lambda",
     title="Learned place on the spectrum",
-    question="Does one λ a layer, learned, beat every fixed λ, and where does it settle?",
+    question="Does one λ a layer or a head, learned, beat every fixed λ, and where does it settle?",
     axis="λ, where it is fixed or starts",
     settings=settings,
     notes="Which neighbours are chosen has no gradient, so λ learns through their weights, a "
@@ -42,5 +43,9 @@ EXPERIMENT = Experiment(
     "networks of fixed λ have them, too: λ = 0 is no plain convolution here. In the vision "
     "transformer λ lies between squared distance of patches (0) and attention over the nine "
     "nearest keys (1). Nothing is published for this.",
-    pairs=[(f"learned ({name})", f"fixed ({name})") for name in ("VGG-11", "ViT")],
+    pairs=[
+        ("learned (VGG-11)", "fixed (VGG-11)"),
+        ("learned (ViT)", "fixed (ViT)"),
+        (_HEADS, "fixed (ViT)"),
+    ],
 )

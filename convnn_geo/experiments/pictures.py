@@ -94,8 +94,8 @@ def _settled(axis: Axes, rows: Sequence[Row]) -> None:
         )
     axis.set_ylim(-0.03, 1.03)
     axis.set_title("where λ settled")
-    _finish(axis, "layer", [], "λ")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xticks(range(1, 1 + max(len(row.learned) for row in rows)))
+    _finish(axis, "layer, or head, from first to last", [], "λ")
 
 
 def _finish(axis: Axes, label: str, names: Sequence[str], unit: str) -> None:

@@ -48,8 +48,5 @@ EXPERIMENT = Experiment(
     "nearest by (1 - λ) · distance of positions + λ · distance of features: a fixed graph at "
     "λ = 0, one of each layer's own features at λ = 1, as in DGCNN. DGCNN's and Point "
     "Transformer's layers in the same network are drawn across. Nothing is published for this.",
-    against={
-        series: other for series, other in zip(_METRICS, ("DGCNN", "DGCNN"), strict=True)
-    },
-    pairs=[tuple(_METRICS)],  # type: ignore[list-item]
+    pairs=[(series, other) for series in _METRICS for other in _OTHERS],
 )

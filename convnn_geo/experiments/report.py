@@ -12,8 +12,6 @@ from convnn_geo.experiments.pictures import draw
 from convnn_geo.experiments.summary import Row, sentences
 from convnn_geo.train.checkpoint import write_atomically
 
-COLUMNS = ("series", "at", "test", "validation", "parameters", "seconds an epoch")
-
 
 def write_report(experiment: Experiment, rows: Sequence[Row], folder: Path, command: str) -> Path:
     """Write the three files.
@@ -38,8 +36,15 @@ def write_report(experiment: Experiment, rows: Sequence[Row], folder: Path, comm
     return path
 
 
+def head(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+    """Names of the table's columns."""
+    unit = rows[0].unit
+    scores = [f"test ({unit})", f"validation ({unit})"]
+    return ["series", experiment.axis, *scores, "parameters", "seconds an epoch"]
+
+
 def cells(row: Row) -> list[str]:
-    """A row of the table, by :data:`COLUMNS`."""
+    """A row of the table, by :func:`head`."""
     return [
         row.setting.series,
         place(row.setting.at),
@@ -52,7 +57,6 @@ def cells(row: Row) -> list[str]:
 
 def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
     """The page in Markdown."""
-    unit = rows[0].unit
     lines = [
         f"# {experiment.title}",
         experiment.question,
@@ -65,32 +69,32 @@ def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
             f"Published, on other data and at another size, so that only shapes compare: "
             f"{experiment.published.source}."
         )
-    head = ["series", experiment.axis, f"test ({unit})", f"validation ({unit})", *COLUMNS[4:]]
-    lines.append(_table(head, [cells(row) for row in rows]))
+    lines.append(_table(head(experiment, rows), [cells(row) for row in rows]))
     places = [row for row in rows if row.learned]
     if places:
-        lines += ["λ by layer, mean over seeds:", _places(places)]
+        lines += ["Where λ settled, mean over seeds:", *_places(places)]
     epochs = sorted({row.setting.config.epochs for row in rows})
     lines.append(
         f"Made by `{command}`. Epochs: {', '.join(map(str, epochs))}; all else alike within a "
-        "series. The test part is read once, after the last epoch. Every run is in "
+        "series. The test part is read once, after the last epoch. Seconds are of a thread beside "
+        "whatever else the machine did. Every run is in "
         f"[{experiment.name}.csv]({experiment.name}.csv)."
     )
     return "\n\n".join(lines) + "\n"
 
 
-def _places(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.learned))
-    body = [
-        [row.setting.label, *(f"{row.learned[n][0]:.2f}" if n in row.learned else "" for n in names)]
-        for row in rows
-    ]
-    return _table(["setting", *names], body)
+def _places(rows: Sequence[Row]) -> list[str]:
+    """A table for each kind of network, as these have layers of their own."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        means = [f"{mean:.2f}" for mean, _ in row.learned.values()]
+        tables.setdefault(tuple(row.learned), []).append([row.setting.label, *means])
+    return [_table(["setting", *names], body) for names, body in tables.items()]
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+def _table(columns: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (columns, rule, *body))
 
 
 def _csv(rows: Sequence[Row]) -> str:

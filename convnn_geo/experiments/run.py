@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from convnn_geo.experiments.base import Experiment, Setting
+from convnn_geo.train import ConfigError
 from convnn_geo.train.checkpoint import write_atomically
 from convnn_geo.train.order import seed_model
 from convnn_geo.train.processes import start
@@ -75,6 +76,12 @@ def run(
 
     Returns:
         Each setting with its results, one a seed.
+
+    Raises:
+        CheckpointError: a result can't be written.
+        ConfigError: a kept result is corrupt.
+        DivergedError: a loss became infinite or no number.
+        MissingExtraError: a package of the extras train, data or vision is not installed.
     """
     settings = experiment.settings(quick)
     jobs = [(setting, seed) for seed in range(seeds) for setting in settings]
@@ -90,9 +97,7 @@ def run(
             f"{number}/{len(lacking)}  {setting.label}, seed {seed}: "
             f"{result.score} {result.test:.4g}"
         )
-    found = {
-        file: Result(**json.loads(file.read_text(encoding="utf-8"))) for file in dict.fromkeys(files)
-    }
+    found = {file: _read(file) for file in dict.fromkeys(files)}
     return [
         (setting, [found[_file(folder, setting, seed)] for seed in range(seeds)])
         for setting in settings
@@ -131,12 +136,16 @@ def train_setting(setting: Setting, seed: int) -> Result:
 
 
 def learned(model: nn.Module) -> dict[str, float]:
-    """Where layers stand that learn their place on the spectrum, by name."""
-    return {
-        name.removesuffix(".metric.lam"): min(max(parameter.item(), 0.0), 1.0)
-        for name, parameter in model.named_parameters()
-        if name.endswith(".metric.lam") and parameter.requires_grad
-    }
+    """Where layers stand that learn their place on the spectrum, or their heads, by name."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(".metric.lam") and parameter.requires_grad:
+            layer, places = name.removesuffix(".metric.lam"), parameter.detach().clamp(0, 1)
+            if places.ndim:
+                found.update({f"{layer}, head {h}": lam for h, lam in enumerate(places.tolist())})
+            else:
+                found[layer] = places.item()
+    return found
 
 
 @contextmanager
@@ -150,9 +159,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _results(
-    jobs: dict[Path, tuple[Setting, int]], workers: int
-) -> Iterator[tuple[Path, Result]]:
+def _results(jobs: dict[Path, tuple[Setting, int]], workers: int) -> Iterator[tuple[Path, Result]]:
     """Results as they come."""
     if workers == 1 or len(jobs) < 2:
         for file, job in jobs.items():
@@ -170,6 +177,13 @@ def _results(
         except BaseException:  # Ctrl-C, too: what has not begun is not begun
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _read(file: Path) -> Result:
+    try:
+        return Result(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file} is corrupt ({error}); delete it to train anew") from error
 
 
 def _file(folder: Path, setting: Setting, seed: int) -> Path:

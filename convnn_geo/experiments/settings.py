@@ -6,7 +6,7 @@ from typing import Any
 
 from convnn_geo.train import Config
 
-_DIGITS: dict[str, Any] = {"data": "digits", "image_size": 16, "accelerator": "cpu"}
+_DIGITS: dict[str, Any] = {"data": "digits", "accelerator": "cpu"}
 
 
 def vgg(quick: bool, layer: str | None, **options: Any) -> Config:
@@ -22,14 +22,15 @@ def vgg(quick: bool, layer: str | None, **options: Any) -> Config:
         layer=layer,
         layer_options=options,
         model_options={"width": 0.125},
-        epochs=1 if quick else 8,
+        epochs=1 if quick else 6,
         learning_rate=3e-3,
+        image_size=16,
         **_DIGITS,
     )
 
 
 def vit(quick: bool, layer: str | None, **options: Any) -> Config:
-    """A vision transformer of three heads on digits of 16 x 16 pixels: 64 patches of 2 x 2.
+    """A vision transformer of three heads on digits of 12 x 12 pixels: 36 patches of 2 x 2.
 
     Args:
         quick: a single epoch.
@@ -40,9 +41,11 @@ def vit(quick: bool, layer: str | None, **options: Any) -> Config:
         model="vit_tiny",
         layer=layer,
         layer_options=options,
-        model_options={"width": 0.25, "depth": 4, "patch_size": 2},
-        epochs=1 if quick else 12,
-        learning_rate=2e-3,
+        model_options={"width": 0.25, "depth": 2, "patch_size": 2},
+        epochs=1 if quick else 15,
+        batch_size=16,
+        learning_rate=4e-3,
+        image_size=12,
         warmup_epochs=0 if quick else 1,
         **_DIGITS,
     )

@@ -89,6 +89,11 @@ def best(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: row.mean)
 
 
+def chosen(rows: Sequence[Row]) -> Row:
+    """The row that one would choose without a look at the test part."""
+    return max(rows, key=lambda row: row.validation)
+
+
 def sentences(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """What was seen, and what these runs can't tell.
 
@@ -101,11 +106,10 @@ def sentences(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     for name, group in groups.items():
         if len(group) > 1:
             said += _along(name, group)
-    baselines = [row for row in rows if row.setting.at is None]
-    for name, group in groups.items():
-        if group[0].setting.at is not None:
-            said += [compare(best(group), other) for other in baselines]
-    said += [compare(best(groups[one]), best(groups[other])) for one, other in experiment.pairs]
+    told = [compare(chosen(groups[one]), chosen(groups[other])) for one, other in experiment.pairs]
+    if told:
+        said.append("Each series taken at the point that the validation part would choose:")
+        said += told
     for row in rows:
         if row.learned:
             said.append(_settled(row))
@@ -115,33 +119,37 @@ def sentences(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 
 def _along(name: str, group: Sequence[Row]) -> list[str]:
-    """Where a curve is highest and lowest, and how its top compares to its ends."""
+    """Where a curve is highest and lowest, and how its best between the ends compares to them; of
+    names, how the best compares to the runner-up.
+    """
     top, bottom = best(group), min(group, key=lambda row: row.mean)
     if top.mean == bottom.mean:
         return [f"{name}: the mean is the same everywhere, {top.mean:.2f} {top.unit}."]
     said = [f"{name}: the mean is highest at {top.where} and lowest at {bottom.where}."]
-    chosen = max(group, key=lambda row: row.validation)
-    if chosen is not top:
-        said[0] = (
-            f"{said[0][:-1]}; the validation part would choose {chosen.where}."
-        )
-    if all(isinstance(row.setting.at, (int, float)) for row in group):
-        ends = [row for row in (group[0], group[-1]) if row is not top]
-        said += [compare(top, end) for end in ends]
-    return said
+    if chosen(group) is not top:
+        said[0] = f"{said[0][:-1]}; the validation part would choose {chosen(group).where}."
+    if isinstance(top.setting.at, str):
+        return [*said, compare(top, best([row for row in group if row is not top]))]
+    first, *between, last = group
+    if not between:
+        return [*said, compare(first, last)]
+    inner = best(between)
+    if inner is not top:
+        said.append(f"Between its ends it is highest at {inner.where}.")
+    return [*said, compare(inner, first), compare(inner, last)]
 
 
 def compare(first: Row, second: Row) -> str:
     """Which of two has the higher mean, and whether by more than both deviations together."""
     ahead, behind = (first, second) if first.mean >= second.mean else (second, first)
-    difference = ahead.mean - behind.mean
+    difference = round(ahead.mean - behind.mean, 2)
     names = f"{ahead.setting.label}", f"{behind.setting.label}"
     if difference == 0:
         return f"{names[0]} and {names[1]} have the same mean, {ahead.mean:.2f} {ahead.unit}."
     lead = f"{names[0]} is {difference:.2f} {points(ahead)} above {names[1]}"
     if len(ahead.results) < 2:
         return f"{lead}, by a single run of each."
-    spread = ahead.deviation + behind.deviation
+    spread = round(ahead.deviation + behind.deviation, 2)
     if difference > spread:
         return f"{lead}, more than both deviations together ({spread:.2f})."
     return f"{lead}, within both deviations together ({spread:.2f}): these runs do not tell."
@@ -156,7 +164,7 @@ def _settled(row: Row) -> str:
     layers = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in row.learned.values()]
     if len(row.results) < 2:
         layers = [f"{mean:.2f}" for mean, _ in row.learned.values()]
-    return f"{row.setting.label}: λ settled at {', '.join(layers)}, from the first layer to the last."
+    return f"{row.setting.label}: λ settled at {', '.join(layers)}, first layer to last."
 
 
 def _published(experiment: Experiment) -> str:
@@ -164,7 +172,9 @@ def _published(experiment: Experiment) -> str:
     published = experiment.published
     if published is None:
         return ""
-    tops = {name: max(curve, key=lambda point: point[1]) for name, curve in published.curves.items()}
+    tops = {
+        name: max(curve, key=lambda point: point[1]) for name, curve in published.curves.items()
+    }
     told = ", ".join(f"{name} at {place(at)} ({value:g})" for name, (at, value) in tops.items())
     return f"The published numbers are highest for {told}."
 

@@ -1,0 +1,110 @@
+"""Candidates and a metric that experiments put into layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnn_geo.candidates import All, Candidates, Random, Strided, Subset
+from convnn_geo.checks import check_int
+from convnn_geo.convert import PatchPositions
+from convnn_geo.metrics import BilinearForm, Combination, Distances, Feature, Metric
+from convnn_geo.points import Grid, Points
+
+
+class Sample(Candidates):
+    """A sample of the points; all of them where there are no more.
+
+    Args:
+        sample: ``"random"`` or ``"strided"``.
+        r: points to draw, or an axis of the lattice.
+        patches: where the points are tokens of a vision transformer; its prefix is always there.
+
+    Example:
+        >>> small = Points.from_image(torch.zeros(1, 1, 2, 2))
+        >>> Sample("random", 9)(small, small).index is None
+        True
+    """
+
+    def __init__(self, sample: str, r: int, patches: PatchPositions | None = None) -> None:
+        super().__init__()
+        self.sample, self.r, self.patches = sample, r, patches
+        self.drawn = Random(r) if sample == "random" else None
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """The sample's indices, ascending."""
+        if self.drawn is not None:
+            few = source.num_points <= self.r
+            return (All() if few else self.drawn)(target, source)
+        if self.patches is None:
+            side = min(self.r, *source.grid.size)  # type: ignore[union-attr]
+            return Strided(side)(target, source)
+        grid = Points(grid=Grid(self.patches.size))
+        lattice: Any = Strided(self.r)(grid, grid).index
+        prefix = torch.arange(self.patches.prefix).unsqueeze(0)
+        index = torch.cat([prefix, lattice + self.patches.prefix], 1)
+        return Subset(index.to(source.device))
+
+
+class PatchWindow(Candidates):
+    """A square of patches around each patch, and the tokens before the patches, which see all.
+
+    Args:
+        patches: how many there are along each axis, and how many tokens before them.
+        size: odd side of the square.
+        shift: move squares inward at the border, rather than cut them.
+
+    Example:
+        >>> tokens = Points.from_tokens(torch.zeros(1, 10, 4))
+        >>> window = PatchWindow(PatchPositions((3, 3), prefix=1), 3)
+        >>> window(tokens, tokens).mask[1].int().tolist()
+        [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+    """
+
+    def __init__(self, patches: PatchPositions, size: int, shift: bool = False) -> None:
+        super().__init__()
+        self.patches, self.size, self.shift = patches, check_int("size", size), shift
+
+    def forward(self, target: Points, source: Points) -> Subset:
+        """A mask ``(n, n)``."""
+        reach = self.size // 2
+        place = Grid(self.patches.size).positions(source.device, torch.float32)
+        centre = place
+        if self.shift:
+            last = torch.tensor(self.patches.size, device=source.device) - 1 - reach
+            centre = place.clamp_min(reach).minimum(last.to(place.dtype))
+        near = (centre.unsqueeze(1) - place).abs().amax(-1) <= reach
+        before = self.patches.prefix
+        mask = near.new_ones(before + len(near), before + len(near))
+        mask[before:, before:] = near
+        return Subset(mask=mask)
+
+
+class HeadInterpolation(Metric):
+    r"""From the place of patches to scaled dot product, with a learned :math:`\lambda` a head.
+
+    .. math:: d_h = (1 - \lambda_h) |p_i - p_j|^2 - \lambda_h q_i \cdot k_j / \sqrt{d}
+
+    Args:
+        patches: where tokens lie.
+        heads: of the attention.
+        lam: where learning starts.
+    """
+
+    def __init__(self, patches: PatchPositions, heads: int, lam: float) -> None:
+        super().__init__()
+        self.patches, self.feature = patches, Feature("scaled_dot")
+        self.lam = nn.Parameter(torch.full((heads,), lam))
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Both are bilinear: the weights of a head scale its queries."""
+        lam = self.lam.clamp(0, 1).reshape(-1, 1, 1)
+        near: Any = self.patches.distances(target, source)
+        scaled = target.with_x(lam * target.features)
+        parts: list[tuple[float | Tensor, Distances]] = [
+            (1.0, BilinearForm((1 - lam) * near.q, near.k)),
+            (1.0, self.feature.distances(scaled, source)),
+        ]
+        return Combination(parts)

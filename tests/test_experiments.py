@@ -1,0 +1,521 @@
+"""Experiments: grids build and train, finished runs are kept, the report says the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+from convnn_geo import convert
+from convnn_geo.convert import PatchPositions
+from convnn_geo.experiments import (
+    EXPERIMENTS,
+    Experiment,
+    Published,
+    Result,
+    Row,
+    Setting,
+    run,
+    sentences,
+    train_setting,
+    write_report,
+)
+from convnn_geo.experiments.changes import (
+    Interpolate,
+    InterpolateHeads,
+    LookAmong,
+    LookAround,
+    PublishedMix,
+    attentions,
+    choosing,
+)
+from convnn_geo.experiments.commands import add_experiment
+from convnn_geo.experiments.parts import HeadInterpolation, PatchWindow, Sample
+from convnn_geo.experiments.pictures import draw
+from convnn_geo.metrics import interpolate
+from convnn_geo.models import create_model
+from convnn_geo.nn import ConvNNAttention
+from convnn_geo.points import Points
+from convnn_geo.search import knn
+from convnn_geo.train import Config, DivergedError, fit, setup
+
+RUN = importlib.import_module("convnn_geo.experiments.run")
+TINY = Config(
+    model="vgg11", model_options={"width": 0.05}, image_size=8, epochs=1, accelerator="cpu"
+)
+
+
+def tiny(*settings, published=None, pairs=()):
+    """An experiment of these settings."""
+    return Experiment(
+        "tiny", "Tiny", "Does it run?", "place", lambda quick: list(settings), "", published, pairs
+    )
+
+
+def told(experiment, table, score="accuracy"):
+    """Sentences on made-up test scores, {(series, at): scores}; validation is the same."""
+    return " ".join(sentences(experiment, rows_of(table, score)))
+
+
+def rows_of(table, score="accuracy", validation=None):
+    rows = []
+    for (series, at), scores in table.items():
+        seen = (validation or {}).get((series, at), scores)
+        results = [
+            Result(score, test, other, 10, 0.5, 200)
+            for test, other in zip(scores, seen, strict=True)
+        ]
+        rows.append(Row(Setting(series, at, TINY), results))
+    return rows
+
+
+class TestGrids:
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_every_setting_of_the_quick_grid_takes_its_data(self, name, monkeypatch):
+        tasks = {}
+        for setting in EXPERIMENTS[name].settings(True):
+            config = setting.config
+            data = repr((config.data, config.data_options, config.image_size))
+            task = tasks.setdefault(data, setup.load_task(config))
+            torch.manual_seed(0)
+            model = setup.build(setup.model_arguments(config, task))
+            if setting.change is not None:
+                setting.change(model)
+            setup.check_fits(task, model)
+
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_full_grids_hold_the_quick_ones_series_and_no_setting_twice(self, name):
+        experiment = EXPERIMENTS[name]
+        full, quick = experiment.settings(False), experiment.settings(True)
+        assert len({setting.label for setting in full}) == len(full) >= len(quick)
+        assert {s.series for s in quick} == {s.series for s in full}
+        assert all(s.config.epochs == 1 for s in quick)
+        assert all(s.config.epochs > 1 for s in full)
+        series = {s.series for s in full}
+        assert {one for pair in experiment.pairs for one in pair} <= series
+
+    def test_what_is_asked_for_is_there(self):
+        assert set(EXPERIMENTS) == {
+            *("branching_ratio", "k_sweep", "candidate_sweep", "lambda_sweep"),
+            *("learned_lambda", "attention_variants", "denoising", "point_spectrum"),
+        }
+        grid = EXPERIMENTS["branching_ratio"].settings(False)
+        ratios = [s.config.layer_options["ratio"] for s in grid]
+        assert [s.at for s in grid] == ratios
+        assert len(set(ratios)) == 9 and {0.0, 1.0} <= set(ratios)
+        assert {s.config.layer_options["metric"] for s in grid} == {"cosine", "paper_mix"}
+
+    def test_published_numbers_are_those_of_the_papers(self):
+        curves = EXPERIMENTS["branching_ratio"].published.curves
+        assert [value for _, value in curves["CIFAR-10"]] == [81.1, 82.2, 83.1, 81.9, 68.8]
+        assert [value for _, value in curves["CIFAR-100"]] == [46.3, 48.4, 50.0, 51.0, 32.8]
+        curves = EXPERIMENTS["denoising"].published.curves
+        assert dict(curves["UNet"]) == {"convolution": 28.22, "branching": 28.46, "ConvNN": 26.92}
+        assert dict(curves["DnCNN"]) == {"convolution": 26.63, "branching": 27.78, "ConvNN": 23.84}
+
+
+class TestRun:
+    SETTINGS = (
+        Setting("plain", None, TINY),
+        Setting("wide", 0.5, replace(TINY, model_options={"width": 0.1})),
+    )
+
+    def test_a_run_is_that_of_the_trainer(self, tmp_path):
+        config = replace(TINY, layer="convnn", layer_options={"metric": "cosine"})
+        found = train_setting(Setting("mixed", 0.5, config), seed=1)
+        with RUN.one_thread():
+            other = fit(replace(config, out=str(tmp_path)), seed=1)
+        assert found.test == other.test["accuracy"]
+        assert found.validation == other.validation["accuracy"]
+        assert found.parameters == other.parameters
+        assert found.score == "accuracy" and found.test_size == 360 and found.learned == {}
+
+    def test_workers_change_nothing(self, tmp_path):
+        def scores(workers):
+            found = run(tiny(*self.SETTINGS), tmp_path / str(workers), 1, workers=workers)
+            return [(s.label, [(r.test, r.validation) for r in results]) for s, results in found]
+
+        assert scores(1) == scores(2)
+
+    def test_a_second_call_goes_on_where_the_first_was_stopped(self, tmp_path, monkeypatch):
+        ran = []
+
+        def stopping(setting, seed):
+            if len(ran) == 3:
+                raise KeyboardInterrupt
+            return counting(setting, seed)
+
+        def counting(setting, seed):
+            ran.append((setting.label, seed))
+            return Result("accuracy", 0.5 + seed / 10, 0.25, 7, 0.1, 100, {"0": 0.5})
+
+        monkeypatch.setattr(RUN, "train_setting", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(*self.SETTINGS), tmp_path, 2, workers=1)
+        assert len(list(tmp_path.glob("*.json"))) == 3
+        monkeypatch.setattr(RUN, "train_setting", counting)
+        lines = []
+        found = run(tiny(*self.SETTINGS), tmp_path, 2, workers=1, tell=lines.append)
+        assert len(ran) == len(set(ran)) == 4  # none twice
+        assert lines[0] == "3 of 4 runs are there already" and len(lines) == 2
+        assert [[r.test for r in results] for _, results in found] == [[0.5, 0.6], [0.5, 0.6]]
+        assert found[0][1][0].learned == {"0": 0.5}
+        run(tiny(*self.SETTINGS), tmp_path, 2, workers=1)
+        assert len(ran) == 4
+
+    def test_what_changes_the_numbers_is_trained_anew(self, tmp_path, monkeypatch):
+        ran = []
+        result = Result("accuracy", 0.5, 0.5, 7, 0.1, 100)
+        monkeypatch.setattr(RUN, "train_setting", lambda *job: ran.append(job) or result)
+        base = self.SETTINGS[0]
+        for setting, count in (
+            (base, 1),
+            (replace(base, series="other name"), 1),
+            (replace(base, config=replace(TINY, seeds=5, out="elsewhere")), 1),
+            (replace(base, config=replace(TINY, epochs=2)), 2),
+            (replace(base, change=PublishedMix(0.5)), 3),
+            (replace(base, change=PublishedMix(0.25)), 4),
+            (replace(base, change=PublishedMix(0.25)), 4),
+        ):
+            run(tiny(setting), tmp_path, 1, workers=1)
+            assert len(ran) == count, setting
+
+    def test_a_learned_place_is_recorded(self):
+        layer = {"layer": "interpolated_conv2d", "layer_options": {"metric": "euclidean"}}
+        config = replace(TINY, **layer)
+        found = train_setting(Setting("learned", 0.5, config, Interpolate(0.5, True)), 0).learned
+        assert len(found) == 8 and all(0 <= lam <= 1 for lam in found.values())
+        assert any(lam != 0.5 for lam in found.values())
+        assert (
+            train_setting(Setting("fixed", 0.5, config, Interpolate(0.5, False)), 0).learned == {}
+        )
+
+
+class TestChanges:
+    def vit(self, layer="attention", **options):
+        torch.manual_seed(0)
+        size = {"image_size": 12, "patch_size": 2, "depth": 2, "width": 0.125}
+        return create_model("vit_tiny", layer, in_channels=1, **size, **options).eval()
+
+    def test_interpolate_weighs_alike_and_learns_only_where_asked(self):
+        x = torch.randn(2, 1, 8, 8)
+        models = []
+        for learnable in (False, True):
+            torch.manual_seed(0)
+            model = create_model("vgg11", "conv", in_channels=1, image_size=8, width=0.05)
+            Interpolate(0.6, learnable)(model)
+            models.append(model.eval())
+            lams = [p for n, p in model.named_parameters() if n.endswith("metric.lam")]
+            assert len(lams) == 8 and all(p.requires_grad == learnable for p in lams)
+        assert torch.equal(models[0](x), models[1](x))
+        places = convert.interpolation(models[0]).values()
+        assert len(places) == 8 and all(lam == pytest.approx(0.6) for lam in places)
+
+    def test_heads_are_as_one_place_where_they_are_equal(self):
+        x = torch.randn(2, 1, 12, 12)
+        one, heads = (self.vit("interpolated_attention", k=5) for _ in range(2))
+        Interpolate(0.3, True)(one)
+        InterpolateHeads(0.3)(heads)
+        assert torch.allclose(one(x), heads(x), atol=1e-5)
+        heads(x).square().sum().backward()
+        lams = [p for n, p in heads.named_parameters() if n.endswith("metric.lam")]
+        assert [p.shape for p in lams] == [(3,), (3,)]
+        assert all((p.grad != 0).all() for p in lams)
+        assert list(RUN.learned(heads)) == [
+            f"blocks.{block}.attn.attention, head {head}" for block in (0, 1) for head in range(3)
+        ]
+
+    def test_heads_have_places_of_their_own(self):
+        patches = PatchPositions((3, 3), prefix=1)
+        metric = HeadInterpolation(patches, 2, 0.5)
+        metric.lam.data = torch.tensor([0.2, 0.9])
+        x = torch.randn(1, 2, 10, 4)
+        distances = metric(Points(x))
+        for head, lam in enumerate((0.2, 0.9)):
+            alone = interpolate(patches, "scaled_dot", lam)(Points.from_tokens(x[:, head]))
+            assert torch.allclose(distances[:, head], alone, atol=1e-5)
+
+    def test_the_published_mix_at_its_end_chooses_by_features(self):
+        model = create_model("vgg11", "convnn", in_channels=1, image_size=8, width=0.05)
+        layer = next(layer for _, layer in choosing(model))
+        points = Points.from_image(torch.randn(1, 1, 6, 6))
+        PublishedMix(1)(model)
+        at_end = knn(points, points, k=5, metric=layer.metric).index
+        PublishedMix(0.999)(model)
+        near_end = knn(points, points, k=5, metric=layer.metric).index
+        assert torch.equal(at_end, near_end)
+        PublishedMix(0)(model)
+        assert not torch.equal(at_end, knn(points, points, k=5, metric=layer.metric).index)
+
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_a_square_of_patches(self, shift):
+        size, side = (4, 5), 3
+        window = PatchWindow(PatchPositions(size, prefix=1), side, shift)
+        tokens = Points.from_tokens(torch.zeros(1, 21, 1))
+        mask = window(tokens, tokens).mask
+        assert mask[0].all() and mask[:, 0].all()
+        for row, col in ((0, 0), (1, 2), (3, 4), (0, 3)):
+            r, c = (min(max(row, 1), 2), min(max(col, 1), 3)) if shift else (row, col)
+            expected = [abs(r - i) <= 1 and abs(c - j) <= 1 for i in range(4) for j in range(5)]
+            assert mask[1 + row * 5 + col, 1:].tolist() == expected
+            assert not shift or sum(expected) == side**2
+
+    def test_attention_sees_no_further_than_its_square(self):
+        model = self.vit()
+        LookAround(3)(model)
+        layer = next(attentions(model))[1]
+        _, weights = layer(torch.randn(1, 37, layer.embed_dim))
+        assert (weights[0, 1] > 0).nonzero().flatten().tolist() == [0, 1, 2, 7, 8]
+
+    def test_samples(self):
+        image = Points.from_image(torch.zeros(1, 1, 5, 5))
+        small = Points.from_image(torch.zeros(1, 1, 2, 2))
+        assert Sample("strided", 3)(image, image).index.tolist() == [
+            [0, 2, 4, 10, 12, 14, 20, 22, 24]
+        ]
+        assert Sample("strided", 3)(small, small).index.tolist() == [[0, 1, 2, 3]]
+        assert Sample("random", 4)(small, small).index is None
+        drawn = Sample("random", 9).eval()(image, image).index
+        assert drawn.shape == (1, 9) and len(set(drawn[0].tolist())) == 9
+        tokens = Points.from_tokens(torch.zeros(1, 10, 1))
+        strided = Sample("strided", 2, PatchPositions((3, 3), prefix=1))
+        assert strided(tokens, tokens).index.tolist() == [[0, 1, 3, 7, 9]]
+
+    def test_random_candidates_are_fixed_when_scored(self):
+        model = self.vit("convnn_attention", k=5, self_point="first")
+        LookAmong("random", 12)(model)
+        model.eval()
+        x = torch.randn(1, 1, 12, 12)
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        assert sum(isinstance(layer, ConvNNAttention) for _, layer in choosing(model)) == 2
+
+    def test_changes_are_told_apart_by_their_repr(self):
+        changes = [
+            Interpolate(0.5, True),
+            Interpolate(0.5, False),
+            InterpolateHeads(0.5),
+            LookAmong("random", 9),
+            LookAround(3),
+            LookAround(3, shift=True),
+            PublishedMix(0.5),
+        ]
+        keys = {Setting("a", 0, TINY, change).key() for change in changes}
+        assert len(keys) == len(changes)
+
+
+class TestSentences:
+    def test_a_clear_peak(self):
+        said = told(
+            tiny(),
+            {("a", 0.0): [0.8, 0.81], ("a", 0.5): [0.9, 0.91], ("a", 1.0): [0.6, 0.61]},
+        )
+        assert (
+            "a: the mean is highest at 0.5 (90.50 ± 0.71 %) and lowest at 1 (60.50 ± 0.71 %)."
+            in said
+        )
+        assert (
+            "a at 0.5 is 10.00 points above a at 0, more than both deviations together (1.42)."
+            in said
+        )
+        assert "a at 0.5 is 30.00 points above a at 1" in said
+        assert "standard deviation over 2 seeds" in said and "one is 0.50 percentage points" in said
+
+    def test_a_peak_within_the_noise(self):
+        said = told(tiny(), {("a", 0.0): [0.80, 0.90], ("a", 1.0): [0.82, 0.92]})
+        assert "a at 1 is 2.00 points above a at 0, within both deviations together (14.14)" in said
+        assert "do not tell" in said and "more than" not in said
+
+    def test_the_top_may_be_an_end(self):  # then the best in between is named
+        said = told(
+            tiny(), {("a", 0.0): [0.9, 0.9], ("a", 0.5): [0.8, 0.8], ("a", 1.0): [0.7, 0.7]}
+        )
+        assert "highest at 0 (" in said
+        assert "Between its ends it is highest at 0.5 (80.00 ± 0.00 %)." in said
+        assert "a at 0 is 10.00 points above a at 0.5, more than" in said
+        assert "a at 0.5 is 10.00 points above a at 1, more than" in said
+
+    def test_equal_means_and_single_runs(self):
+        said = told(tiny(), {("a", 0.0): [0.5], ("a", 1.0): [0.5]})
+        assert "a: the mean is the same everywhere, 50.00 %." in said
+        assert "With a single seed there is no deviation" in said
+        said = told(tiny(), {("a", 0.0): [0.5], ("a", 1.0): [0.6]})
+        assert "by a single run of each" in said and "±" not in said
+
+    def test_series_are_compared_by_what_validation_chooses(self):
+        table = {("a", 0.0): [0.9, 0.9], ("a", 1.0): [0.8, 0.8], ("b", None): [0.85, 0.85]}
+        validation = {("a", 0.0): [0.1, 0.1], ("a", 1.0): [0.7, 0.7]}
+        said = " ".join(sentences(tiny(pairs=[("a", "b")]), rows_of(table, validation=validation)))
+        assert "validation part would choose 1 (80.00 ± 0.00 %)" in said
+        assert "b is 5.00 points above a at 1" in said
+
+    def test_names_are_compared_with_the_runner_up(self):
+        table = {("m", "x"): [20.0, 20.0], ("m", "y"): [25.0, 25.2], ("m", "z"): [22.0, 22.0]}
+        said = told(tiny(), table, "psnr")
+        assert "m at y is 3.10 dB above m at z, more than both deviations together (0.14)." in said
+        assert "200 test images" in said and "percentage" not in said
+
+    def test_where_lambda_settled_and_what_is_published(self):
+        results = [
+            Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0": low, "3": high})
+            for low, high in ((0.1, 0.8), (0.3, 0.8))
+        ]
+        published = Published("them", "%", {"C": [(0.0, 1.5), (0.5, 2.5)]})
+        said = " ".join(
+            sentences(tiny(published=published), [Row(Setting("l", 0.5, TINY), results)])
+        )
+        assert "l at 0.5: λ settled at 0.20 ± 0.14, 0.80 ± 0.00" in said
+        assert "C at 0.5 (2.5)" in said
+
+
+class TestReport:
+    TABLE: ClassVar = {
+        ("a", 0.0): [0.8, 0.82],
+        ("a", 1.0): [0.9, 0.92],
+        ("plain", None): [0.85, 0.87],
+    }
+    PUBLISHED = Published(
+        "VGG-11, CIFAR-10", "accuracy (%)", {"CIFAR-10": [(0.0, 81.1), (1.0, 68.8)]}
+    )
+
+    def test_the_three_files(self, tmp_path):
+        experiment = tiny(published=self.PUBLISHED)
+        path = write_report(experiment, rows_of(self.TABLE), tmp_path, "convnn-geo experiment tiny")
+        page = path.read_text()
+        assert path.name == "tiny.md" and "![Tiny](tiny.png)" in page
+        assert "| a | 1 | 91.00 ± 1.41 | 91.00 | 10 | 0.50 |" in page
+        assert "| plain |  | 86.00 ± 1.41 | 86.00 | 10 | 0.50 |" in page
+        assert "VGG-11, CIFAR-10" in page and "`convnn-geo experiment tiny`" in page
+        assert " ".join(sentences(experiment, rows_of(self.TABLE))) in page
+        with (tmp_path / "tiny.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        assert [(r["series"], r["at"], r["seed"], float(r["test"])) for r in lines] == [
+            (series, "" if at is None else f"{at:g}", str(seed), score)
+            for (series, at), scores in self.TABLE.items()
+            for seed, score in enumerate(scores)
+        ]
+        assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_the_picture_has_ours_beside_theirs(self):
+        figure = draw(tiny(published=self.PUBLISHED), rows_of(self.TABLE))
+        ours, theirs = figure.axes
+        means = ours.containers[0].lines[0].get_xydata()
+        assert means.tolist() == [[0.0, 81.0], [1.0, 91.0]]
+        assert theirs.lines[0].get_xydata().tolist() == [[0.0, 81.1], [1.0, 68.8]]
+        assert len(draw(tiny(), rows_of(self.TABLE)).axes) == 1
+
+    def test_names_stand_along_the_axis(self):
+        rows = rows_of({("m", "x"): [20.0], ("m", "y"): [25.0]}, "psnr")
+        (axis,) = draw(tiny(), rows).axes
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["x", "y"]
+        assert axis.get_ylabel() == "PSNR (dB)"
+
+    def test_where_lambda_settled_is_drawn_and_tabled(self, tmp_path):
+        results = [Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0": 0.25, "3": 0.75})]
+        rows = [Row(Setting("l", 0.5, TINY), results)]
+        figure = draw(tiny(), rows)
+        assert figure.axes[1].containers[0].lines[0].get_ydata().tolist() == [0.25, 0.75]
+        page = write_report(tiny(), rows, tmp_path, "x").read_text()
+        assert "| setting | 0 | 3 |" in page and "| l at 0.5 | 0.25 | 0.75 |" in page
+
+
+class TestCommand:
+    def call(self, *words):
+        parser = argparse.ArgumentParser()
+        add_experiment(parser.add_subparsers(dest="name"))
+        arguments = parser.parse_args(["experiment", *map(str, words)])
+        return arguments.command(arguments)
+
+    def test_list(self, capsys):
+        assert self.call("--list") == 0
+        text = capsys.readouterr().out
+        assert all(name in text for name in EXPERIMENTS)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["branching_ration"], "branching_ratio"),
+            ([], "unknown experiment None; expected one of: branching_ratio"),
+            (["denoising", "--seeds", 0], "--seeds: expected an integer of at least 1"),
+            (["denoising", "--workers", 0], "--workers: expected an integer of at least 1"),
+        ],
+    )
+    def test_bad_input_is_refused_before_any_work(self, words, message, capsys, monkeypatch):
+        monkeypatch.setattr(RUN, "train_setting", None)
+        assert self.call(*words) == 2
+        assert message in capsys.readouterr().err
+
+    def test_from_end_to_end(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(EXPERIMENTS, "tiny", tiny(*TestRun.SETTINGS))
+        words = ("tiny", "--quick", "--workers", 1, "--out", tmp_path)
+        assert self.call(*words) == 0
+        first = capsys.readouterr().out
+        assert "1/2  plain, seed 0: accuracy" in first and "tiny.md" in first
+        assert self.call(*words) == 0
+        assert "2 of 2 runs are there already" in capsys.readouterr().out
+        assert {p.suffix for p in tmp_path.glob("tiny.*")} == {".md", ".csv", ".png"}
+        assert len(list((tmp_path / "runs" / "tiny").glob("*.json"))) == 2
+
+    def test_what_is_corrupt_or_diverges_is_told(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(EXPERIMENTS, "tiny", tiny(TestRun.SETTINGS[0]))
+        words = ("tiny", "--seeds", 1, "--workers", 1, "--out", tmp_path)
+
+        def diverging(setting, seed):
+            raise DivergedError("the loss became nan")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RUN, "train_setting", diverging)
+            assert self.call(*words) == 1
+        assert "the loss became nan" in capsys.readouterr().err
+        assert self.call(*words) == 0
+        (file,) = (tmp_path / "runs" / "tiny").glob("*.json")
+        file.write_text("{")
+        assert self.call(*words) == 2
+        assert "delete it to train anew" in capsys.readouterr().err
+        file.unlink()
+        assert self.call(*words) == 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_quick(self, name, tmp_path):
+        assert self.call(name, "--quick", "--workers", 1, "--out", tmp_path) == 0
+
+
+def example():
+    path = Path(__file__).parents[1] / "examples" / "denoise_photograph.py"
+    spec = importlib.util.spec_from_file_location("denoise_photograph", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_trains_draws_and_puts_tiles_back(tmp_path, monkeypatch, capsys):
+    denoise = example()
+    image = torch.rand(3, denoise.TILE * denoise.TILES, denoise.TILE * denoise.TILES)
+    assert torch.equal(denoise.joined(denoise.tiles(image)), image)
+    assert torch.equal(denoise.tiles(image)[1], image[:, :16, 16:32])
+    assert denoise.psnr(image + 0.1, image) == pytest.approx(20, abs=1)
+    monkeypatch.setattr(denoise, "STEPS", 2)
+    path = tmp_path / "denoise.png"
+    monkeypatch.setattr("sys.argv", ["denoise_photograph.py", str(path)])
+    denoise.main()
+    assert path.read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[2]) for line in lines[2:5]]
+    assert len(scores) == 3 and all(math.isfinite(score) for score in scores)
