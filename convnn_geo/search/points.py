@@ -94,7 +94,7 @@ class PointEngine(Engine):
         q, keys = q.contiguous(), keys.contiguous()
         asked = k + 1 + (hidden.own is not None)
         finite = all_finite(q) and (keys is q or all_finite(keys))  # a tree of NaN is no tree
-        if not finite or not q.numel() or not 1 < asked <= keys.shape[-2]:
+        if not finite or not q.numel() or k < 1 or asked > keys.shape[-2]:
             return by_rows(problem, k, hidden, slab)
         prepared = self.prepare(keys)
         examples, n = q.shape[:2]
@@ -177,7 +177,7 @@ class PointEngine(Engine):
             one = replace(problem, q=q, keys=keys, axes=axes)
             value, place = self.nearest(one, k, Hidden(own=own), slab)
             found.append((value, place if less is None else less.kept[place]))
-        values, places = (torch.stack(t).view(*lead, -1, k) for t in zip(*found, strict=True))
+        values, places = (torch.stack(t).view(*lead, *t[0].shape) for t in zip(*found, strict=True))
         return values, places
 
     def unsure(
