@@ -57,7 +57,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     and along the sequence elsewhere. Of a :class:`~convnn_geo.nn.Branching` the ConvNN branch
     moves.
 
-    Parameters stay the same objects, so that optimizers stay valid. Layers that can't move stay:
+    Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
+    the state_dict: move a model again before its weights are loaded. Layers that can't move stay:
     windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with
     keys that have no position, and attention among all pixels.
 
