@@ -17,7 +17,6 @@ _LAYER = {
     "metric": (str, "how near two points are, e.g. cosine"),
     "ratio": (float, "share of ConvNN channels of the layer branching"),
     "lam": (float, "place on the spectrum, 0 position to 1 feature"),
-    "candidates": (str, "where neighbours are sought"),
 }
 _EXAMPLES = """\
 examples:
