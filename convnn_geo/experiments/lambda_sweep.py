@@ -12,7 +12,8 @@ _COSINE, _EUCLIDEAN, _MIXED = "Chebyshev + cosine", "Chebyshev + Euclidean", "as
 def settings(quick: bool) -> list[Setting]:
     """From position to feature by three metrics."""
     cosine = (0, 0.7, 1) if quick else (0, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
-    even = (0.5, 1) if quick else (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
+    euclidean = (0.5, 1) if quick else (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
+    published = (0.01, 1) if quick else (0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
     return [
         *(
             Setting(
@@ -24,11 +25,11 @@ def settings(quick: bool) -> list[Setting]:
         ),
         *(
             Setting(_EUCLIDEAN, lam, vgg(quick, "interpolated_conv2d", lam=lam, metric="euclidean"))
-            for lam in even
+            for lam in euclidean
         ),
         *(
             Setting(_MIXED, lam, vgg(quick, "convnn", k=9, metric="paper_mix"), PublishedMix(lam))
-            for lam in even
+            for lam in published
         ),
         Setting("plain convolution", None, vgg(quick, None)),
     ]
@@ -46,6 +47,8 @@ EXPERIMENT = Experiment(
     "convolution; or by the published mixing, (λ |Δf| / σ)² + ((1 - λ) |Δp|)² with positions in "
     "[-1, 1] and taps by rank. Chebyshev distances are whole numbers, and cosine distances of "
     "features after a ReLU lie in [0, 1], so that up to λ = 0.5 cosine makes no pixel cross a ring "
-    "behind the first layer: the grid is denser beyond. Nothing is published for such a sweep.",
+    "behind the first layer: the grid is denser beyond. The published mixing sums squares over all "
+    "channels against squares below 1 of a pixel's step, so that it leaves position for feature near "
+    "λ = 0.01: the grid is denser there. Nothing is published for such a sweep.",
     pairs=[(name, "plain convolution") for name in (_COSINE, _EUCLIDEAN, _MIXED)],
 )
