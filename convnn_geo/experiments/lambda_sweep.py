@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
     "[-1, 1] and taps by rank. Chebyshev distances are whole numbers, and cosine distances of "
     "features after a ReLU lie in [0, 1], so that up to λ = 0.5 cosine makes no pixel cross a ring "
     "behind the first layer: the grid is denser beyond. The published mixing sums squares over all "
-    "channels against squares below 1 of a pixel's step, so that it leaves position for feature near "
-    "λ = 0.01: the grid is denser there. Nothing is published for such a sweep.",
+    "channels against squares of steps of a pixel, below 1, so that it leaves position for feature "
+    "near λ = 0.01: the grid is denser there. Nothing is published for such a sweep.",
     pairs=[(name, "plain convolution") for name in (_COSINE, _EUCLIDEAN, _MIXED)],
 )
