@@ -822,3 +822,63 @@ def test_converting_twice_says_what_is_converted():
     model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 2, 3)))
     with pytest.raises(ValueError, match="1 more were converted before"):
         convert.to_convnn(model, convert.Rule("exact", name="0"))
+
+
+def hooked(conv):
+    """Handles of every kind of hook, and where they write."""
+    calls = []
+
+    def hook(name):
+        return lambda *_, **__: calls.append(name)
+
+    return calls, {
+        "before": conv.register_forward_pre_hook(hook("before")),
+        "after": conv.register_forward_hook(hook("after")),
+        "keywords": conv.register_forward_hook(hook("keywords"), with_kwargs=True),
+        "always": conv.register_forward_hook(hook("always"), always_call=True),
+        "gradient before": conv.register_full_backward_pre_hook(hook("gradient before")),
+        "gradient": conv.register_full_backward_hook(hook("gradient")),
+    }
+
+
+@pytest.mark.parametrize("become", ["exact", "branching"])
+def test_handles_still_remove_the_hooks_of_a_converted_layer(become):
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+    calls, handles = hooked(model[0])
+    convert.to_convnn(model, Rule(become))
+    expected = list(handles)
+    while handles:
+        calls.clear()
+        model(torch.randn(1, 2, 4, 4).requires_grad_()).sum().backward()
+        assert sorted(calls) == sorted(expected)
+        name, handle = handles.popitem()
+        handle.remove()
+        expected.remove(name)
+    calls.clear()
+    model(torch.randn(1, 2, 4, 4).requires_grad_()).sum().backward()
+    assert calls == []
+
+
+def test_hooks_of_a_layer_that_is_kept_inside_run_once():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+    calls, handles = hooked(model[0])
+    convert.to_convnn(model, Rule(nn.Sequential))
+    model(torch.zeros(1, 2, 4, 4))
+    assert calls.count("after") == 1
+    handles["after"].remove()
+    model(torch.zeros(1, 2, 4, 4))
+    assert calls.count("after") == 1
+
+
+def test_hooks_of_two_layers_can_not_be_one():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+    hooked(model[0])
+
+    def make(layer):
+        new = nn.Identity()
+        new.register_forward_hook(lambda *_: None)
+        return new
+
+    with pytest.raises(NotApplicable, match=r"0 \(Conv2d\) can't become 'make': it has hooks"):
+        convert.to_convnn(model, Rule(make))
+    assert type(model[0]) is nn.Conv2d

@@ -12,6 +12,9 @@ from convnn_geo.convert.positions import place_tokens
 from convnn_geo.convert.rules import Rule
 from convnn_geo.convert.weights import NotApplicable
 
+_HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
+"""Beginnings of the attributes where a module has the hooks of its runs."""
+
 
 def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> nn.Module:
     """Replace layers of a model by ours, in place, weights carried over.
@@ -19,7 +22,8 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
     Known are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, ``nn.MultiheadAttention``, timm's
     ``Attention`` and PyG's ``DynamicEdgeConv``, wherever a model holds them. Each becomes what the
     first rule that matches says; where none does, it is left. Layers that are ours already stay.
-    Nothing is replaced where an error is raised.
+    Nothing is replaced where an error is raised. Forward and backward hooks go over, and their
+    handles still remove them.
 
     Args:
         model: any torch model.
@@ -56,7 +60,6 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only torch's own attention takes
     for layer, names, new in replacements:
-        _carry_hooks(layer, new)
         for name in names:
             if not name:
                 return new
@@ -69,7 +72,9 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
 def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
     where = f"{name or 'the model'} ({type(layer).__name__})"
     try:
-        return rule.become(layer)  # type: ignore[operator]
+        new: nn.Module = rule.become(layer)  # type: ignore[operator]
+        _share_hooks(layer, new)
+        return new
     except NotApplicable as error:
         become = rule.become.name  # type: ignore[union-attr]
         raise NotApplicable(f"{where} can't become {become!r}: {error}") from error
@@ -88,10 +93,18 @@ def _check_names(rules: list[Rule], names: list[str], ours: int) -> None:
             )
 
 
-def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The hooks that a user put on a layer stay on what takes its place."""
-    if new is old:
+def _share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The hooks that a user put on a layer go on with what takes its place.
+
+    Both have the same dictionaries, and not two alike, so that the handles still remove them.
+    """
+    if any(part is old for part in new.modules()):  # where they run as they did
         return
-    for name, hooks in vars(old).items():
-        if name.startswith(("_forward_", "_backward_")) and hooks:
-            vars(new)[name].update(hooks)
+    hooks = {name: value for name, value in vars(old).items() if name.startswith(_HOOKS)}
+    if not any(hooks.values()):
+        return
+    if any(vars(new)[name] for name in hooks):
+        raise NotApplicable(
+            "it has hooks, and what it would become has hooks of its own; remove those of one"
+        )
+    vars(new).update(hooks)
