@@ -38,7 +38,7 @@ from convnn_geo.train import (
 )
 from convnn_geo.train.commands import add_train
 from convnn_geo.train.objective import mix, objective, psnr
-from convnn_geo.train.order import pieces, seed_epoch, seed_model, share
+from convnn_geo.train.order import pieces, seed_epoch, seed_model, share, smallest_piece
 from convnn_geo.train.schedule import learning_rate
 
 load = functools.cache(setup.load)  # reading the digits takes longer than training on them
@@ -182,7 +182,7 @@ def test_each_example_comes_once_an_epoch_however_many_processes(count, size, wo
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
     parts = {len(piece) for rank in ranks for piece in rank}
-    assert min(parts) >= 1
+    assert min(parts) == smallest_piece(count, size, (world, each))
 
 
 def test_order_follows_seed_and_epoch():
@@ -497,6 +497,21 @@ def test_what_does_not_fit_is_an_error_before_any_work(tmp_path, options, told):
     config = Config(**{"model": "all_conv_net", "epochs": 1, **options, "out": str(tmp_path)})
     with pytest.raises(ConfigError, match=told):
         fit(config)
+
+
+@pytest.mark.parametrize("pieces_of_one", [{"batch_size": 1}, {"batch_size": 4, "accumulate": 3}])
+def test_one_value_a_channel_is_refused_before_training(small, tmp_path, pieces_of_one):
+    options = {**SIZE, **pieces_of_one, "epochs": 1, "model_options": {"norm": True}}
+    with pytest.raises(ConfigError, match=r"got one in head\.0 of the model.*raise batch_size"):
+        fit(Config(**options, out=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+    assert not any(training for _, _, training in small[0].seen)
+
+
+def test_one_example_of_many_pixels_is_normalised(tmp_path):
+    few = {"data": "denoising", "data_options": {"count": 5, "size": 8}, "batch_size": 1}
+    model = {"model": "dncnn", "model_options": {"width": 0.125, "depth": 3}}
+    assert fit(Config(**few, **model, epochs=1, out=str(tmp_path))).test["psnr"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,7 +10,9 @@ loop as Fabric, but configures itself by a file beside the command. So
 
 are one command. ``batch_size`` counts examples of a step over all processes, and a step takes the
 mean over them, so the number of processes does not change what is learned. Batch normalisation is
-the exception: a process normalises by its own examples.
+the exception: a process normalises by its own examples, each piece of ``accumulate`` by itself.
+Batches differ by one example at most, so that none is left over; where a piece would still give it
+a single value of a channel (one example, one pixel), ``ConfigError`` says so before training.
 
 Seeds are set before a model is built; choices are made on the validation part; the test part is
 read once, after the last epoch; means are over examples; a result is a mean and a deviation over

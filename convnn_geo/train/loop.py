@@ -14,10 +14,17 @@ from convnn_geo.train.checkpoint import (
     write_atomically,
 )
 from convnn_geo.train.config import Config, ConfigError
-from convnn_geo.train.order import seed_model
+from convnn_geo.train.order import seed_model, smallest_piece
 from convnn_geo.train.processes import start
 from convnn_geo.train.record import Board, Run, write_metrics
-from convnn_geo.train.setup import build, check_fits, load_task, model_arguments, save_model
+from convnn_geo.train.setup import (
+    build,
+    check_fits,
+    check_norms,
+    load_task,
+    model_arguments,
+    save_model,
+)
 from convnn_geo.train.training import Training
 from convnn_geo.train.watch import Watch
 
@@ -37,8 +44,9 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         watch: is told how it goes.
 
     Raises:
-        ConfigError: the model or the data don't take what the configuration asks for, or the
-            folder holds a run and ``resume`` is False, or one of another configuration.
+        ConfigError: the model or the data don't take what the configuration asks for, or a piece
+            of a batch is too small for batch normalisation, or the folder holds a run and
+            ``resume`` is False, or one of another configuration.
         CheckpointError: a checkpoint is corrupt or can't be written.
         DivergedError: the loss became infinite or no number.
         MissingExtraError: Lightning Fabric is not installed.
@@ -62,6 +70,8 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
     arguments = model_arguments(config, task)
     module = build(arguments)
     check_fits(task, module)
+    parts = (fabric.world_size, config.accumulate)
+    check_norms(task, module, smallest_piece(len(task.train), config.batch_size, parts))
     training = Training(fabric, config, task, module, seed, state or None)
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

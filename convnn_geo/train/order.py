@@ -50,12 +50,8 @@ def pieces(
         [2, 1, 1]
     """
     world, each = parts
+    smallest_piece(count, batch_size, parts)
     number = -(-count // batch_size)
-    if count // max(number, 1) < world * each:
-        raise ConfigError(
-            f"{count} examples in batches of {batch_size} can't be cut into {world} processes "
-            f"times {each} pieces (accumulate); raise batch_size or lower accumulate"
-        )
     generator = torch.Generator().manual_seed(_state(_ORDER, seed, epoch))
     shuffled = torch.randperm(count, generator=generator)
     return [
@@ -63,6 +59,27 @@ def pieces(
         for batch in shuffled.tensor_split(number)
         for piece in batch.tensor_split(world)[rank].tensor_split(each)
     ]
+
+
+def smallest_piece(count: int, batch_size: int, parts: tuple[int, int] = (1, 1)) -> int:
+    """Examples in the smallest of all :func:`pieces`, which take the same arguments.
+
+    Raises:
+        ConfigError: a batch has too few examples for so many parts.
+
+    Example:
+        >>> smallest_piece(10, batch_size=4, parts=(2, 1))
+        1
+    """
+    world, each = parts
+    batches = -(-count // batch_size)
+    least = count // max(batches, 1) // (world * each)
+    if least < 1:
+        raise ConfigError(
+            f"{count} examples in batches of {batch_size} can't be cut into {world} processes "
+            f"times {each} pieces (accumulate); raise batch_size or lower accumulate"
+        )
+    return least
 
 
 def share(count: int, rank: int, world: int) -> range:

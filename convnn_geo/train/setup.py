@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convnn_geo.datasets import Task, load
 from convnn_geo.models import create_model
@@ -95,6 +97,38 @@ def check_fits(task: Task, module: nn.Module) -> None:
         raise ConfigError(
             f"{task.name}, {task.kind}, needs outputs of shape {tuple(wanted)}; the model gives "
             f"{tuple(output.shape)}: choose another model or other data"
+        )
+
+
+@torch.no_grad()
+def check_norms(task: Task, module: nn.Module, examples: int) -> None:
+    """Raise ``ConfigError`` where batch normalisation would get a single value of each channel.
+
+    Args:
+        task: the data, whose first example is tried.
+        module: on the CPU.
+        examples: in the smallest piece that a process trains on.
+    """
+    if examples > 1:
+        return
+    inputs, _ = task.collate([task.train[0]])
+    single: list[str] = []
+
+    def look(name: str, x: Tensor) -> None:
+        if x.numel() == x.shape[1]:
+            single.append(name)
+
+    with contextlib.ExitStack() as hooks:
+        for name, part in module.named_modules():
+            if isinstance(part, _BatchNorm):
+                hook = part.register_forward_pre_hook(lambda _, x, name=name: look(name, x[0]))
+                hooks.callback(hook.remove)
+        module.eval()(*inputs)
+    if single:
+        raise ConfigError(
+            "expected two values of a channel at least for batch normalisation, got one in "
+            f"{single[0]} of the model, where an example is one pixel and the smallest piece of a "
+            "batch is one example; raise batch_size or image_size, or lower accumulate"
         )
 
 
