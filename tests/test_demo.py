@@ -12,8 +12,8 @@ from torch import nn
 from convnn_geo.datasets import ImageSplit, ImageSplits, digit_clouds, digits, photograph
 from convnn_geo.demo import clouds, neighbors, run, spectrum
 from convnn_geo.demo.summary import Score, compare, percent, scores, sentences
-from convnn_geo.demo.training import Network, Run, Settings, accuracy, train
-from convnn_geo.demo.workers import Job, run_jobs
+from convnn_geo.demo.training import Job, Network, Run, Settings, accuracy, train
+from convnn_geo.workers import in_one_thread, run_jobs
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +95,16 @@ def test_results_are_the_same_in_another_process():
     settings = Settings(seeds=(0, 1), epochs=1, rates=(0.01, 0.03), train_size=100)
     job = Job("digits", digits, spectrum.networks([0.5])[-1], settings)
     torch.manual_seed(5)
-    here, finished = run_jobs([job], workers=1), []
+    jobs = {"first": job, "second": job}
+    here = dict(run_jobs(jobs, workers=1))
     torch.manual_seed(6)
-    assert here == run_jobs([job], workers=2, done=finished.append)
-    assert finished == [job]
+    assert here == dict(run_jobs(jobs, workers=2))
 
 
 def test_clouds_train_alike_every_time():
     settings = Settings(seeds=(0,), epochs=1, rates=(0.03,), train_size=60)
     job = Job("clouds", digit_clouds, clouds.networks([0.5])[-1], settings)
-    assert run_jobs([job], workers=1) == run_jobs([job], workers=1)
+    assert in_one_thread(job) == in_one_thread(job)
 
 
 class Counted:

@@ -53,6 +53,7 @@ from convnn_geo.nn import ConvNNAttention
 from convnn_geo.points import Points
 from convnn_geo.search import knn
 from convnn_geo.train import Config, DivergedError, fit, setup
+from convnn_geo.workers import one_thread
 
 RUN = importlib.import_module("convnn_geo.experiments.run")
 TINY = Config(
@@ -137,8 +138,8 @@ class TestRun:
 
     def test_a_run_is_that_of_the_trainer(self, tmp_path):
         config = replace(TINY, layer="convnn", layer_options={"metric": "cosine"})
-        found = train_setting(Setting("mixed", 0.5, config), seed=1)
-        with RUN.one_thread():
+        with one_thread():
+            found = train_setting(Setting("mixed", 0.5, config), seed=1)
             other = fit(replace(config, out=str(tmp_path)), seed=1)
         assert found.test == other.test["accuracy"]
         assert found.validation == other.validation["accuracy"]

@@ -21,9 +21,9 @@ from convnn_geo.demo.experiments import Experiment, experiments
 from convnn_geo.demo.record import cores, machine, versions, write_metrics
 from convnn_geo.demo.report import COLUMNS, Picture, Section, score_cells, write_report
 from convnn_geo.demo.summary import scores, sentences
-from convnn_geo.demo.training import Run
-from convnn_geo.demo.workers import Job, run_jobs
+from convnn_geo.demo.training import Job, Run
 from convnn_geo.extras import require
+from convnn_geo.workers import run_jobs
 
 EXTRAS = ("sklearn", "skimage", "matplotlib", "rich")
 LAMS = neighbors.spectrum(5)
@@ -149,15 +149,12 @@ def _train(trained: Sequence[Experiment], workers: int, tick: Tick) -> list[Run]
         for experiment in trained
         for network in experiment.networks
     ]
-    finished = 0
-
-    def done(job: Job) -> None:
-        nonlocal finished
-        finished += 1
-        tick(job.network.name, finished, len(jobs))
-
     tick("", 0, len(jobs))
-    return run_jobs(jobs, workers, done)
+    runs: dict[int, list[Run]] = {}
+    for number, found in run_jobs(dict(enumerate(jobs)), workers):
+        runs[number] = found
+        tick(jobs[number].network.name, len(runs), len(jobs))
+    return [run for number in range(len(jobs)) for run in runs[number]]
 
 
 def _report(experiment: Experiment, runs: Sequence[Run], out: Path) -> Section:

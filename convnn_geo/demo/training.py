@@ -97,6 +97,27 @@ class Run:
     test: float | None = None
 
 
+@dataclass(frozen=True)
+class Job:
+    """A network and the data that it learns.
+
+    Args:
+        task: what the data are called.
+        load: gives the data; loaded where the job runs.
+        network: what to train.
+        settings: of the training.
+    """
+
+    task: str
+    load: Callable[[], Splits]
+    network: Network
+    settings: Settings
+
+    def __call__(self) -> list[Run]:
+        """Do it."""
+        return train(self.task, self.network, self.load(), self.settings)
+
+
 def train(task: str, network: Network, splits: Splits, settings: Settings) -> list[Run]:
     """Train a network with every seed, at the learning rate that validates best.
 

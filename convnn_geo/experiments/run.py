@@ -1,23 +1,15 @@
-"""Running what an experiment lacks: two processes with a thread each, every finished run kept.
-
-With one thread a run gives the same numbers however many run at a time; a thread more would split
-sums differently.
-"""
+"""Running what an experiment lacks, with every finished run kept."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from convnn_geo.experiments.base import Experiment, Setting
@@ -28,6 +20,7 @@ from convnn_geo.train.processes import start
 from convnn_geo.train.setup import build, check_fits, load_task, model_arguments
 from convnn_geo.train.training import Training
 from convnn_geo.train.watch import Watch
+from convnn_geo.workers import run_jobs
 
 
 @dataclass(frozen=True)
@@ -84,13 +77,14 @@ def run(
         MissingExtraError: a package of the extras train, data or vision is not installed.
     """
     settings = experiment.settings(quick)
-    jobs = [(setting, seed) for seed in range(seeds) for setting in settings]
-    files = [_file(folder, *job) for job in jobs]
-    lacking = {file: job for file, job in zip(files, jobs, strict=True) if not file.exists()}
+    runs = [(setting, seed) for seed in range(seeds) for setting in settings]
+    files = [_file(folder, *each) for each in runs]
+    lacking = {file: each for file, each in zip(files, runs, strict=True) if not file.exists()}
     if len(lacking) < len(set(files)):
         tell(f"{len(set(files)) - len(lacking)} of {len(set(files))} runs are there already")
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (file, result) in enumerate(_results(lacking, workers), start=1):
+    jobs = {file: partial(train_setting, *each) for file, each in lacking.items()}
+    for number, (file, result) in enumerate(run_jobs(jobs, workers), start=1):
         write_atomically(file, json.dumps(asdict(result), indent=1) + "\n")
         setting, seed = lacking[file]
         tell(
@@ -112,17 +106,16 @@ def train_setting(setting: Setting, seed: int) -> Result:
         seed: of the weights, of the order of examples, and of what a model draws.
     """
     config = setting.config
-    with one_thread():
-        fabric, task = start(config), load_task(config)
-        seed_model(seed)
-        module = build(model_arguments(config, task))
-        if setting.change is not None:
-            setting.change(module)
-        check_fits(task, module)
-        training = Training(fabric, config, task, module, seed)
-        while training.epoch < config.epochs:
-            training.train_epoch(Watch())
-        test = training.evaluate(task.test)
+    fabric, task = start(config), load_task(config)
+    seed_model(seed)
+    module = build(model_arguments(config, task))
+    if setting.change is not None:
+        setting.change(module)
+    check_fits(task, module)
+    training = Training(fabric, config, task, module, seed)
+    while training.epoch < config.epochs:
+        training.train_epoch(Watch())
+    test = training.evaluate(task.test)
     score = training.objective.score
     return Result(
         score=score,
@@ -146,37 +139,6 @@ def learned(model: nn.Module) -> dict[str, float]:
             else:
                 found[layer] = places.item()
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _results(jobs: dict[Path, tuple[Setting, int]], workers: int) -> Iterator[tuple[Path, Result]]:
-    """Results as they come."""
-    if workers == 1 or len(jobs) < 2:
-        for file, job in jobs.items():
-            yield file, train_setting(*job)
-        return
-    # Spawned, because a process forked after torch has used threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures: dict[Any, Path] = {
-            pool.submit(train_setting, *job): file for file, job in jobs.items()
-        }
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:  # Ctrl-C, too: what has not begun is not begun
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _read(file: Path) -> Result:

@@ -1,0 +1,64 @@
+"""Work in several processes, one thread each.
+
+A thread more would split sums differently and so change the last bits of every result; with one
+thread a job the numbers are the same however many jobs run at a time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+def run_jobs(
+    jobs: Mapping[Key, Callable[[], Result]], workers: int
+) -> Iterator[tuple[Key, Result]]:
+    """Run jobs in so many processes, and give their results as they come.
+
+    Args:
+        jobs: by a key that comes back with the result; to be pickled, if there is a process more.
+        workers: processes; 1 to run here.
+
+    Example:
+        >>> list(run_jobs({"three": lambda: 3}, workers=1))
+        [('three', 3)]
+    """
+    if workers == 1 or len(jobs) < 2:
+        for key, job in jobs.items():
+            yield key, in_one_thread(job)
+        return
+    # Spawned, because a process forked after torch has used threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = {pool.submit(in_one_thread, job): key for key, job in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:  # Ctrl-C, too: what has not begun is not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def in_one_thread(job: Callable[[], Result]) -> Result:
+    """Do a job while torch uses one thread."""
+    with one_thread():
+        return job()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
