@@ -882,3 +882,35 @@ def test_hooks_of_two_layers_can_not_be_one():
     with pytest.raises(NotApplicable, match=r"0 \(Conv2d\) can't become 'make': it has hooks"):
         convert.to_convnn(model, Rule(make))
     assert type(model[0]) is nn.Conv2d
+
+
+def tied():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_tied_weights_stay_tied():
+    model = convert.to_convnn(tied())
+    assert model[0].weight is model[2].weight
+    assert len(list(model.parameters())) == 3
+    convert.to_convnn(tied(), [Rule("exact", name="0"), Rule("keep", name="2")])
+    layer = nn.Conv2d(2, 2, 3, padding=1)  # one layer in two places shares with nobody else
+    model = convert.to_convnn(nn.Sequential(layer, layer), Rule("convnn"))
+    assert model[0] is model[1] and type(model[0]) is ConvNN2d
+    model = convert.to_convnn(tied(), Rule(lambda layer: nn.Identity(), name="0"))
+    assert type(model[0]) is nn.Identity  # which has nothing that could differ
+
+
+@pytest.mark.parametrize(
+    ("become", "name", "made"),
+    [("convnn", "*", "ConvNN2d"), ("convnn", "0", "ConvNN2d"), ("branching", "*", "Branching")],
+)
+def test_tied_weights_are_not_drawn_apart(become, name, made):
+    model = tied()
+    message = rf"0 \(Conv2d\) shares its weight with 2, and a {made} in its place would not"
+    with pytest.raises(NotApplicable, match=message):
+        convert.to_convnn(model, Rule(become, name=name))
+    assert type(model[0]) is type(model[2]) is nn.Conv2d and model[0].weight is model[2].weight
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())  # as the message says
+    convert.to_convnn(model, Rule(become, name=name))

@@ -33,7 +33,8 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
         The model, or its replacement where the model itself is a known layer.
 
     Raises:
-        NotApplicable: a layer can't become what its rule says; names both.
+        NotApplicable: a layer can't become what its rule says, or it shares a parameter with
+            another part of the model and would not any more; names both.
         ValueError: a rule's name fits no layer that is known.
 
     Example:
@@ -50,16 +51,17 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
     known = [(layer, names) for layer, names in found if not is_ours(layer)]
     _check_names(rules, [name for _, names in known for name in names], len(found) - len(known))
-    replacements = []
+    replacements: list[tuple[nn.Module, list[str], nn.Module]] = []
     for depth, (layer, names) in enumerate(known):
         for rule in rules:
             if any(rule.matches(name, layer, depth) for name in names):
                 replacements.append((layer, names, _become(rule, names[0], layer)))
                 break
+    _check_ties(model, replacements)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only torch's own attention takes
-    for layer, names, new in replacements:
+    for _, names, new in replacements:
         for name in names:
             if not name:
                 return new
@@ -80,6 +82,30 @@ def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
         raise NotApplicable(f"{where} can't become {become!r}: {error}") from error
     except (TypeError, ValueError) as error:  # of an option, which the spec took unseen
         raise type(error)(f"{where}: {error}") from error
+
+
+def _check_ties(
+    model: nn.Module, replacements: list[tuple[nn.Module, list[str], nn.Module]]
+) -> None:
+    """Raise where two parts of the model share a parameter that a conversion would draw apart."""
+    within = {id(part): names[0] for old, names, _ in replacements for part in old.modules()}
+    holders: dict[int, set[str]] = {}
+    for name, part in model.named_modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                holder = within.get(id(part), name) or "the model itself"
+                holders.setdefault(id(parameter), set()).add(holder)
+    for old, names, new in replacements:
+        kept = {id(parameter) for parameter in new.parameters()}
+        for name, parameter in old.named_parameters():
+            others = sorted(holders[id(parameter)] - {names[0]})
+            if others and kept and id(parameter) not in kept:
+                raise NotApplicable(
+                    f"{names[0]} ({type(old).__name__}) shares its {name} with "
+                    f"{', '.join(others)}, and a {type(new).__name__} in its place would not; keep "
+                    "such layers, convert them by 'exact', or give each a parameter of its own "
+                    f"before: layer.{name} = nn.Parameter(layer.{name}.detach().clone())"
+                )
 
 
 def _check_names(rules: list[Rule], names: list[str], ours: int) -> None:
