@@ -30,8 +30,8 @@ from convnn_geo.experiments import (
     Result,
     Row,
     Setting,
+    paragraphs,
     run,
-    sentences,
     train_setting,
     write_report,
 )
@@ -70,7 +70,7 @@ def tiny(*settings, published=None, pairs=()):
 
 def told(experiment, table, score="accuracy"):
     """Sentences on made-up test scores, {(series, at): scores}; validation is the same."""
-    return " ".join(sentences(experiment, rows_of(table, score)))
+    return " ".join(paragraphs(experiment, rows_of(table, score)))
 
 
 def rows_of(table, score="accuracy", validation=None):
@@ -362,7 +362,7 @@ class TestSentences:
     def test_series_are_compared_by_what_validation_chooses(self):
         table = {("a", 0.0): [0.9, 0.9], ("a", 1.0): [0.8, 0.8], ("b", None): [0.85, 0.85]}
         validation = {("a", 0.0): [0.1, 0.1], ("a", 1.0): [0.7, 0.7]}
-        said = " ".join(sentences(tiny(pairs=[("a", "b")]), rows_of(table, validation=validation)))
+        said = " ".join(paragraphs(tiny(pairs=[("a", "b")]), rows_of(table, validation=validation)))
         assert "validation part would choose 1 (80.00 ± 0.00 %)" in said
         assert "b is 5.00 points above a at 1" in said
 
@@ -379,7 +379,7 @@ class TestSentences:
         ]
         published = Published("them", "%", {"C": [(0.0, 1.5), (0.5, 2.5)]})
         said = " ".join(
-            sentences(tiny(published=published), [Row(Setting("l", 0.5, TINY), results)])
+            paragraphs(tiny(published=published), [Row(Setting("l", 0.5, TINY), results)])
         )
         assert "l at 0.5: λ settled at 0.20 ± 0.14, 0.80 ± 0.00" in said
         assert "C at 0.5 (2.5)" in said
@@ -403,7 +403,7 @@ class TestReport:
         assert "| a | 1 | 91.00 ± 1.41 | 91.00 | 10 | 0.50 |" in page
         assert "| plain |  | 86.00 ± 1.41 | 86.00 | 10 | 0.50 |" in page
         assert "VGG-11, CIFAR-10" in page and "`convnn-geo experiment tiny`" in page
-        assert " ".join(sentences(experiment, rows_of(self.TABLE))) in page
+        assert "\n\n".join(paragraphs(experiment, rows_of(self.TABLE))) in page
         with (tmp_path / "tiny.csv").open() as file:
             lines = list(csv.DictReader(file))
         assert [(r["series"], r["at"], r["seed"], float(r["test"])) for r in lines] == [

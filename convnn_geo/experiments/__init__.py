@@ -2,7 +2,7 @@
 
 An experiment is a file that names its grid; the rest is shared: every finished run is kept, so that
 a second call goes on; the result is a table with mean and deviation over seeds, a picture beside
-the published curve, and sentences made from the numbers.
+the published curve, and paragraphs made from the numbers.
 
     python -m convnn_geo experiment branching_ratio --quick
 
@@ -25,7 +25,7 @@ from convnn_geo.experiments import (
 from convnn_geo.experiments.base import Experiment, Published, Setting
 from convnn_geo.experiments.report import write_report
 from convnn_geo.experiments.run import Result, run, train_setting
-from convnn_geo.experiments.summary import Row, sentences
+from convnn_geo.experiments.summary import Row, paragraphs
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT
@@ -50,7 +50,7 @@ __all__ = [
     "Row",
     "Setting",
     "run",
-    "sentences",
+    "paragraphs",
     "train_setting",
     "write_report",
 ]

@@ -60,7 +60,7 @@ def _experiment(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     from convnn_geo.experiments import EXPERIMENTS, report, run
-    from convnn_geo.experiments.summary import Row, sentences
+    from convnn_geo.experiments.summary import Row, paragraphs
 
     quick, name = arguments.quick, arguments.experiment
     try:
@@ -80,6 +80,6 @@ def _run(arguments: argparse.Namespace) -> None:
     command = f"convnn-geo experiment {name} --seeds {seeds}" + " --quick" * quick
     path = report.write_report(experiment, rows, out, command)
     print_table(experiment.title, report.head(experiment, rows), [report.cells(r) for r in rows])
-    for sentence in sentences(experiment, rows):
-        print(sentence)
+    for paragraph in paragraphs(experiment, rows):
+        print(paragraph)
     print(f"{path}, with a picture and every run, after {time.perf_counter() - began:.0f} s")

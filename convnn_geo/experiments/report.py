@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convnn_geo.experiments.base import Experiment, place
 from convnn_geo.experiments.pictures import draw
-from convnn_geo.experiments.summary import Row, sentences
+from convnn_geo.experiments.summary import Row, paragraphs
 from convnn_geo.train.checkpoint import write_atomically
 
 
@@ -60,7 +60,7 @@ def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
     lines = [
         f"# {experiment.title}",
         experiment.question,
-        " ".join(sentences(experiment, rows)),
+        *paragraphs(experiment, rows),
         f"![{experiment.title}]({experiment.name}.png)",
         experiment.notes,
     ]

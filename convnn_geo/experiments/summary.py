@@ -94,25 +94,22 @@ def chosen(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: row.validation)
 
 
-def sentences(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
-    """What was seen, and what these runs can't tell.
+def paragraphs(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
+    """What was seen, series by series, and what these runs can't tell.
 
     Args:
         experiment: names the series that are compared.
         rows: of all settings.
     """
-    said = []
     groups = series(rows)
-    for name, group in groups.items():
-        if len(group) > 1:
-            said += _along(name, group)
+    said = [" ".join(_along(name, group)) for name, group in groups.items() if len(group) > 1]
     told = [compare(chosen(groups[one]), chosen(groups[other])) for one, other in experiment.pairs]
     if told:
-        said.append("Each series taken at the point that the validation part would choose:")
-        said += told
-    for row in rows:
-        if row.learned:
-            said.append(_settled(row))
+        said.append(
+            "Each series taken at the point that the validation part would choose: "
+            + " ".join(told)
+        )
+    said += [_settled(row) for row in rows if row.learned]
     if experiment.published is not None:
         said.append(_published(experiment))
     return [*said, _caution(rows)]
