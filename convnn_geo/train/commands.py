@@ -106,12 +106,13 @@ def _train(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> Config:
     """What the file says, and what flags say instead."""
     values = {} if arguments.config is None else read_yaml(arguments.config)
-    Config.from_dict(values)  # so that an error here is about the file
+    # Mappings are refused here where they are none; all else may be put right by a flag.
+    Config.from_dict({name: values[name] for name in OPTIONS if name in values})
     given = vars(arguments)
     for field in dataclasses.fields(Config):
         if field.name in given:
             values[field.name] = given[field.name]
-    options: dict[str, dict[str, Any]] = {name: dict(values.get(name) or {}) for name in OPTIONS}
+    options: dict[str, dict[str, Any]] = {name: dict(values.get(name, {})) for name in OPTIONS}
     options["layer_options"].update({name: given[name] for name in _LAYER if name in given})
     for text in arguments.set:
         name, key, value = _setting(text)

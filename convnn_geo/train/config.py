@@ -21,6 +21,12 @@ SCHEDULES = ("constant", "cosine", "step")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "cuda")
 OPTIONS = ("layer_options", "model_options", "data_options")
+#: Fields that have an effect at one value of another field alone.
+ONLY_WITH = {
+    "momentum": ("optimizer", "sgd"),
+    "step_epochs": ("schedule", "step"),
+    "step_factor": ("schedule", "step"),
+}
 #: What a continued run may change: numbers don't depend on it, or not by intent.
 FREE = ("accelerator", "data_root", "download", "out", "seeds", "tensorboard", "workers")
 
@@ -58,10 +64,10 @@ class Config:
         optimizer: ``"adamw"`` or ``"sgd"``.
         learning_rate: at its highest.
         weight_decay: of weights with two axes or more; biases and scalars don't decay.
-        momentum: of SGD.
+        momentum: of ``"sgd"``.
         schedule: ``"constant"``, ``"cosine"`` or ``"step"``, see :mod:`convnn_geo.train.schedule`.
-        warmup_epochs: over which the learning rate grows linearly.
-        step_epochs: of ``"step"``, between drops of the learning rate.
+        warmup_epochs: over which the learning rate grows linearly; ``epochs`` at most.
+        step_epochs: of ``"step"``, between drops of the learning rate; fewer than ``epochs``.
         step_factor: of ``"step"``, what each drop multiplies by.
         clip_norm: gradients are scaled down to this norm; None leaves them.
         label_smoothing: share of the target spread over all classes.
@@ -78,7 +84,7 @@ class Config:
         out: folder for what is written; empty for runs/train/MODEL-LAYER-DATA.
 
     Raises:
-        ConfigError: a value that can't be.
+        ConfigError: a value that can't be, or that would have no effect.
 
     Example:
         >>> config = Config(model="vgg11", layer="branching", layer_options={"k": 9}, epochs=2)
@@ -260,9 +266,32 @@ def _check(config: Config) -> None:
         raise TypeError(f"layer: expected a name, got {config.layer!r}")
     for name in OPTIONS:
         _check_options(name, getattr(config, name))
+    _check_effects(config)
     twice = set(config.layer_options) & set(config.model_options)
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))}: in layer_options and in model_options")
+
+
+def _check_effects(config: Config) -> None:
+    """Raise for what was set and would change nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, (owner, needed) in ONLY_WITH.items():
+        value, chosen = getattr(config, name), getattr(config, owner)
+        if value != defaults[name] and chosen != needed:
+            raise ValueError(
+                f"{name}: expected {owner} {needed!r} with it, got {name} {value} with {owner} "
+                f"{chosen!r}, where it has no effect; leave {name} out or set {owner} to {needed!r}"
+            )
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"warmup_epochs: expected at most epochs, {config.epochs}, got {config.warmup_epochs}, "
+            "which would never reach learning_rate; lower warmup_epochs or raise epochs"
+        )
+    if config.schedule == "step" and config.step_epochs >= config.epochs:
+        raise ValueError(
+            f"step_epochs: expected less than epochs, {config.epochs}, got {config.step_epochs}, "
+            "so that schedule 'step' would never drop; lower step_epochs or leave schedule out"
+        )
 
 
 def _check_options(name: str, options: Any) -> None:

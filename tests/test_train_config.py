@@ -1,0 +1,96 @@
+"""Configurations: what is refused by name, what a file says, and what flags say above it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+from torch import nn
+
+from convnn_geo.train import Config, ConfigError
+from convnn_geo.train.commands import _config, add_train
+
+
+def configured(*flags):
+    """The configuration of a command line."""
+    parser = argparse.ArgumentParser()
+    add_train(parser.add_subparsers(dest="name"))
+    return _config(parser.parse_args(["train", *map(str, flags)]))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"epoch": 3}, r"unknown key 'epoch'; did you mean 'epochs'"),
+        ({"qqq": 3}, r"unknown key 'qqq'; known: model, layer"),
+        ({"epochs": 0}, r"epochs: expected an integer of at least 1, got 0"),
+        ({"epochs": 2.5}, r"epochs: expected an integer, got 2\.5"),
+        ({"learning_rate": 0}, r"learning_rate: .*greater than 0"),
+        ({"learning_rate": "fast"}, r"learning_rate: expected a number, got 'fast'"),
+        ({"label_smoothing": 1.0}, r"label_smoothing: expected less than 1"),
+        ({"ema": 1}, r"ema: expected less than 1"),
+        ({"optimizer": "adam"}, r"unknown optimizer 'adam'; expected one of: adamw, sgd"),
+        ({"model": "vgg12"}, r"unknown model 'vgg12'"),
+        ({"data": "digit"}, r"unknown data 'digit'"),
+        ({"compile": "no"}, r"compile: expected true or false"),
+        ({"layer": 3}, r"layer: expected a name"),
+        ({"layer_options": [1]}, r"layer_options: expected a mapping"),
+        ({"layer_options": {"metric": nn.ReLU()}}, r"layer_options: expected numbers, text"),
+        ({"layer_options": {"k": 1}, "model_options": {"k": 2}}, r"k: in layer_options and in"),
+    ],
+)
+def test_a_configuration_is_checked_by_name(values, told):
+    with pytest.raises(ConfigError, match=told):
+        Config.from_dict(values)
+
+
+def test_a_configuration_is_read_from_yaml(tmp_path):
+    pytest.importorskip("yaml")
+    file = tmp_path / "run.yaml"
+    file.write_text("layer: convnn\nlayer_options: {k: 4}\nlearning_rate: 1e-3\nema: null\n")
+    config = Config.from_yaml(file)
+    assert config == Config(layer="convnn", layer_options={"k": 4}, learning_rate=0.001)
+    file.write_text(json.dumps(config.to_dict()))
+    assert Config.from_yaml(file) == config
+    file.write_text("")
+    assert Config.from_yaml(file) == Config()
+    for bad, told in (("a: [", "no YAML"), ("- 1", "expected keys"), ("epohcs: 1", "'epochs'")):
+        file.write_text(bad)
+        with pytest.raises(ConfigError, match=told):
+            Config.from_yaml(file)
+    with pytest.raises(FileNotFoundError):
+        Config.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"momentum": 0.8}, r"momentum: expected optimizer 'sgd' with it, .*optimizer 'adamw'"),
+        ({"step_epochs": 2}, r"step_epochs: expected schedule 'step' with it, .*'cosine'"),
+        ({"step_factor": 0.5, "schedule": "constant"}, r"step_factor: .*schedule 'constant'"),
+        ({"warmup_epochs": 3, "epochs": 2}, r"warmup_epochs: expected at most epochs, 2, got 3"),
+        ({"schedule": "step"}, r"step_epochs: expected less than epochs, 30, got 30"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(values, told):
+    with pytest.raises(ConfigError, match=told):
+        Config(**values)
+
+
+def test_what_has_an_effect_is_taken():
+    Config(optimizer="sgd", momentum=0.8)
+    Config(schedule="step", step_epochs=2, step_factor=0.5, epochs=3)
+    Config(warmup_epochs=2, epochs=2)
+
+
+def test_what_a_file_needs_may_come_from_a_flag(tmp_path):
+    pytest.importorskip("yaml")
+    file = tmp_path / "run.yaml"
+    file.write_text("schedule: step\nmomentum: 0.8\nlayer_options: {k: 4}\n")
+    config = configured("--config", file, "--optimizer", "sgd", "--epochs", 60, "--lam", 1)
+    assert (config.momentum, config.epochs) == (0.8, 60)
+    assert config.layer_options == {"k": 4, "lam": 1.0}
+    file.write_text("layer_options: [4]\n")
+    with pytest.raises(ConfigError, match="layer_options: expected a mapping"):
+        configured("--config", file)
