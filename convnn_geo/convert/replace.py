@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from torch import nn
 
 from convnn_geo.checks import check_instance
-from convnn_geo.convert.known import is_ours, kind, places
+from convnn_geo.convert.known import KNOWN, is_ours, kind, places
 from convnn_geo.convert.positions import place_tokens
 from convnn_geo.convert.rules import Rule
 from convnn_geo.convert.weights import NotApplicable
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
 """Beginnings of the attributes where a module has the hooks of its runs."""
+
+_Places = list[tuple[nn.Module, list[str]]]
+_Replacements = list[tuple[nn.Module, list[str], nn.Module]]
 
 
 def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> nn.Module:
@@ -35,7 +38,9 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
     Raises:
         NotApplicable: a layer can't become what its rule says, or it shares a parameter with
             another part of the model and would not any more; names both.
-        ValueError: a rule's name fits no layer that is known.
+        ValueError: a rule's conditions fit no layer that is known, or a rule without conditions
+            stands before others. A rule may fit those layers alone that earlier rules took, so that
+            a list of rules serves models that differ.
 
     Example:
         >>> from convnn_geo import convert
@@ -50,13 +55,13 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
         check_instance("rules", rule, Rule)
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
     known = [(layer, names) for layer, names in found if not is_ours(layer)]
-    _check_names(rules, [name for _, names in known for name in names], len(found) - len(known))
-    replacements: list[tuple[nn.Module, list[str], nn.Module]] = []
-    for depth, (layer, names) in enumerate(known):
-        for rule in rules:
-            if any(rule.matches(name, layer, depth) for name in names):
-                replacements.append((layer, names, _become(rule, names[0], layer)))
-                break
+    chosen = [_first(rules, names, layer, depth) for depth, (layer, names) in enumerate(known)]
+    _check_rules(rules, chosen, known, len(found) - len(known))
+    replacements = [
+        (layer, names, _become(rule, names[0], layer))
+        for rule, (layer, names) in zip(chosen, known, strict=True)
+        if rule is not None
+    ]
     _check_ties(model, replacements)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -84,9 +89,7 @@ def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _check_ties(
-    model: nn.Module, replacements: list[tuple[nn.Module, list[str], nn.Module]]
-) -> None:
+def _check_ties(model: nn.Module, replacements: _Replacements) -> None:
     """Raise where two parts of the model share a parameter that a conversion would draw apart."""
     within = {id(part): names[0] for old, names, _ in replacements for part in old.modules()}
     holders: dict[int, set[str]] = {}
@@ -108,14 +111,34 @@ def _check_ties(
                 )
 
 
-def _check_names(rules: list[Rule], names: list[str], ours: int) -> None:
-    more = f"; {ours} more were converted before, and stay" if ours else ""
+def _first(rules: list[Rule], names: list[str], layer: nn.Module, depth: int) -> Rule | None:
+    """The first rule that matches a layer under any of its names."""
     for rule in rules:
-        lone = Rule("keep", name=rule.name)
-        if rule.name is not None and not any(lone.matches(n, nn.Identity(), 0) for n in names):
+        if any(rule.matches(name, layer, depth) for name in names):
+            return rule
+    return None
+
+
+def _check_rules(
+    rules: list[Rule], chosen: list[Rule | None], known: _Places, converted: int
+) -> None:
+    """Raise for rules that can't have been meant: they fit no layer, or are never tried."""
+    more = f"; {converted} more were converted before, and stay" if converted else ""
+    for place, rule in enumerate(rules):
+        if not rule.conditions and place + 1 < len(rules):
             raise ValueError(
-                f"rule name={rule.name!r} fits no layer that is known; the model has: "
-                f"{', '.join(names) or 'none'}{more}"
+                f"rules[{place}], {rule}, takes every layer, so that rules[{place + 1}], "
+                f"{rules[place + 1]}, is never tried; put it last"
+            )
+        if not rule.conditions or any(rule is other for other in chosen):
+            continue
+        every = enumerate(known)  # it may fit those alone that earlier rules took
+        if all(_first([rule], names, layer, depth) is None for depth, (layer, names) in every):
+            there = ", ".join(f"{names[0]} ({type(layer).__name__})" for layer, names in known)
+            raise ValueError(
+                f"rules[{place}], {rule}, fits no layer; expected a layer that can be converted "
+                f"({KNOWN}), and of those the model has, in the order of depth: "
+                f"{there or 'none'}{more}"
             )
 
 

@@ -55,6 +55,16 @@ class Rule:
         if self.where is not None and not callable(self.where):
             raise TypeError(f"Rule: where is a function of name and layer, got {self.where!r}")
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The conditions that are given, by name."""
+        given = {name: getattr(self, name) for name in ("name", "type", "depth", "where")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def __str__(self) -> str:
+        given = "".join(f", {name}={_short(value)}" for name, value in self.conditions.items())
+        return f"Rule({self.become.name!r}{given})"  # type: ignore[union-attr]
+
     def matches(self, name: str, layer: nn.Module, depth: int) -> bool:
         """Whether all conditions hold."""
         depths = (self.depth,) if isinstance(self.depth, int) else self.depth
@@ -64,3 +74,10 @@ class Rule:
             and (depths is None or depth in depths)
             and (self.where is None or bool(self.where(name, layer)))
         )
+
+
+def _short(value: Any) -> str:
+    """A condition, classes and functions by their names."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    return getattr(value, "__name__", repr(value))
