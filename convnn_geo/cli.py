@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 where all is well, 1 where a check failed, 2 for input that can't be used.
     """
     arguments = _parser().parse_args(argv)
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):  # the shell leaves --out=~/x as it is
+            setattr(arguments, name, Path(os.path.expanduser(value)))
     try:
         return int(arguments.command(arguments))
     except (InputError, MissingExtraError, OSError) as error:
@@ -100,7 +104,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "on a photograph, train on digits as images and as point clouds at five points of the "
         "spectrum, and write a report. Takes about 75 seconds on two CPU cores.",
     )
-    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s"
+    )
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="runs of each network (%(default)s)"
     )

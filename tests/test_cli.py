@@ -141,6 +141,12 @@ def test_command_of_the_readme_takes_any_photograph(tmp_path, monkeypatch, mode,
     assert (tmp_path / "spectrum.png").stat().st_size > 1000
 
 
+def test_a_tilde_is_the_users_home(photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["show", "--image=~/photo.png", "--k=4", "--out=~/a.png"]) == 0
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_help_tells_of_ties(capsys):
     with pytest.raises(SystemExit):
         main(["show", "--help"])

@@ -8,6 +8,7 @@ import json
 import pytest
 from torch import nn
 
+from convnn_geo.cli import main
 from convnn_geo.train import Config, ConfigError
 from convnn_geo.train.commands import _config, add_train
 
@@ -94,3 +95,15 @@ def test_what_a_file_needs_may_come_from_a_flag(tmp_path):
     file.write_text("layer_options: [4]\n")
     with pytest.raises(ConfigError, match="layer_options: expected a mapping"):
         configured("--config", file)
+
+
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch, capsys):
+    for package in ("yaml", "lightning_fabric", "torchvision"):
+        pytest.importorskip(package)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("data: mnist\ndata_root: ~/lost\nout: ~/run\n")
+    config = Config.from_yaml(tmp_path / "run.yaml")
+    assert (config.folder, config.data_folder) == (tmp_path / "run", tmp_path / "lost")
+    assert main(["train", "--config=~/run.yaml"]) == 2
+    assert f"expected the files of MNIST in {tmp_path}/lost" in capsys.readouterr().err
+    assert Config(out="~nobody-here/x").folder.parts[0] == "~nobody-here"

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from convnn_geo.train.config import OPTIONS, Config, ConfigError, read_yaml
@@ -40,7 +41,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML or JSON with keys as the flags below"
+        "--config", type=Path, metavar="FILE", help="YAML or JSON with keys as the flags below"
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue what the folder of --out holds"

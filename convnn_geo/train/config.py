@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,9 +178,14 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """Where files are written."""
+        """Where files are written; a ``~`` of ``out`` is the user's home."""
         name = "-".join(part for part in (self.model, self.layer, self.data) if part)
-        return Path(self.out) if self.out else Path("runs", "train", name)
+        return _expanded(self.out) if self.out else Path("runs", "train", name)
+
+    @property
+    def data_folder(self) -> Path:
+        """Where data are looked for; a ``~`` of ``data_root`` is the user's home."""
+        return _expanded(self.data_root)
 
     def check_same(self, other: Mapping[str, Any], where: str) -> None:
         """Raise ``ConfigError`` where a run was begun otherwise and so can't be continued.
@@ -226,6 +232,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys with values, got {type(values).__name__}")
     return values
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
 
 
 def _check(config: Config) -> None:

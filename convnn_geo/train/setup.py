@@ -161,7 +161,7 @@ def _load(config: Config, image_size: int | None) -> Task:
     try:
         return load(
             config.data,
-            root=config.data_root,
+            root=config.data_folder,
             seed=config.data_seed,
             image_size=image_size,
             download=config.download,
