@@ -6,15 +6,14 @@ import argparse
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from convnn_geo import __version__
-from convnn_geo.bench.commands import add_bench
-from convnn_geo.experiments.commands import add_experiment
 from convnn_geo.extras import MissingExtraError
-from convnn_geo.train.commands import add_train
 
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _EXAMPLES = """\
 examples:
   python -m convnn_geo verify                     every recipe against its peer
@@ -37,14 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 where all is well, 1 where a check failed, 2 for input that can't be used.
     """
-    arguments = _parser().parse_args(argv)
-    for name, value in vars(arguments).items():
-        if isinstance(value, Path):  # the shell leaves --out=~/x as it is
-            setattr(arguments, name, Path(os.path.expanduser(value)))
+    given = sys.argv[1:] if argv is None else list(argv)
+    asked = next((word for word in given if not word.startswith("-")), "")
     try:
-        return int(arguments.command(arguments))
+        return _run(_parser(asked).parse_args(given))
     except (InputError, MissingExtraError, OSError) as error:
-        print(f"convnn-geo {arguments.name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"convnn-geo {asked}: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -55,13 +52,25 @@ class InputError(ValueError):
     """What the user gave can't be used; the message says why."""
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):  # the shell leaves --out=~/x as it is
+            setattr(arguments, name, Path(os.path.expanduser(value)))
+    return int(arguments.command(arguments))
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return " ".join(str(error).split())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str = "") -> argparse.ArgumentParser:
+    """The command line; of commands in modules of their own, the one asked for is complete.
+
+    The others are names with a line of help, so that none needs, or waits for, what another
+    imports.
+    """
     parser = argparse.ArgumentParser(
         prog="convnn-geo",
         description="Convolution, attention and what lies between, as one operator.",
@@ -75,13 +84,40 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_demo(commands)
     _add_show(commands)
-    add_train(commands)
-    add_experiment(commands)
-    add_bench(commands)
+    for name, (add, text) in _GROUPS.items():
+        if name == asked:
+            add(commands)
+        else:
+            commands.add_parser(name, help=text)
     return parser
 
 
-def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(commands: _Commands) -> None:
+    from convnn_geo.train.commands import add_train
+
+    add_train(commands)
+
+
+def _add_experiment(commands: _Commands) -> None:
+    from convnn_geo.experiments.commands import add_experiment
+
+    add_experiment(commands)
+
+
+def _add_bench(commands: _Commands) -> None:
+    from convnn_geo.bench.commands import add_bench
+
+    add_bench(commands)
+
+
+_GROUPS: dict[str, tuple[Callable[[_Commands], None], str]] = {
+    "train": (_add_train, "train a model, and score it over seeds"),
+    "experiment": (_add_experiment, "one of the paper's questions, asked of small models"),
+    "bench": (_add_bench, "measure search engines and layers on this machine"),
+}
+
+
+def _add_verify(commands: _Commands) -> None:
     parser = commands.add_parser(
         "verify",
         help="compare every recipe with its peer",
@@ -96,7 +132,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(command=_verify)
 
 
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_demo(commands: _Commands) -> None:
     parser = commands.add_parser(
         "demo",
         help="verify, draw, train along the spectrum, and write a report",
@@ -116,7 +152,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(command=_demo)
 
 
-def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_show(commands: _Commands) -> None:
     parser = commands.add_parser(
         "show",
         help="draw the neighbours of pixels of a picture",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convnn_geo import extras, verify
-from convnn_geo.cli import main
+from convnn_geo.cli import _GROUPS, _parser, main
 from convnn_geo.console import plain_table
 from convnn_geo.demo.errors import error_table, verdict
 
@@ -217,6 +217,38 @@ def test_help_shows_examples(capsys):
         main(["--help"])
     assert stop.value.code == 0
     assert "python -m convnn_geo show --image photo.png --pixel 40,60" in capsys.readouterr().out
+
+
+def imported_by(arguments):
+    """Packages of convnn_geo that a command's help imports."""
+    script = (
+        "import sys\nimport convnn_geo.cli\n"
+        f"try:\n    convnn_geo.cli.main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print(*{name.split('.')[1] for name in sys.modules if name.startswith('convnn_geo.')})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_no_command():
+    late = {"train", "experiments", "bench", "datasets", "verify", "demo"}
+    assert not imported_by(["--help"]) & late
+    assert imported_by(["train", "--help"]) & late == {"train", "datasets"}
+
+
+@pytest.mark.parametrize("broken", ["train", "experiments", "bench"])
+def test_a_broken_command_leaves_the_others(monkeypatch, broken):
+    monkeypatch.setitem(sys.modules, f"convnn_geo.{broken}.commands", None)
+    for command in ("verify", "demo", "show", *_GROUPS):
+        stops = ImportError if command == broken.removesuffix("s") else SystemExit
+        with pytest.raises(stops):
+            main([command, "--help"])
+
+
+def test_commands_are_listed_as_they_say_themselves():
+    brief = _parser().format_help()
+    for name, (_, text) in _GROUPS.items():
+        assert _parser(name).format_help() == brief and text in " ".join(brief.split())
 
 
 def test_module_runs_as_a_program():

@@ -37,7 +37,7 @@ def test_commands_are_understood():
         *("demo", "verify", "show", "train", "experiment", "bench")
     }
     for command in commands:
-        _parser().parse_args(command)
+        _parser(command[0]).parse_args(command)
     shown = "show --image photo.png --pixel 40,60 --spectrum 5 --out spectrum.png"
     assert shown.split() in commands
 
