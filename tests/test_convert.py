@@ -679,14 +679,13 @@ def test_attention_moves_along_the_sequence():
     assert (outs[1] - outs[0]).abs().max() > 1e-2 and (outs[1] - outs[2]).abs().max() > 1e-2
 
 
-def small_vit(which):
+def small_vit(which, **options):
     if which == "timm":
         pytest.importorskip("timm")
         from timm.models.vision_transformer import VisionTransformer
 
-        return VisionTransformer(
-            img_size=(8, 12), patch_size=4, embed_dim=16, depth=2, num_heads=2, reg_tokens=2
-        )
+        sizes = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        return VisionTransformer(**sizes, **{"reg_tokens": 2, **options})
     vision = pytest.importorskip("torchvision.models.vision_transformer")
     return vision.VisionTransformer(8, 4, 2, 2, 16, 32)
 
@@ -948,3 +947,79 @@ def test_rules_that_earlier_ones_leave_nothing_to():
     with pytest.raises(ValueError, match=message):
         convert.to_convnn(chain(), wrong)
     assert convert.to_convnn(nn.Linear(2, 2)) is not None  # where no condition can be mistyped
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({"class_token": False, "global_pool": "avg", "reg_tokens": 0}, 0),
+        ({"class_token": False, "global_pool": "avg"}, 2),
+        ({"class_token": False, "global_pool": "map", "reg_tokens": 1}, 1),
+        ({"reg_tokens": 4, "no_embed_class": True}, 5),
+        ({"reg_tokens": 0, "global_pool": "avg"}, 1),
+    ],
+)
+def test_patches_come_after_the_tokens_that_a_transformer_puts_before(options, prefix):
+    model = convert.to_convnn(small_vit("timm", **options).eval())
+    convert.set_interpolation(model, 0.0)
+    metric = model.blocks[0].attn.attention.metric.first
+    assert (metric.size, metric.prefix) == ((2, 3), prefix)
+    seen = []
+    model.blocks[0].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(1, 3, 8, 12)
+    model(x)
+    patches = model.patch_embed(x)
+    if not options.get("no_embed_class"):  # which adds to the patches alone
+        patches = patches + model.pos_embed[:, model.pos_embed.shape[1] - 6 :]
+    else:
+        patches = patches + model.pos_embed
+    close(seen[0][:, prefix:], model.blocks[0].norm1(patches))
+
+
+def test_positions_of_images_of_any_size_are_refused():
+    model = small_vit("timm", dynamic_img_size=True).eval()
+    tall, wide = torch.randn(1, 3, 12, 8), torch.randn(1, 3, 8, 12)
+    before = model(tall), model(wide)
+    convert.to_convnn(model)
+    close(model(tall), before[0])  # where positions do not count, any size will do
+    convert.set_interpolation(model.blocks, 0.5)
+    for x in (tall, wide):  # as many patches on another grid
+        with pytest.raises(ValueError, match="dynamic_img_size=True takes images of any size"):
+            model(x)
+    convert.set_interpolation(model, 1.0)
+    close(model(wide), before[1])
+    recipe = small_vit("timm", dynamic_img_size=True)
+    convert.to_convnn(recipe, Rule(spec("interpolated_attention", lam=0.5), name="*attn"))
+    with pytest.raises(ValueError, match="dynamic_img_size"):
+        recipe(tall)
+
+
+def test_positions_of_patches_without_a_grid_are_refused():
+    pytest.importorskip("timm")
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    cfg = NaFlexVitCfg(patch_size=4, embed_dim=16, depth=1, num_heads=2, pos_embed_grid_size=(2, 3))
+    model, x = NaFlexVit(cfg, num_classes=3).eval(), torch.randn(1, 3, 8, 12)
+    before = model(x)
+    close(convert.to_convnn(model)(x), before)
+    convert.set_interpolation(model, 0.5)
+    with pytest.raises(ValueError, match="NaFlexVit names no grid_size"):
+        model(x)
+
+
+def test_positions_of_patches_that_are_dropped_are_refused():
+    model = convert.to_convnn(small_vit("timm", patch_drop_rate=0.5))
+    x = torch.randn(1, 3, 8, 12)
+    assert model(x).shape == (1, 1000)
+    convert.set_interpolation(model, 0.5)
+    with pytest.raises(ValueError, match=r"expected 9 tokens .*, got 6; .*patch_drop_rate=0"):
+        model(x)
+    assert model.eval()(x).shape == (1, 1000)  # where none is dropped
+
+
+def test_other_models_with_a_class_token_are_sequences():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True))
+    model.class_token, model.patch_size = nn.Parameter(torch.zeros(8)), (4, 4)
+    convert.to_convnn(model)
+    convert.set_interpolation(model, 0.5)
+    assert isinstance(model[0].metric.first, Spatial)

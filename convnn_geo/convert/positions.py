@@ -52,7 +52,7 @@ class PatchPositions(Metric):
             raise ValueError(
                 f"PatchPositions: expected {expected} tokens ({self.prefix} before patches of "
                 f"{' x '.join(map(str, self.size))}), got {points.num_points}; give images of the "
-                "size that the model was made for"
+                "size that the model was made for, and drop no patches (patch_drop_rate=0)"
             )
         double = points.x is not None and points.x.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
@@ -64,11 +64,30 @@ class PatchPositions(Metric):
         return f"{self.size}, prefix={self.prefix}"
 
 
+class UnknownPositions(Metric):
+    """Stands where a model's positions would, and raises as soon as they are asked for.
+
+    Args:
+        reason: why nobody knows where the patches lie.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def distances(self, target: Points, source: Points) -> Distances:
+        """Raise, for a grid that is guessed would give wrong distances in silence."""
+        raise ValueError(
+            f"positions of patches: {self.reason}, so that their grid is unknown to attention; "
+            "build the model for images of one size, or leave it at the features' end (lam=1)"
+        )
+
+
 def token_positions(model: nn.Module, name: str) -> Metric:
     """The metric of positions for an attention in a model.
 
-    Inside timm's or torchvision's ``VisionTransformer`` tokens are patches on their grid; in any
-    other model they are a sequence.
+    Inside timm's or torchvision's ``VisionTransformer`` tokens are patches on their grid, which
+    images of any size (``dynamic_img_size``) leave unknown; in any other model they are a sequence.
     """
     parts = name.split(".") if name else []
     for end in range(len(parts) - 1, -1, -1):
@@ -85,7 +104,7 @@ def place_tokens(model: nn.Module, name: str, layer: nn.Module) -> None:
     for a sequence. Any other stands at the features' end, where positions do not count yet.
     """
     place = token_positions(model, name)
-    if not isinstance(place, PatchPositions):
+    if isinstance(place, Spatial):
         return
     for part in layer.modules():
         if not isinstance(part, ConvNNAttention):
@@ -102,13 +121,18 @@ def _is_of_sequence(metric: Metric) -> bool:
     return isinstance(metric, Spatial) and metric.squared and metric.scale is None
 
 
-def _patches(module: Any) -> PatchPositions | None:
-    embed = getattr(module, "patch_embed", None)
-    size, prefix = getattr(embed, "grid_size", None), getattr(module, "num_prefix_tokens", None)
-    if size is not None and prefix is not None:  # timm's
+def _patches(module: Any) -> Metric | None:
+    prefix = getattr(module, "num_prefix_tokens", None)
+    if prefix is not None:  # timm's
+        size = getattr(getattr(module, "patch_embed", None), "grid_size", None)
+        if size is None:
+            return UnknownPositions(f"{type(module).__name__} names no grid_size of a patch_embed")
+        if getattr(module, "dynamic_img_size", False):
+            return UnknownPositions("dynamic_img_size=True takes images of any size")
         return PatchPositions(tuple(size), prefix)
-    if isinstance(getattr(module, "class_token", None), nn.Parameter) and hasattr(
-        module, "patch_size"
+    sizes = [getattr(module, name, None) for name in ("image_size", "patch_size")]
+    if isinstance(getattr(module, "class_token", None), nn.Parameter) and all(
+        isinstance(size, int) for size in sizes
     ):  # torchvision's
         side = module.image_size // module.patch_size
         return PatchPositions((side, side), 1)
