@@ -251,6 +251,16 @@ class TestChanges:
             alone = interpolate(patches, "scaled_dot", lam)(Points.from_tokens(x[:, head]))
             assert torch.allclose(distances[:, head], alone, atol=1e-5)
 
+    def test_heads_come_back_from_beyond_the_ends(self):
+        metric = HeadInterpolation(PatchPositions((3, 3), prefix=1), 2, 0.5)
+        metric.lam.data = torch.tensor([1.02, -0.01])
+        points = Points(torch.randn(1, 2, 10, 4))
+        distances = metric(points)
+        metric.lam.data = torch.tensor([1.0, 0.0])
+        assert torch.equal(distances, metric(points))
+        distances.square().sum().backward()
+        assert (metric.lam.grad != 0).all()
+
     def test_the_published_mix_at_its_end_chooses_by_features(self):
         model = create_model("vgg11", "convnn", in_channels=1, image_size=8, width=0.05)
         layer = next(layer for _, layer in choosing(model))

@@ -11,6 +11,7 @@ from convnn_geo.candidates import All, Candidates, Random, Strided, Subset
 from convnn_geo.checks import check_int
 from convnn_geo.convert import PatchPositions
 from convnn_geo.metrics import BilinearForm, Combination, Distances, Feature, Metric
+from convnn_geo.metrics.base import between_ends
 from convnn_geo.points import Grid, Points
 
 
@@ -100,7 +101,7 @@ class HeadInterpolation(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Both are bilinear: the weights of a head scale its queries."""
-        lam = self.lam.clamp(0, 1).reshape(-1, 1, 1)
+        lam = between_ends(self.lam).reshape(-1, 1, 1)
         near: Any = self.patches.distances(target, source)
         scaled = target.with_x(lam * target.features)
         parts: list[tuple[float | Tensor, Distances]] = [

@@ -182,8 +182,8 @@ class Interpolation(Metric):
         if self.end is not None:
             return self.end.distances(target, source)
         lam: float | Tensor = self.lam
-        if isinstance(lam, Tensor):  # the gradient passes the clamp, or beyond it lam were lost
-            lam = lam + (lam.clamp(0, 1) - lam).detach()
+        if isinstance(lam, Tensor):
+            lam = between_ends(lam)
         return Combination(
             [
                 (1 - lam, self.first.distances(target, source)),
@@ -195,6 +195,11 @@ class Interpolation(Metric):
         if isinstance(self.lam, Tensor):
             return f"lam={self.lam.item():g}, learnable"
         return f"lam={self.lam:g}"
+
+
+def between_ends(lam: Tensor) -> Tensor:
+    """A learned place, clamped to [0, 1]; its gradient passes, or beyond an end it were lost."""
+    return lam + (lam.clamp(0, 1) - lam).detach()
 
 
 def interpolate(
