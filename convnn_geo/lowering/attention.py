@@ -85,14 +85,20 @@ class Attention(Rule):
             bias = (op.bias / weighting.temperature).to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         dropout = weighting.dropout if weighting.training else 0.0
+        q, k, v = _alike(q.to(dtype), k.to(dtype), value.to(dtype))
         with nullcontext() if form.b is None else full_precision(value.device):
             out = F.scaled_dot_product_attention(
-                q.to(dtype),
-                k.to(dtype),
-                value.to(dtype),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=causal,
-                scale=scale,
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
             )
-        return out.to(value.dtype)
+        return out[..., : value.shape[-1]].to(value.dtype)
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """As many channels in each, by zeros: torch's fused attention takes no others, and on a GPU
+    wants a multiple of eight. Without it the scores are written out, at three times the cost.
+    """
+    widths = {tensor.shape[-1] for tensor in tensors}
+    if len(widths) == 1:
+        return list(tensors)
+    width = -(-max(widths) // 8) * 8
+    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
