@@ -28,6 +28,10 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
     Nothing is replaced where an error is raised. Forward and backward hooks go over, and their
     handles still remove them.
 
+    ``torch.compile`` and ``torch.export`` take a converted model; to ``torch.fx`` a layer of ours
+    is one node; ``torch.jit.trace`` is refused. ``torch.func.vmap`` maps exact layers and attention
+    without taps; others take what it would map as a part of the batch.
+
     Args:
         model: any torch model.
         rules: in the order in which they are tried; every layer by the exact recipe by default.

@@ -27,6 +27,7 @@ from convnn_geo.metrics import Metric
 from convnn_geo.nn.masks import merge_masks
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.taps import check_self_point, slots
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import ENGINES
@@ -273,6 +274,7 @@ class ConvNNAttention(nn.Module):
             return Separable(self.taps, self.pointwise)
         return Taps(self.taps, None, 1 if self.kernel == "standard" else self.head_dim)
 
+    @one_node
     def forward(
         self,
         query: Tensor,

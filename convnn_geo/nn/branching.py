@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convnn_geo.checks import check_int, check_name, check_number, check_tensor
 from convnn_geo.nn.attention import ConvNNAttention
 from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -55,6 +56,7 @@ class PixelAttention(nn.Module):
         self.attention.reset_parameters()
         self.linear.reset_parameters()
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """Attend, pixel by pixel."""
         out: Tensor = self.linear(self.attention(self._tokens(x), need_weights=False)[0])
@@ -197,6 +199,7 @@ class Branching(nn.Module):
             if reset is not None:
                 reset()
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """Both branches, concatenated and mixed."""
         parts = [branch(x) for branch in self.branches]

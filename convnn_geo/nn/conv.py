@@ -26,6 +26,7 @@ from convnn_geo.metrics import Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import ENGINES
@@ -211,6 +212,7 @@ class _ConvNN(TapLayer):
             return Points(grid=grid)
         return Points(source.features.index_select(-2, index), grid=grid)
 
+    @one_node
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(b, c, *size)`` or ``(c, *size)``."""
         if isinstance(x, Tensor) and x.ndim == self.axes + 2 and x.shape[0] == 0:

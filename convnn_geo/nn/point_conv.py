@@ -26,6 +26,7 @@ from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.search import ENGINES, check_batch, knn
@@ -185,6 +186,7 @@ class PointConvNN(TapLayer):
             search=self.search,
         )
 
+    @one_node
     def forward(
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
     ) -> Tensor:
