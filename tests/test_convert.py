@@ -1023,3 +1023,18 @@ def test_other_models_with_a_class_token_are_sequences():
     convert.to_convnn(model)
     convert.set_interpolation(model, 0.5)
     assert isinstance(model[0].metric.first, Spatial)
+
+
+def test_hooks_on_parts_that_go_are_no_silent_loss():
+    pytest.importorskip("timm")
+    from timm.layers import Attention
+
+    model = nn.Sequential(Attention(8, 2))
+    calls = []
+    model[0].proj.register_forward_hook(lambda *_: calls.append("proj"))  # a part that stays
+    handle = model[0].qkv.register_forward_hook(lambda *_: calls.append("qkv"))
+    with pytest.raises(NotApplicable, match=r"0 \(Attention\) .*: its qkv has hooks, and goes"):
+        convert.to_convnn(model)
+    handle.remove()
+    convert.to_convnn(model)(torch.zeros(1, 5, 8))
+    assert calls == ["proj"]

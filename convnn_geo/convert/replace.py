@@ -151,13 +151,17 @@ def _share_hooks(old: nn.Module, new: nn.Module) -> None:
 
     Both have the same dictionaries, and not two alike, so that the handles still remove them.
     """
-    if any(part is old for part in new.modules()):  # where they run as they did
-        return
-    hooks = {name: value for name, value in vars(old).items() if name.startswith(_HOOKS)}
-    if not any(hooks.values()):
-        return
-    if any(vars(new)[name] for name in hooks):
-        raise NotApplicable(
-            "it has hooks, and what it would become has hooks of its own; remove those of one"
-        )
-    vars(new).update(hooks)
+    kept = set(new.modules())
+    for name, part in old.named_modules():
+        if part in kept:  # where they run as they did
+            continue
+        hooks = {key: value for key, value in vars(part).items() if key.startswith(_HOOKS)}
+        if not any(hooks.values()):
+            continue
+        if part is not old:
+            raise NotApplicable(f"its {name} has hooks, and goes; remove them first")
+        if any(vars(new)[key] for key in hooks):
+            raise NotApplicable(
+                "it has hooks, and what it would become has hooks of its own; remove those of one"
+            )
+        vars(new).update(hooks)
