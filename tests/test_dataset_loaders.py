@@ -130,6 +130,8 @@ def test_image_size_is_that_of_torchvision(torchvision):
         ("digit_clouds", {"image_size": 32}, r"image_size: digit_clouds holds clouds"),
         ("digits", {"image_size": 0}, r"image_size: expected an integer of at least 1"),
         ("digits", {"seed": -1}, r"seed: expected an integer of at least 0"),
+        *((name, {"seed": 2**64}, r"seed: .* less than 2\*\*64") for name in ("digits", "patches")),
+        ("shapenet", {"seed": 3}, r"seed: shapenet has parts of its own and draws nothing"),
         ("denoising", {"sigma": -0.1}, r"sigma: expected a finite number"),
         ("patches", {"count": 4}, r"count: expected an integer of at least 5"),
         ("patches", {"size": 200}, r"size: photograph .* cells of 400 x 400.*under 200"),
@@ -141,6 +143,20 @@ def test_image_size_is_that_of_torchvision(torchvision):
 def test_bad_requests_say_why(tmp_path, name, options, error):
     with pytest.raises(ValueError, match=error):
         load(name, root=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"seed": 1.0}, r"seed: expected an integer, got 1\.0"),
+        ({"image_size": (8, 8)}, r"image_size: expected an integer, got \(8, 8\)"),
+        ({"root": None}, "root: expected the path of a folder, got None"),
+        ({"download": "no"}, "download: expected an instance of bool, got 'no'"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(options, error):
+    with pytest.raises(TypeError, match=error):
+        load("digits", **options)
 
 
 @pytest.mark.parametrize("name", ["modelnet10", "modelnet40", "shapenet"])
@@ -477,6 +493,8 @@ def test_cifar10(cifar10):
 def test_cifar_is_augmented_in_training_only(cifar10):
     root, _, _ = cifar10
     plain, task = load("cifar10", root=root, augment=False), load("cifar10", root=root)
+    with pytest.raises(TypeError, match="augment: expected an instance of bool, got 'no'"):
+        load("cifar10", root=root, augment="no")
     assert same(task.validation[0], plain.validation[0]) and same(task.test[0], plain.test[0])
     black = (-plain.train.mean / plain.train.std)[:, None, None]
     seen = set()

@@ -40,7 +40,7 @@ def test_digits_depend_on_the_seed_alone():
     assert not torch.equal(first.test.x, digits(4).test.x)
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, "0"])
+@pytest.mark.parametrize("seed", [-1, 0.5, "0", 2**64])
 def test_digits_refuse_a_wrong_seed(seed):
     with pytest.raises((ValueError, TypeError), match="seed"):
         digits(seed)
@@ -115,6 +115,8 @@ def test_resize_keeps_proportions_and_range():
     assert small.min() >= 0 and small.max() <= 1
     assert resize(image, 60) is image
     assert resize(torch.rand(1, 2, 100), 10).shape == (1, 1, 10)
+    with pytest.raises(ValueError, match=r"a pixel at least, got shape \(3, 5, 0\)"):
+        resize(torch.zeros(3, 5, 0), 10)
 
 
 def test_motorcycle_is_seen_again_through_the_right_camera():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from convnn_geo.checks import check_instance
 from convnn_geo.datasets.images import image_task
 from convnn_geo.datasets.repeatable import Repeatable
 from convnn_geo.datasets.splits import hold_out
@@ -66,7 +67,7 @@ def cifar_parts(kind: str, root: Path, seed: int, download: bool) -> list[tuple[
 
 
 def _augmented(task: Task, seed: int, augment: bool) -> Task:
-    if not augment:
+    if not check_instance("augment", augment, bool):
         return task
     task.train.transform = _crop_and_flip()
     return replace(task, train=Repeatable(task.train, seed))

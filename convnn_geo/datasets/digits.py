@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn_geo.checks import check_int
 from convnn_geo.datasets.images import image_task
+from convnn_geo.datasets.splits import check_seed
 from convnn_geo.datasets.task import Task
 from convnn_geo.extras import require
 
@@ -84,8 +84,7 @@ def digits(seed: int = 0) -> ImageSplits:
 
 def split_index(count: int, seed: int) -> tuple[Tensor, ...]:
     """Numbers of the examples in each of the three parts, shuffled by ``seed``."""
-    check_int("seed", seed, 0)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(check_seed(seed)))
     train, validation = int(SHARES[0] * count), int(SHARES[1] * count)
     return order.split([train, validation, count - train - validation])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convnn_geo.checks import check_int, check_name
+from convnn_geo.checks import check_instance, check_int, check_name
 from convnn_geo.datasets.cifar import cifar10_task, cifar100_task
 from convnn_geo.datasets.denoising import cifar10_denoising_task, denoising_task
 from convnn_geo.datasets.digits import digits_task
@@ -21,6 +21,7 @@ from convnn_geo.datasets.point_sets import (
     modelnet40_task,
     shapenet_task,
 )
+from convnn_geo.datasets.splits import check_seed
 from convnn_geo.datasets.task import Task
 
 _LOADERS: dict[str, Callable[..., Task]] = {
@@ -75,7 +76,9 @@ def load(
         options: of the data set, e.g. ``sigma`` for denoising.
 
     Raises:
-        ValueError: an unknown name or option, or ``image_size`` for clouds.
+        ValueError: an unknown name or option, ``image_size`` for clouds, a ``seed`` that is
+            negative, 2**64 or more, or for a data set that draws nothing.
+        TypeError: an argument of the wrong type.
         FileNotFoundError: the data are not in ``root``.
         MissingExtraError: a package that ships or reads the data is not installed.
 
@@ -87,16 +90,20 @@ def load(
     loader = _LOADERS[check_name("data set", name, _LOADERS)]
     if image_size is not None:
         check_int("image_size", image_size)
+    if not isinstance(root, (str, Path)):
+        raise TypeError(f"root: expected the path of a folder, got {root!r}")
     common = {
         "root": Path(root),
-        "seed": check_int("seed", seed, 0),
+        "seed": check_seed(seed),
         "image_size": image_size,
-        "download": download,
+        "download": check_instance("download", download, bool),
     }
     known = list(inspect.signature(loader).parameters)
     _check_options(name, options, [key for key in known if key not in _COMMON])
     if image_size is not None and "image_size" not in known:
         raise ValueError(f"image_size: {name} holds clouds of points; leave image_size out")
+    if seed and "seed" not in known:
+        raise ValueError(f"seed: {name} has parts of its own and draws nothing; leave seed out")
     return loader(**{key: value for key, value in common.items() if key in known}, **options)
 
 

@@ -9,6 +9,7 @@ from convnn_geo.checks import check_int
 from convnn_geo.datasets.digits import SHARES, split_index
 from convnn_geo.datasets.images import image_task
 from convnn_geo.datasets.photographs import photograph, photographs
+from convnn_geo.datasets.splits import check_seed
 from convnn_geo.datasets.task import Task
 
 _CELL = 2  # patches that fit side by side into a cell
@@ -42,7 +43,7 @@ def photograph_patches(
     """
     check_int("size", size)
     check_int("count", count, 5)
-    generator = torch.Generator().manual_seed(check_int("seed", seed, 0))
+    generator = torch.Generator().manual_seed(check_seed(seed))
     counts = _shares(count)
     parts: list[tuple[list[Tensor], list[Tensor]]] = [([], []), ([], []), ([], [])]
     for label, name in enumerate(photographs()):

@@ -102,7 +102,8 @@ def resize(image: Tensor, width: int) -> Tensor:
         >>> resize(torch.rand(3, 10, 20), 10).shape
         torch.Size([3, 5, 10])
     """
-    check_tensor("image", image, 3)
+    if 0 in check_tensor("image", image, 3).shape:
+        raise ValueError(f"image: expected a pixel at least, got shape {tuple(image.shape)}")
     height = max(1, round(image.shape[1] * check_int("width", width) / image.shape[2]))
     if (height, width) == image.shape[1:]:
         return image
