@@ -22,7 +22,16 @@ from torch import nn
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
 
-from convnn_geo.train import CheckpointError, Config, ConfigError, Watch, checkpoint, fit, setup
+from convnn_geo.train import (
+    CheckpointError,
+    Config,
+    ConfigError,
+    Watch,
+    checkpoint,
+    fit,
+    load_model,
+    setup,
+)
 from convnn_geo.train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from convnn_geo.train.commands import add_train
 
@@ -288,6 +297,27 @@ def test_a_run_that_is_done_is_not_done_again(tmp_path):
     assert again.test == first.test and again.history == first.history
     with pytest.raises(ConfigError, match="holds a run already"):
         fit(config)
+
+
+def test_a_run_that_lost_its_weights_says_which_file_and_writes_it_again(tmp_path):
+    config = Config(**FLOW, out=str(tmp_path))
+    run = fit(config)
+    before, file = weights(tmp_path), run.folder / "weights.pt"
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"seed-0/weights\.pt.*no such file.*with resume"):
+        run.model()
+    told = r"expected .*seed-0/weights\.pt beside result\.json.*delete result\.json"
+    with pytest.raises(CheckpointError, match=told):
+        run_command("--config", tmp_path / "config.json", "--out", tmp_path, "--resume")
+    (run.folder / "result.json").unlink()
+    assert fit(config, resume=True).test == run.test
+    same_bytes(before, weights(tmp_path))
+
+
+def test_another_file_of_a_run_is_no_model(tmp_path):
+    run = fit(Config(**FLOW, out=str(tmp_path)))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt, got config, .*choose weights\.pt"):
+        load_model(run.folder / checkpoint.NAME)
 
 
 def test_another_configuration_is_not_continued(tmp_path):

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+NAME, PREVIOUS, WEIGHTS = "checkpoint.pt", "checkpoint.previous.pt", "weights.pt"
 
 
 class CheckpointError(OSError):

@@ -9,6 +9,8 @@ from typing import Any
 from convnn_geo.train.checkpoint import (
     NAME,
     PREVIOUS,
+    WEIGHTS,
+    CheckpointError,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -47,7 +49,8 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         ConfigError: the model or the data don't take what the configuration asks for, or a piece
             of a batch is too small for batch normalisation, or the folder holds a run and
             ``resume`` is False, or one of another configuration.
-        CheckpointError: a checkpoint is corrupt or can't be written.
+        CheckpointError: a checkpoint is corrupt or can't be written, or a run that is done has
+            lost its weights.
         DivergedError: the loss became infinite or no number.
         MissingExtraError: Lightning Fabric is not installed.
 
@@ -85,7 +88,7 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         folder=folder,
     )
     if fabric.is_global_zero:
-        save_model(folder / "weights.pt", arguments, training.scored)
+        save_model(folder / WEIGHTS, arguments, training.scored)
         result = {"config": config.to_dict(), **run.to_dict()}
         write_atomically(folder / "result.json", json.dumps(result, indent=2))
     fabric.barrier()
@@ -121,7 +124,7 @@ def stored(config: Config, seed: int, resume: bool) -> dict[str, Any]:
 
     Raises:
         ConfigError: a run is there and may not be, or is of another configuration.
-        CheckpointError: its checkpoint is corrupt.
+        CheckpointError: its checkpoint is corrupt, or its weights are missing.
     """
     folder = _folder(config, seed)
     result = folder / "result.json"
@@ -139,6 +142,11 @@ def stored(config: Config, seed: int, resume: bool) -> dict[str, Any]:
             raise ConfigError(f"{result} is corrupt ({error}); delete it to score anew") from error
         if not isinstance(state, dict) or not {"config", "test", "history"} <= state.keys():
             raise ConfigError(f"{result} is no result of a run; delete it to score anew")
+        if not (folder / WEIGHTS).exists():
+            raise CheckpointError(
+                f"expected {folder / WEIGHTS} beside {result.name}, but there is no such file; put "
+                f"it back, or delete {result.name} to write both again from {NAME}"
+            )
     else:
         found = load_checkpoint(folder)
         if found is None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from convnn_geo.extras import require
-from convnn_geo.train.checkpoint import write_atomically
+from convnn_geo.train.checkpoint import WEIGHTS, write_atomically
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Run:
         """The model with its trained weights, in eval mode, on the CPU."""
         from convnn_geo.train.setup import load_model
 
-        return load_model(self.folder / "weights.pt")
+        return load_model(self.folder / WEIGHTS)
 
     def to_dict(self) -> dict[str, Any]:
         """All but the folder."""

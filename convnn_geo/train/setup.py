@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convnn_geo.datasets import Task, load
 from convnn_geo.models import create_model
-from convnn_geo.train.checkpoint import load_tensors, save_tensors
+from convnn_geo.train.checkpoint import WEIGHTS, CheckpointError, load_tensors, save_tensors
 from convnn_geo.train.config import Config, ConfigError
 
 _SAID = {
@@ -144,10 +144,20 @@ def load_model(path: str | Path) -> nn.Module:
         path: of ``weights.pt`` in a run's folder.
 
     Raises:
-        CheckpointError: the file is corrupt.
-        FileNotFoundError: there is no such file.
+        CheckpointError: there is no such file, or it is corrupt, or another file of a run.
     """
-    state = load_tensors(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected the weights of a run in {path}, but there is no such file; a run writes "
+            f"{WEIGHTS} in its folder when it is done: finish it with resume"
+        )
+    state = load_tensors(path)
+    if not {"model", "weights"} <= state.keys():
+        raise CheckpointError(
+            f"expected a model and its weights in {path}, got {', '.join(map(str, state))}; "
+            f"choose {WEIGHTS} of a run's folder"
+        )
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         module = build(state["model"])
     module.load_state_dict(state["weights"])
