@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,7 @@ from convnn_geo.experiments.changes import (
     choosing,
 )
 from convnn_geo.experiments.commands import add_experiment
+from convnn_geo.experiments.full_size import at_full_size
 from convnn_geo.experiments.parts import HeadInterpolation, PatchWindow, Sample
 from convnn_geo.experiments.pictures import draw
 from convnn_geo.metrics import interpolate
@@ -52,7 +54,7 @@ from convnn_geo.models import create_model
 from convnn_geo.nn import ConvNNAttention
 from convnn_geo.points import Points
 from convnn_geo.search import knn
-from convnn_geo.train import Config, DivergedError, fit, setup
+from convnn_geo.train import Config, ConfigError, DivergedError, fit, setup
 from convnn_geo.workers import one_thread
 
 RUN = importlib.import_module("convnn_geo.experiments.run")
@@ -116,6 +118,7 @@ class TestGrids:
             *("learned_lambda", "attention_variants", "denoising", "point_spectrum"),
         }
         grid = EXPERIMENTS["branching_ratio"].settings(False)
+        assert {s.config.data for s in grid} == {"digits", "patches"}
         ratios = [s.config.layer_options["ratio"] for s in grid]
         assert [s.at for s in grid] == ratios
         assert len(set(ratios)) == 9 and {0.0, 1.0} <= set(ratios)
@@ -128,6 +131,45 @@ class TestGrids:
         curves = EXPERIMENTS["denoising"].published.curves
         assert dict(curves["UNet"]) == {"convolution": 28.22, "branching": 28.46, "ConvNN": 26.92}
         assert dict(curves["DnCNN"]) == {"convolution": 26.63, "branching": 27.78, "ConvNN": 23.84}
+
+
+class TestFullSize:
+    @pytest.fixture
+    def root(self, tmp_path):
+        x, y = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8), np.arange(40) % 10
+        np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+        return str(tmp_path)
+
+    @pytest.mark.parametrize("name", ["branching_ratio", "k_sweep", "attention_variants"])
+    def test_every_question_is_asked_of_mnist_and_of_patches(self, name):
+        small, full = EXPERIMENTS[name], at_full_size(EXPERIMENTS[name], "data")
+        asked = [s for s in small.settings(False) if s.config.data == "digits"]
+        found = full.settings(False)
+        assert [s.config.data for s in found] == [d for d in ("mnist", "patches") for _ in asked]
+        assert len({s.label for s in found}) == len({s.key() for s in found}) == len(found)
+        assert all(s.config.image_size == 32 and s.config.epochs > 10 for s in found)
+        assert all("width" not in s.config.model_options for s in found)
+        layers = [s.config.layer_options for s in asked]
+        assert [s.config.layer_options for s in found] == 2 * layers
+        assert {one for pair in full.pairs for one in pair} <= {s.series for s in found}
+        assert len(full.pairs) == 2 * len(small.pairs)
+
+    def test_models_take_their_data(self, root):
+        full = at_full_size(EXPERIMENTS["k_sweep"], root, quick=True)
+        for model in ("vgg11", "vit_tiny"):
+            config = next(
+                s.config
+                for s in full.settings(True)
+                if (s.config.model, s.config.data) == (model, "mnist")
+            )
+            assert config.epochs == 1
+            task = setup.load_task(config)
+            setup.check_fits(task, setup.build(setup.model_arguments(config, task)))
+
+    @pytest.mark.parametrize("name", ["denoising", "point_spectrum"])
+    def test_others_have_one_size(self, name):
+        with pytest.raises(ConfigError, match=f"{name} comes in one size"):
+            at_full_size(EXPERIMENTS[name], "data")
 
 
 class TestRun:
@@ -358,7 +400,7 @@ class TestSentences:
             tiny(), {("a", 0.0): [0.9, 0.9], ("a", 0.5): [0.8, 0.8], ("a", 1.0): [0.7, 0.7]}
         )
         assert "highest at 0 (" in said
-        assert "Between its ends it is highest at 0.5 (80.00 ± 0.00 %)." in said
+        assert "Between its ends the validation part would choose 0.5 (80.00 ± 0.00 %)." in said
         assert "a at 0 is 10.00 points above a at 0.5, more than" in said
         assert "a at 0.5 is 10.00 points above a at 1, more than" in said
 
@@ -376,10 +418,24 @@ class TestSentences:
         assert "validation part would choose 1 (80.00 ± 0.00 %)" in said
         assert "b is 5.00 points above a at 1" in said
 
-    def test_names_are_compared_with_the_runner_up(self):
+    def test_what_is_compared_was_not_chosen_by_the_test_part(self):
+        places = (0.0, 0.3, 0.6, 1.0)
+        table = dict(zip([("a", at) for at in places], ([0.5], [0.9], [0.8], [0.6]), strict=True))
+        validation = dict(zip(table, ([0.5], [0.7], [0.8], [0.6]), strict=True))
+        said = " ".join(paragraphs(tiny(), rows_of(table, validation=validation)))
+        assert "highest at 0.3" in said and "would choose 0.6 (80.00 %)" in said
+        assert "a at 0.6 is 30.00 points above a at 0," in said and "a at 0.3 is" not in said
+
+    def test_how_many_settings_are_beaten_is_counted(self):
+        table = {("a", None): [0.8, 0.8]}
+        table |= {("b", at): [score, score] for at, score in ((0.0, 0.7), (0.5, 0.8), (1.0, 0.9))}
+        said = told(tiny(pairs=[("a", "b")]), table)
+        assert "It is above 1 of the 3 settings of b." in said
+
+    def test_names_are_compared_with_the_first(self):
         table = {("m", "x"): [20.0, 20.0], ("m", "y"): [25.0, 25.2], ("m", "z"): [22.0, 22.0]}
         said = told(tiny(), table, "psnr")
-        assert "m at y is 3.10 dB above m at z, more than both deviations together (0.14)." in said
+        assert "m at y is 5.10 dB above m at x, more than both deviations together (0.14)." in said
         assert "200 test images" in said and "percentage" not in said
 
     def test_where_lambda_settled_and_what_is_published(self):
@@ -465,12 +521,18 @@ class TestCommand:
             ([], "unknown experiment None; expected one of: branching_ratio"),
             (["denoising", "--seeds", 0], "--seeds: expected an integer of at least 1"),
             (["denoising", "--workers", 0], "--workers: expected an integer of at least 1"),
+            (["denoising", "--full"], "denoising comes in one size"),
         ],
     )
     def test_bad_input_is_refused_before_any_work(self, words, message, capsys, monkeypatch):
         monkeypatch.setattr(RUN, "train_setting", None)
         assert self.call(*words) == 2
         assert message in capsys.readouterr().err
+
+    def test_full_size_needs_mnist(self, tmp_path, capsys):
+        words = ("--full", "--quick", "--data-root", tmp_path / "data", "--out", tmp_path)
+        assert self.call("k_sweep", *words, "--workers", 1) == 2
+        assert str(tmp_path / "data") in capsys.readouterr().err
 
     def test_from_end_to_end(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(EXPERIMENTS, "tiny", tiny(*TestRun.SETTINGS))

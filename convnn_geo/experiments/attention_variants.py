@@ -6,20 +6,21 @@ from convnn_geo.experiments.base import Experiment, Published, Setting
 from convnn_geo.experiments.changes import LookAround
 from convnn_geo.experiments.settings import vit
 
-_SERIES = "vision transformer"
-
 
 def settings(quick: bool) -> list[Setting]:
     """Attention, the k nearest keys without and with taps, and squares of patches."""
-    attention = vit(quick, "attention")
-    found = [
-        Setting(_SERIES, "attention", attention),
-        Setting(_SERIES, "KVT", vit(quick, "kvt", k=9)),
-        Setting(_SERIES, "local window", attention, LookAround(3)),
-        Setting(_SERIES, "neighborhood", attention, LookAround(3, shift=True)),
-        Setting(_SERIES, "ConvNN", vit(quick, "convnn_attention", k=9)),
+    return [setting for data in ("digits", "patches") for setting in _variants(quick, data)]
+
+
+def _variants(quick: bool, data: str) -> list[Setting]:
+    attention = vit(quick, "attention", data)
+    return [
+        Setting(data, "attention", attention),
+        Setting(data, "KVT", vit(quick, "kvt", data, k=9)),
+        Setting(data, "local window", attention, LookAround(3)),
+        Setting(data, "neighborhood", attention, LookAround(3, shift=True)),
+        Setting(data, "ConvNN", vit(quick, "convnn_attention", data, k=9)),
     ]
-    return found
 
 
 EXPERIMENT = Experiment(

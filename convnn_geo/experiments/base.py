@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from convnn_geo import __version__
 from convnn_geo.train import Config
 
 Place = float | str | None
@@ -46,7 +47,8 @@ class Setting:
         config = self.config.to_dict()
         for name in ("seeds", "out"):
             del config[name]
-        return json.dumps({"config": config, "change": repr(self.change)}, sort_keys=True)
+        known = {"config": config, "change": repr(self.change), "version": __version__}
+        return json.dumps(known, sort_keys=True)
 
 
 @dataclass(frozen=True)

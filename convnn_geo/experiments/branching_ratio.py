@@ -9,20 +9,14 @@ RATIOS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Nine shares for each of two metrics; three in a hurry."""
+    """Nine shares for each of two metrics, and on patches; three in a hurry."""
     return [
-        Setting(
-            series,
-            ratio,
-            vgg(
-                quick,
-                "branching",
-                ratio=ratio,
-                k=9,
-                metric=metric,
-            ),
+        Setting(series, ratio, vgg(quick, "branching", data, ratio=ratio, k=9, metric=metric))
+        for series, data, metric in (
+            ("cosine", "digits", "cosine"),
+            ("mixed as published", "digits", "paper_mix"),
+            ("mixed, patches", "patches", "paper_mix"),
         )
-        for series, metric in (("cosine", "cosine"), ("mixed as published", "paper_mix"))
         for ratio in (RATIOS[::4] if quick else RATIOS)
     ]
 

@@ -30,6 +30,14 @@ def add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--quick", action="store_true", help="one seed, an epoch or so, few settings"
     )
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="VGG-11 and ViT-Tiny whole, on MNIST and patches of 32 x 32 pixels: for a GPU",
+    )
+    parser.add_argument(
+        "--data-root", default="data", metavar="DIR", help="of --full: has MNIST (%(default)s)"
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: runs/experiment, with --quick runs/quick"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of a setting (3; 1 if quick)")
@@ -52,19 +60,22 @@ def _experiment(arguments: argparse.Namespace) -> int:
         return 0
     try:
         _run(arguments)
-    except (ConfigError, DivergedError) as error:
+    except (ConfigError, DivergedError, FileNotFoundError) as error:
         print(f"convnn-geo experiment: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 1 if isinstance(error, DivergedError) else 2
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from convnn_geo.experiments import EXPERIMENTS, report, run
+    from convnn_geo.experiments.full_size import at_full_size
     from convnn_geo.experiments.summary import Row, paragraphs
 
     quick, name = arguments.quick, arguments.experiment
     try:
         experiment = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
+        if arguments.full:
+            experiment = at_full_size(experiment, arguments.data_root, quick)
         seeds = (1 if quick else 3) if arguments.seeds is None else arguments.seeds
         check_int("--seeds", seeds)
         workers = check_int("--workers", arguments.workers)
@@ -75,9 +86,10 @@ def _run(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     print(experiment.question, flush=True)
     tell = partial(print, flush=True)
-    found = run(experiment, out / "runs" / name, seeds, quick, workers, tell)
+    found = run(experiment, out / "runs" / experiment.name, seeds, quick, workers, tell)
     rows = [Row(*each) for each in found]
     command = f"convnn-geo experiment {name} --seeds {seeds}" + " --quick" * quick
+    command += f" --full --data-root {arguments.data_root}" * arguments.full
     path = report.write_report(experiment, rows, out, command)
     print_table(experiment.title, report.head(experiment, rows), [report.cells(r) for r in rows])
     for paragraph in paragraphs(experiment, rows):

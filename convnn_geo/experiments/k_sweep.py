@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from convnn_geo.experiments.base import Experiment, Published, Setting
 from convnn_geo.experiments.settings import vgg, vit
 
@@ -11,7 +13,7 @@ _BRANCHING, _CONVNN, _KVT = "branching (VGG-11)", "ConvNN attention (ViT)", "KVT
 def settings(quick: bool) -> list[Setting]:
     """Numbers of neighbours in three kinds of layers, and the plain networks."""
     numbers = (1, 9) if quick else (1, 4, 9, 25)
-    mixed = {"ratio": 0.5, "metric": "paper_mix"}
+    mixed: dict[str, Any] = {"ratio": 0.5, "metric": "paper_mix"}
     return [
         *(Setting(_BRANCHING, k, vgg(quick, "branching", k=k, **mixed)) for k in numbers),
         *(Setting(_CONVNN, k, vit(quick, "convnn_attention", k=k)) for k in numbers),

@@ -7,6 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from convnn_geo import __version__
 from convnn_geo.experiments.base import Experiment, place
 from convnn_geo.experiments.pictures import draw
 from convnn_geo.experiments.summary import Row, paragraphs
@@ -75,8 +78,9 @@ def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
         lines += ["Where λ settled, mean over seeds:", *_places(places)]
     epochs = sorted({row.setting.config.epochs for row in rows})
     lines.append(
-        f"Made by `{command}`. Epochs: {', '.join(map(str, epochs))}; all else alike within a "
-        "series. The test part is read once, after the last epoch. Seconds are of a thread beside "
+        f"Made by `{command}` with convnn_geo {__version__} and torch {torch.__version__}. Epochs: "
+        f"{', '.join(map(str, epochs))}; within a series all are trained alike. The test part is "
+        "read once, after the last epoch. Seconds are of a thread beside "
         "whatever else the machine did. Every run is in "
         f"[{experiment.name}.csv]({experiment.name}.csv)."
     )

@@ -57,7 +57,8 @@ def run(
     """Train what was not trained yet.
 
     A run is kept as a file under a name that says all that its numbers depend on, so that a second
-    call goes on where the first was stopped, and changed settings are trained anew.
+    call goes on where the first was stopped, and changed settings, or those of another version of
+    the library, are trained anew.
 
     Args:
         experiment: to run.

@@ -6,15 +6,22 @@ from typing import Any
 
 from convnn_geo.train import Config
 
-_DIGITS: dict[str, Any] = {"data": "digits", "accelerator": "cpu"}
+_PATCHES = {"count": 150}
 
 
-def vgg(quick: bool, layer: str | None, **options: Any) -> Config:
-    """VGG-11 of an eighth of its width on digits of 16 x 16 pixels.
+def _images(data: str, size: int) -> dict[str, Any]:
+    """Images of a size; patches are cut to it, digits resized."""
+    options = {"size": size, **_PATCHES} if data == "patches" else {}
+    return {"data": data, "data_options": options, "image_size": size, "accelerator": "cpu"}
+
+
+def vgg(quick: bool, layer: str | None, data: str = "digits", **options: Any) -> Config:
+    """VGG-11 of an eighth of its width on images of 16 x 16 pixels.
 
     Args:
         quick: a single epoch.
         layer: in the place of its convolutions.
+        data: ``"digits"`` or ``"patches"``.
         **options: of the layer.
     """
     return Config(
@@ -24,17 +31,17 @@ def vgg(quick: bool, layer: str | None, **options: Any) -> Config:
         model_options={"width": 0.125},
         epochs=1 if quick else 6,
         learning_rate=3e-3,
-        image_size=16,
-        **_DIGITS,
+        **_images(data, 16),
     )
 
 
-def vit(quick: bool, layer: str | None, **options: Any) -> Config:
-    """A vision transformer of three heads on digits of 12 x 12 pixels: 36 patches of 2 x 2.
+def vit(quick: bool, layer: str | None, data: str = "digits", **options: Any) -> Config:
+    """A vision transformer of three heads on images of 12 x 12 pixels: 36 squares of 2 x 2.
 
     Args:
         quick: a single epoch.
         layer: in the place of its attention.
+        data: ``"digits"`` or ``"patches"``.
         **options: of the layer.
     """
     return Config(
@@ -45,7 +52,6 @@ def vit(quick: bool, layer: str | None, **options: Any) -> Config:
         epochs=1 if quick else 15,
         batch_size=16,
         learning_rate=4e-3,
-        image_size=12,
         warmup_epochs=0 if quick else 1,
-        **_DIGITS,
+        **_images(data, 12),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from convnn_geo.experiments.base import Experiment, Setting, place
+from convnn_geo.experiments.base import Experiment, Published, Setting, place
 from convnn_geo.experiments.run import Result
 from convnn_geo.viz import mean_deviation
 
@@ -103,7 +103,7 @@ def paragraphs(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """
     groups = series(rows)
     said = [" ".join(_along(name, group)) for name, group in groups.items() if len(group) > 1]
-    told = [compare(chosen(groups[one]), chosen(groups[other])) for one, other in experiment.pairs]
+    told = [_pair(groups[one], groups[other]) for one, other in experiment.pairs]
     if told:
         said.append(
             "Each series taken at the point that the validation part would choose: "
@@ -111,13 +111,14 @@ def paragraphs(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         )
     said += [_settled(row) for row in rows if row.learned]
     if experiment.published is not None:
-        said.append(_published(experiment))
+        said.append(_published(experiment.published))
     return [*said, _caution(rows)]
 
 
 def _along(name: str, group: Sequence[Row]) -> list[str]:
-    """Where a curve is highest and lowest, and how its best between the ends compares to them; of
-    names, how the best compares to the runner-up.
+    """Where a curve is highest and lowest, and what lies between its ends beside them; of names,
+    how the first, which is the plain one, compares to another. What is compared, the validation
+    part has chosen: the best of many by the test part would seem better than it is.
     """
     top, bottom = best(group), min(group, key=lambda row: row.mean)
     if top.mean == bottom.mean:
@@ -125,15 +126,27 @@ def _along(name: str, group: Sequence[Row]) -> list[str]:
     said = [f"{name}: the mean is highest at {top.where} and lowest at {bottom.where}."]
     if chosen(group) is not top:
         said[0] = f"{said[0][:-1]}; the validation part would choose {chosen(group).where}."
+    first, *others = group
     if isinstance(top.setting.at, str):
-        return [*said, compare(top, best([row for row in group if row is not top]))]
-    first, *between, last = group
+        return [*said, compare(chosen(others), first)]
+    *between, last = others
     if not between:
         return [*said, compare(first, last)]
-    inner = best(between)
-    if inner is not top:
-        said.append(f"Between its ends it is highest at {inner.where}.")
+    inner = chosen(between)
+    if inner is not chosen(group):
+        said.append(f"Between its ends the validation part would choose {inner.where}.")
     return [*said, compare(inner, first), compare(inner, last)]
+
+
+def _pair(one: Sequence[Row], other: Sequence[Row]) -> str:
+    """Two series, each at the point that the validation part chooses, and how many of the other's
+    settings the first is above.
+    """
+    said = compare(chosen(one), chosen(other))
+    if len(other) < 2:
+        return said
+    below = sum(row.mean < chosen(one).mean for row in other)
+    return f"{said} It is above {below} of the {len(other)} settings of {other[0].setting.series}."
 
 
 def compare(first: Row, second: Row) -> str:
@@ -164,11 +177,8 @@ def _settled(row: Row) -> str:
     return f"{row.setting.label}: λ settled at {', '.join(layers)}, first layer to last."
 
 
-def _published(experiment: Experiment) -> str:
+def _published(published: Published) -> str:
     """Where the published curves are highest."""
-    published = experiment.published
-    if published is None:
-        return ""
     tops = {
         name: max(curve, key=lambda point: point[1]) for name, curve in published.curves.items()
     }
@@ -179,7 +189,8 @@ def _published(experiment: Experiment) -> str:
 def _caution(rows: Sequence[Row]) -> str:
     result, seeds = rows[0].results[0], len(rows[0].results)
     spread = (
-        f"What follows ± is the sample standard deviation over {seeds} seeds of one split"
+        f"What follows ± is the sample standard deviation over {seeds} seeds, of weights and of "
+        "the order of examples, on one split"
         if seeds > 1
         else "With a single seed there is no deviation to judge differences by"
     )
