@@ -374,6 +374,19 @@ def test_small_maps_leave_the_last_taps_empty():
         assert not torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize(
+    "name, layer, size",
+    [
+        *(("vgg11", "vig", (32, 32)), ("vgg11", "vig", (28, 28)), ("vgg11", "vig", (32, 45))),
+        *(("resnet18", "vig", (16, 16)), ("unet", "vig", (8, 11)), ("densenet121", "vig", (8, 8))),
+    ],
+)
+def test_layers_of_k_neighbours_see_fewer_pixels(name, layer, size):
+    model = make(name, layer, image_size=min(size))
+    model(image(2, 3, *size)).square().mean().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.parameters())
+
+
 def test_a_selection_is_left_as_it_is():
     chosen = KNearest(4, dilation=2, self_point="first")
     for layer in ("convnn", "branching"):

@@ -44,8 +44,8 @@ class Vocabulary:
 CONVERTED = Vocabulary(spec_names, spec_options)
 
 
-#: Specs over the k nearest pixels of the whole image.
-_NEAREST = ("convnn", "branching", "feature_conv2d")
+#: Specs of 9 neighbours by default, which a selection stands instead of.
+_NINE = ("branching", "feature_conv2d")
 
 
 def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:
@@ -65,18 +65,15 @@ def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:
     """
     if layer.name is None:
         return model
-    options = _padded(layer.options) if layer.name in _NEAREST else layer.options
+    chosen = "selection" in layer.options  # and says itself what few pixels get
+    of_k = chosen and layer.name in _NINE
+    options = {"k": None, **layer.options} if of_k else layer.options
     become = spec(layer.name, **options)
-    return to_convnn(model, [Rule(become, type=nn.Conv2d, where=_is_plain)])
-
-
-def _padded(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a selection for k that gives empty slots where there are fewer pixels."""
-    if "selection" in options:
-        return {"k": None, **options}
-    chosen = {key: options[key] for key in ("k", "dilation", "self_point") if key in options}
-    rest = {key: value for key, value in options.items() if key not in chosen}
-    return {**rest, "k": None, "selection": KNearest(**{"k": 9, **chosen}, short="pad")}
+    to_convnn(model, [Rule(become, type=nn.Conv2d, where=_is_plain)])
+    for module in model.modules():
+        if isinstance(module, KNearest) and not chosen:
+            module.short = "pad"
+    return model
 
 
 def _is_plain(name: str, layer: Any) -> bool:
