@@ -13,6 +13,7 @@ from torch import nn
 from torch_geometric.nn import DynamicEdgeConv, EdgeConv
 
 from convnn_geo import convert, recipes
+from convnn_geo.candidates import Window
 from convnn_geo.convert import NotApplicable, Rule, spec
 from convnn_geo.convert.flops import looks_at_features
 from convnn_geo.metrics import Feature, Interpolation, Spatial, interpolate
@@ -378,8 +379,8 @@ def test_specs_refuse_options_that_they_do_not_take():
         attention(nn.MultiheadAttention(4, 2))
     with pytest.raises(NotApplicable, match="not among the layers known"):
         spec("exact")(nn.Linear(2, 2))
-    with pytest.raises(NotApplicable, match="Conv2d can't become 'kvt'"):
-        spec("kvt")(nn.Conv2d(2, 2, 1))
+    with pytest.raises(NotApplicable, match=r"Conv2d can't become 'strided_attention'; .*kvt"):
+        spec("strided_attention", stride=2)(nn.Conv2d(2, 2, 1))
 
 
 REQUIRED = {
@@ -447,9 +448,66 @@ def test_weights_are_carried_where_shapes_allow():
     assert moved.weight is plain.weight and moved.metric.lam == 0.7
 
 
+def image(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(("name", "heads", "k"), [("kvt", 1, 4), ("convnn_attention", 2, 3)])
+def test_attention_over_the_nearest_pixels_by_a_double_loop(name, heads, k, axes):
+    conv = CONV[axes](4, 6, 3, padding=1, dtype=torch.float64)
+    layer, size = spec(name, num_heads=heads, k=k)(conv), (5, 4, 2)[:axes]
+    attention, taps = layer.attention, torch.ones(4 // heads, k, dtype=torch.float64)
+    assert attention.k == k and layer.linear.out_features == 6
+    nn.init.normal_(attention.in_proj_bias)
+    if name == "convnn_attention":
+        assert attention.kernel == "depthwise"
+        nn.init.normal_(attention.taps)
+        taps = attention.taps[:, 0]
+    x = image(2, 4, *size)
+    projected = x.flatten(2).mT @ attention.in_proj_weight.T + attention.in_proj_bias
+    expected = torch.zeros(2, math.prod(size), 4, dtype=torch.float64)
+    for b, (q, keys, value) in enumerate(zip(*projected.chunk(3, -1), strict=True)):
+        for head in torch.arange(4).chunk(heads):
+            for i, query in enumerate(q[:, head]):
+                score = keys[:, head] @ query / len(head) ** 0.5
+                best = score.argsort(descending=True)[:k]
+                weight = score[best].softmax(0)
+                expected[b, i, head] = (weight[:, None] * value[best][:, head] * taps.T).sum(0)
+    expected = layer.linear(attention.out_proj(expected)).mT.unflatten(-1, size)
+    close(layer(x), expected, atol=1e-10)
+    close(layer(x[1]), expected[1], atol=1e-10)  # one image by itself
+    layer(x).square().sum().backward()
+    assert all(bool(p.grad.isfinite().all() and p.grad.any()) for p in layer.parameters())
+
+
+def test_attention_among_pixels_takes_the_options_of_attention():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    become = spec("convnn_attention", k=5, kernel="standard", taps_per_head=True, num_heads=2)
+    assert become(conv).attention.taps.shape == (2, 2, 2, 5)
+    chosen = spec("kvt", k=4, metric="euclidean", self_point="first", encoding="coordinates")(conv)
+    assert chosen.attention.metric.kind == "euclidean" and chosen(torch.randn(2, 4, 3, 5)).any()
+    assert chosen.attention.selection.self_point == "first"
+    window = spec("kvt", k=None, candidates=Window(3, padding=1))(conv.double())
+    x, before = image(1, 4, 5, 6), None
+    for place in ((0, 0), (0, 5), (2, 3)):  # what is not in the window does not count
+        before = window(x)
+        other = x.clone()
+        other[..., place[0], place[1]] += 1
+        rows, columns = (window(other) - before).abs().sum((0, 1)).nonzero().T
+        assert int((rows - place[0]).abs().max()) == int((columns - place[1]).abs().max()) == 1
+    for wrong, match in (({"metric": "cosinus"}, "unknown metric"), ({"k": 0}, "k: expected")):
+        with pytest.raises(ValueError, match=match):
+            spec("kvt", **wrong)(conv)
+    with pytest.raises(ValueError, match="unknown option 'axes' of spec 'kvt'"):
+        spec("kvt", axes=2)(conv)
+
+
 @pytest.mark.parametrize(
     ("become", "layer", "reason"),
     [
+        ("kvt", nn.Conv2d(4, 4, 3), "changes the image's size"),
+        ("convnn_attention", nn.Conv2d(4, 4, 3, 2, 1), "stride"),
         ("branching", nn.Conv2d(4, 4, 3), "changes the image's size"),
         ("branching", nn.Conv2d(4, 4, 3, padding=1, groups=2), "2 groups"),
         ("branching", nn.Conv2d(4, 4, 4, padding="same"), "even"),
@@ -649,9 +707,8 @@ def test_what_can_not_move_stays():
     before = model(x)
     with pytest.raises(ValueError, match="no layer that can move"):
         convert.set_interpolation(model, 0.5)
-    for other in (nn.Conv2d(2, 2, 3), spec("attention")(nn.Conv2d(2, 2, 3, padding=1))):
-        with pytest.raises(ValueError, match="no layer that can move"):
-            convert.set_interpolation(other, 0.5)
+    with pytest.raises(ValueError, match="no layer that can move"):
+        convert.set_interpolation(nn.Conv2d(2, 2, 3), 0.5)
     model.append(convert.to_convnn(nn.Conv2d(2, 2, 3)))
     assert convert.set_interpolation(model, 0.5) == ["6"]
     assert torch.equal(model[:-1](x), before)
@@ -677,6 +734,24 @@ def test_attention_moves_along_the_sequence():
     value = x @ attention.in_proj_weight[16:].T
     close(outs[0], attention.out_proj(near @ value))
     assert (outs[1] - outs[0]).abs().max() > 1e-2 and (outs[1] - outs[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["attention", "kvt", "convnn_attention"])
+def test_attention_among_pixels_moves_on_their_grid(name):
+    layer, x = spec(name)(nn.Conv2d(3, 5, 3, padding=1).double()), image(2, 3, 4, 5)
+    before = layer(x)
+    assert convert.interpolation(layer) == {"": 1.0}
+    assert convert.set_interpolation(layer, 0.0) == [""]
+    place = torch.tensor([(row, column) for row in range(4) for column in range(5)]).double()
+    near = -(place[:, None] - place).square().sum(-1)
+    if name != "attention":  # ties go to the lowest index
+        chosen = near.argsort(dim=-1, descending=True, stable=True)[:, :9]
+        near = near.masked_fill(torch.ones(20, 20).scatter(1, chosen, 0).bool(), -torch.inf)
+    value = x.flatten(2).mT @ layer.attention.in_proj_weight[6:].T
+    moved = layer.linear(layer.attention.out_proj(near.softmax(-1) @ value))
+    close(layer(x), moved.mT.unflatten(-1, (4, 5)), atol=1e-10)
+    convert.set_interpolation(layer, 1.0)
+    close(layer(x), before, atol=1e-10)
 
 
 def small_vit(which, **options):

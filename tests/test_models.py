@@ -35,6 +35,8 @@ CONVOLUTIONS = {
     "convnn": (ConvNN2d, {"k": 5}),
     "branching": (Branching, {"ratio": 0.5, "k": 5, "metric": "euclidean"}),
     "attention": (PixelAttention, {}),
+    "kvt": (PixelAttention, {"k": 5}),
+    "convnn_attention": (PixelAttention, {"k": 4}),
     "interpolated_conv2d": (ConvNN2d, {"lam": 0.3}),
     "feature_conv2d": (ConvNN2d, {"k": 4}),
 }
@@ -162,7 +164,9 @@ def test_every_plain_convolution_becomes_the_layer(name, layer):
             assert new.neighbors.metric.kind == "euclidean"
             assert new.neighbors.out_channels == round(0.5 * native[key].out_channels)
         elif "k" in options:
-            assert new.selection.k == options["k"]
+            inner = new.attention if kind is PixelAttention else new
+            assert inner.selection.k == options["k"]
+            assert inner.kernel == ("depthwise" if layer == "convnn_attention" else inner.kernel)
         elif layer == "interpolated_conv2d":
             assert new.metric.lam == 0.3
     others = [key for key, m in native.items() if isinstance(m, nn.Conv2d) and key not in wanted]
@@ -313,7 +317,7 @@ def test_images_need_not_be_square(name, layer):
 @pytest.mark.parametrize("name", ["vgg19", "resnet18", "densenet121", "all_conv_net", *DENOISERS])
 def test_small_images(name, size):
     with torch.no_grad():
-        for layer in (None, "convnn"):
+        for layer in (None, "convnn", "kvt", "convnn_attention"):
             model = make(name, layer, image_size=size).eval()
             assert bool(model(image(1, 3, size, size)).isfinite().all())
 
@@ -395,6 +399,8 @@ def test_a_selection_is_left_as_it_is():
         assert [repr(s) for s in found if isinstance(s, KNearest)] == [repr(chosen)] * 8
     model = make("vgg11", "convnn", self_point="first", dilation=2)
     assert repr(model.features[0].selection) == repr(KNearest(9, 2, "first", "pad"))
+    model = make("vgg11", "kvt", selection=chosen)
+    assert repr(model.features[0].attention.selection) == repr(chosen)
     with pytest.raises(ValueError, match="expected k or a selection, and not both"):
         make("vgg11", "convnn", k=4, selection=chosen)
 
@@ -507,7 +513,6 @@ def test_clouds_of_fewer_points_than_k(layer):
         ("unet", None, {"ratio": 1}, "'ratio' of unet; .*options of a layer need layer="),
         ("unet", None, {"num_heads": 1, "k": 1}, "unknown options 'num_heads', 'k' of unet"),
         ("unet", "convnn", {"ratio": 1}, "'ratio' of unet; .*its layer 'convnn' takes k"),
-        ("unet", "kvt", {"k": 3}, "stem.0 .Conv2d. can't become 'kvt'"),
         ("point_classifier", "kvt", {}, "unknown layer of point_classifier 'kvt'; .*: convnn"),
         ("point_classifier", None, {"axes": 2}, "'axes' of point_classifier"),
         ("unet", None, {"width": 0}, "width: expected a finite number greater than 0"),

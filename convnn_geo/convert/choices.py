@@ -94,12 +94,15 @@ def _recipe(
 
 def _convolutions() -> dict[str, Choice]:
     more = ("padding", "dilation", *_keywords(ConvNN2d))
+    of_attention = [name for name in _keywords(ConvNNAttention) if name != "axes"]
     choices = {
         "exact": Choice(convolution.exact),
         "conv": Choice(convolution.exact),
         "convnn": _own(convolution.convnn, *more),
         "branching": _own(convolution.branching, *more),
         "attention": _own(convolution.attention),
+        "kvt": _own(convolution.kvt, *of_attention),
+        "convnn_attention": _own(convolution.convnn_attention, *of_attention),
     }
     for axes, layer in convolution.LAYERS.items():
         for name, recipe in _recipes(layer, _OF_CONVOLUTIONS).items():

@@ -141,9 +141,25 @@ def branching(
 
 def attention(conv: Any, num_heads: int = 1) -> nn.Module:
     """Attention among all pixels."""
+    return _attention(conv, num_heads)
+
+
+def kvt(conv: Any, num_heads: int = 1, k: int | None = 9, **options: Any) -> nn.Module:
+    """Attention over the ``k`` nearest pixels."""
+    return _attention(conv, num_heads, k=k, **options)
+
+
+def convnn_attention(
+    conv: Any, num_heads: int = 1, k: int | None = 9, kernel: str = "depthwise", **options: Any
+) -> nn.Module:
+    """Attention over the ``k`` nearest pixels, a tap a rank inside the heads."""
+    return _attention(conv, num_heads, k=k, kernel=kernel, **options)
+
+
+def _attention(conv: Any, num_heads: int, **options: Any) -> nn.Module:
     c, d = _channels(conv)
     _check_same(conv)
-    return PixelAttention(c, d, num_heads, axes=axes_of(conv), **_factory(conv))
+    return PixelAttention(c, d, num_heads, axes=axes_of(conv), **_factory(conv), **options)
 
 
 def by_recipe(name: str, recipe: Callable[..., Any], axes: int) -> Callable[..., nn.Module]:

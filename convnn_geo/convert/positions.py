@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convnn_geo.checks import check_int, check_tuple
 from convnn_geo.metrics import BilinearForm, Distances, Interpolation, Metric, Spatial
 from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.points import Grid, Points
 
 
@@ -86,9 +87,12 @@ class UnknownPositions(Metric):
 def token_positions(model: nn.Module, name: str) -> Metric:
     """The metric of positions for an attention in a model.
 
-    Inside timm's or torchvision's ``VisionTransformer`` tokens are patches on their grid, which
-    images of any size (``dynamic_img_size``) leave unknown; in any other model they are a sequence.
+    An attention among pixels has them on their grid. Inside timm's or torchvision's
+    ``VisionTransformer`` tokens are patches on theirs, which images of any size
+    (``dynamic_img_size``) leave unknown; in any other model they are a sequence.
     """
+    if isinstance(model.get_submodule(name), PixelAttention):
+        return Spatial(squared=True)
     parts = name.split(".") if name else []
     for end in range(len(parts) - 1, -1, -1):
         found = _patches(model.get_submodule(".".join(parts[:end])))

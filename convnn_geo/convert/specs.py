@@ -82,7 +82,7 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     ``convnn``              ConvNN over the ``k`` nearest by ``metric``
     ``branching``           ConvNN beside the convolution: ``ratio``, ``other``, ...
     ``attention``           attention among all pixels; of an attention: the same as ``exact``
-    ``kvt``                 attention over the ``k`` nearest keys
+    ``kvt``                 attention over the ``k`` nearest keys, or pixels
     ``convnn_attention``    attention over the ``k`` nearest with taps inside the heads
     any recipe              of a convolution, an attention or DynamicEdgeConv
     ======================  ==================================================================

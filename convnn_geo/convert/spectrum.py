@@ -54,13 +54,13 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     (:func:`~convnn_geo.recipes.interpolated_conv2d`). A layer that chooses by features moves from
     those to positions. An attention adds the squared distance of its tokens' positions: on the grid
     of patches in timm's and torchvision's vision transformers, whose class token is near to all,
-    and along the sequence elsewhere. Of a :class:`~convnn_geo.nn.Branching` the ConvNN branch
-    moves.
+    on that of pixels where it took a convolution's place, and along the sequence elsewhere. Of a
+    :class:`~convnn_geo.nn.Branching` the ConvNN branch moves.
 
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
     the state_dict: move a model again before its weights are loaded. Layers that can't move stay:
-    windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with
-    keys that have no position, and attention among all pixels.
+    windows of even size, of one pixel, dilated, or padded by anything but zeros, and attention
+    with keys that have no position.
 
     Args:
         model: with converted layers, or any layers of ours.
@@ -132,7 +132,7 @@ def _movable(model: nn.Module) -> dict[str, Any]:
             if part.neighbors is None:
                 continue
             name, layer = f"{name}.neighbors".lstrip("."), part.neighbors
-        if isinstance(part, TimmAttention):
+        if isinstance(part, (TimmAttention, PixelAttention)):
             layer = part.attention
         if isinstance(layer, _LAYERS) and _can_move(layer):
             found[name] = layer

@@ -45,7 +45,7 @@ CONVERTED = Vocabulary(spec_names, spec_options)
 
 
 #: Specs of 9 neighbours by default, which a selection stands instead of.
-_NINE = ("branching", "feature_conv2d")
+_NINE = ("branching", "convnn_attention", "feature_conv2d", "kvt")
 
 
 def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:

@@ -19,7 +19,9 @@ _CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
 class PixelAttention(nn.Module):
-    """Attention among all pixels of an image, then a linear layer.
+    """Attention among the pixels of an image, then a linear layer.
+
+    Among all of them by default; with ``k`` among the nearest, and with a ``kernel`` by taps.
 
     Args:
         in_channels: channels of the input, divided among the heads.
@@ -29,10 +31,20 @@ class PixelAttention(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
         axes: of the image.
+        **options: of :class:`~convnn_geo.nn.ConvNNAttention`: ``k``, ``kernel``, ``metric``, ...
 
     Shapes:
         - **input:** :math:`(b, c, *size)` or :math:`(c, *size)`
-        - **output:** :math:`(b, d, *size)`
+        - **output:** :math:`(b, d, *size)` or :math:`(d, *size)`
+
+    Raises:
+        ValueError: wrong shapes, k over the number of pixels, unknown names.
+
+    Example:
+        >>> import torch
+        >>> layer = PixelAttention(4, 6, num_heads=2, k=9)
+        >>> layer(torch.zeros(1, 4, 5, 3)).shape
+        torch.Size([1, 6, 5, 3])
     """
 
     def __init__(
@@ -44,11 +56,12 @@ class PixelAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         axes: int = 2,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.axes = check_int("axes", axes)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.attention = ConvNNAttention(in_channels, num_heads, **factory)
+        self.attention = ConvNNAttention(in_channels, num_heads, axes=axes, **factory, **options)
         self.linear = nn.Linear(in_channels, out_channels, **factory)
 
     def reset_parameters(self) -> None:
@@ -59,16 +72,18 @@ class PixelAttention(nn.Module):
     @one_node
     def forward(self, x: Tensor) -> Tensor:
         """Attend, pixel by pixel."""
-        out: Tensor = self.linear(self.attention(self._tokens(x), need_weights=False)[0])
-        return out.transpose(-1, -2).unflatten(-1, x.shape[-self.axes :])
+        grid = self._grid(x)
+        out: Tensor = self.linear(self.attention(grid, need_weights=False)[0]).movedim(-1, 1)
+        return out if x.ndim == grid.ndim else out.squeeze(0)
 
     def operation(self, x: Tensor) -> Operation:
         """The attention on an image, as an operation."""
-        return self.attention.operation(self._tokens(x))
+        return self.attention.operation(self._grid(x))
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _grid(self, x: Tensor) -> Tensor:
+        """The pixels as ``(b, *size, c)``, so that the attention knows where each lies."""
         check_tensor("PixelAttention input", x, (self.axes + 1, self.axes + 2))
-        return x.flatten(-self.axes).transpose(-1, -2)
+        return (x if x.ndim == self.axes + 2 else x.unsqueeze(0)).movedim(1, -1)
 
 
 class Branching(nn.Module):
