@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_geo.checks import check_instance
-from convnn_geo.convert.flops import bound_operation, layer_flops
+from convnn_geo.convert.flops import counted
 from convnn_geo.convert.known import is_ours, kind, places
 from convnn_geo.lowering import choose
 from convnn_geo.nn import ConvNNAttention
@@ -91,9 +91,13 @@ class Report:
 def report(model: nn.Module, *inputs: Any) -> Report:
     """What a model consists of, layer by layer.
 
-    FLOPs are two a multiply-add, of one run in eval mode on the inputs: those of torch's layers as
-    ``torch.utils.flop_counter`` counts them, every convolution among them; those of ours from
-    shapes, the search for neighbours by features included, positions and additions left out.
+    FLOPs are two a multiply-add, of one run in eval mode on the inputs, whichever lowering runs.
+    Those of torch's layers, and of ``NeighborConv``, are what ``torch.utils.flop_counter`` counts:
+    products of matrices, convolutions and attention. Of ours the search for neighbours by features,
+    the kernel, its weights and the projections of attention are counted from shapes; encodings and
+    the networks of metrics, weightings and kernels as torch counts them. Left out are the search by
+    positions alone, additions that belong to no product, softmax and other functions of a number,
+    and comparisons: the choice of the k nearest, sorting, maxima.
 
     Args:
         model: any torch model, converted or not.
@@ -184,10 +188,9 @@ class _Meter:
             self._starts.append(self._now())
 
         def leave(part: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-            op = bound_operation(part, args, kwargs)
+            op, flops = counted(part, *args, **kwargs)
             rule, _ = choose(op, part.backend)  # type: ignore[arg-type]
             self.rules.setdefault(self._inside[-1], []).append(rule.name)
-            flops = layer_flops(part, op)
             self._correction += self._starts.pop() + flops - self._now()
 
         return [
