@@ -163,6 +163,18 @@ def test_two_examples_are_twice_one():
     assert flops(layer, image().expand(2, -1, -1, -1)) == 2 * flops(layer, image())
 
 
+def test_a_network_on_positions_runs_once_for_all_examples():
+    layer = conv(k=K, metric="spatial", weighting=PositionMLP(nn.Linear(2, 1)))
+    x = image().expand(5, -1, -1, -1)
+    assert flops(layer, x) == 5 * (TAPS + WEIGHTED) + 2 * PIXELS * K * 2
+
+
+def test_no_points_take_no_operations():
+    layer = conv(k=K, metric="spatial", weighting=PositionMLP(network()))
+    assert flops(layer, image()[:0]) == 0
+    assert flops(recipes.edge_conv(CHANNELS, OUT, k=3), torch.zeros(0, CHANNELS)) == 0
+
+
 TAP = 2 * TOKENS * 3 * EMBED  # 3 neighbours, one number a channel
 ATTENTIONS = {
     "sum": (lambda: recipes.kvt(EMBED, HEADS, k=3), PROJECTIONS + SCORES + TAP),

@@ -10,7 +10,8 @@ Counted from shapes:
 - the projections of attention.
 
 Counted as torch's counter sees them, run once and by themselves: encodings, what a metric makes of
-each point (projections, ``Mahalanobis``, ``Bilinear``), networks of weightings and of kernels.
+each point (projections, ``Mahalanobis``, ``Bilinear``), networks of weightings and of kernels. A
+network on positions that all examples of a batch share runs once for all.
 
 Pairs behind a mask and empty slots count, as a convolution's padded border does. Points that fill
 clouds up to one size count in networks that run once a point, and nowhere else.
@@ -182,6 +183,8 @@ def _width(metric: Metric, target: Points, source: Points) -> int:
 def _kernel(op: Operation) -> int:
     """Taps, networks, and products with weights."""
     kernel, targets, channels, total = op.kernel, _targets(op), op.value.shape[-1], 0
+    if not targets:
+        return 0
     known = isinstance(kernel, (Taps, Separable, HeadTaps, Sum, Mean, Max))
     if isinstance(kernel, Taps):
         total = 2 * targets * kernel.weight.numel()
