@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from convnn_geo.candidates import Random
-from convnn_geo.convert import TimmAttention
+from convnn_geo.convert import TimmAttention, TimmTokens
 from convnn_geo.extras import MissingExtraError, require
 from convnn_geo.kernels import EdgeMLP, VectorAttention
 from convnn_geo.models import create_model, list_models
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.nn import Branching, ConvNN2d, ConvNNAttention, PointConvNN
+from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNNAttention, PointConvNN
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.selection import KNearest
 
@@ -45,6 +45,11 @@ ATTENTIONS = {
     "kvt": {"k": 5},
     "convnn_attention": {"k": 4},
     "interpolated_attention": {"k": 5, "lam": 0.5},
+}
+TOKENS = {
+    "conv": (ConvNN1d, {"kernel_size": 5}),
+    "convnn": (ConvNN1d, {"k": 5, "metric": "euclidean"}),
+    "branching": (Branching, {"ratio": 0.25, "k": 4}),
 }
 POINT_LAYERS = {
     "convnn": {"k": 4, "lam": 0.25},
@@ -108,7 +113,8 @@ def output_shape(name):
 def grid():
     """Every model with each of its layers."""
     for name in list_models():
-        layers = POINT_LAYERS if name in POINTS else ATTENTIONS if name in VIT else CONVOLUTIONS
+        tokens = {**ATTENTIONS, **TOKENS}
+        layers = POINT_LAYERS if name in POINTS else tokens if name in VIT else CONVOLUTIONS
         yield name, None
         yield from ((name, layer) for layer in layers)
 
@@ -118,7 +124,9 @@ def options_of(name, layer):
         return {}
     if name in POINTS:
         return POINT_LAYERS[layer]
-    return ATTENTIONS[layer] if name in VIT else CONVOLUTIONS[layer][1]
+    if name in VIT:
+        return ATTENTIONS[layer] if layer in ATTENTIONS else TOKENS[layer][1]
+    return CONVOLUTIONS[layer][1]
 
 
 def plain(module):
@@ -197,6 +205,35 @@ def test_every_attention_becomes_the_layer(name, layer):
         assert inner.num_heads == {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}[name]
         assert inner.k == ATTENTIONS[layer].get("k")
         assert inner.kernel == ("depthwise" if layer == "convnn_attention" else "sum")
+
+
+@pytest.mark.parametrize("layer", TOKENS)
+@pytest.mark.parametrize("name", VIT)
+def test_every_attention_becomes_a_layer_of_tokens(name, layer):
+    kind, options = TOKENS[layer]
+    model = make(name, layer, **options)
+    for block in model.blocks:
+        assert type(block.attn) is TimmTokens and type(block.attn.layer) is kind
+        inner = block.attn.layer
+        if layer == "branching":
+            assert inner.neighbors.out_channels == round(0.25 * model.embed_dim)
+            assert inner.neighbors.k == 4
+            assert inner.other.attention.num_heads == model.embed_dim // 8
+        else:
+            assert inner.k == 5 and inner.out_channels == model.embed_dim
+            assert inner.kernel_size == ((5,) if layer == "conv" else None)
+
+
+@pytest.mark.parametrize("layer", ["kvt", "convnn_attention", "convnn", "branching"])
+def test_images_of_fewer_patches_than_k(layer):
+    for size in (1, 2):  # two and five tokens
+        model = make("vit_tiny", layer, image_size=size, width=0.125).eval()
+        with torch.no_grad():
+            assert bool(model(image(1, 3, size, size)).isfinite().all())
+    chosen = KNearest(3, short="error")
+    model = make("vit_tiny", layer, selection=chosen)
+    found = [m for m in model.modules() if isinstance(m, KNearest)]
+    assert [repr(m) for m in found] == [repr(chosen)] * 2
 
 
 @pytest.mark.parametrize(
@@ -531,8 +568,8 @@ def test_bad_input_is_refused_by_name(name, layer, options, match):
 def test_bad_input_to_vision_transformers():
     with pytest.raises(ValueError, match="a multiple of patch_size=5, got 32"):
         make("vit_tiny", patch_size=5)
-    with pytest.raises(ValueError, match=r"blocks.0.attn \(Attention\) can't become 'convnn'"):
-        make("vit_tiny", "convnn")
+    with pytest.raises(ValueError, match=r"blocks.0.attn \(Attention\) can't become 'vig'"):
+        make("vit_tiny", "vig")
 
 
 def test_classifiers_need_classes_and_images_a_size():

@@ -21,6 +21,7 @@ from convnn_geo.convert.rules import Rule
 from convnn_geo.convert.specs import Spec, spec, spec_names, spec_options
 from convnn_geo.convert.spectrum import MeanOneSoftmax, interpolation, set_interpolation
 from convnn_geo.convert.summary import Line, Report, report
+from convnn_geo.convert.tokens import TimmTokens
 from convnn_geo.convert.weights import NotApplicable
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Rule",
     "Spec",
     "TimmAttention",
+    "TimmTokens",
     "interpolation",
     "report",
     "set_interpolation",

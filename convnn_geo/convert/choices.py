@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from convnn_geo import recipes
-from convnn_geo.convert import attention, convolution, edge
-from convnn_geo.nn import ConvNN2d, ConvNNAttention, PointConvNN
+from convnn_geo.convert import attention, convolution, edge, tokens
+from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNNAttention, PointConvNN
 
 _OF_CONVOLUTIONS = (
     *("in_channels", "out_channels", "channels", "kernel_size", "stride", "padding"),
@@ -119,6 +119,9 @@ def _attentions() -> dict[str, Choice]:
         "convnn_attention": Choice(
             attention.by_recipe(ConvNNAttention, **taps), tuple(_keywords(ConvNNAttention))
         ),
+        "conv": _own(tokens.conv),
+        "convnn": _own(tokens.convnn, *_keywords(ConvNN1d)),
+        "branching": _own(tokens.branching, *_keywords(ConvNN1d)),
     }
     for name, recipe in _recipes(ConvNNAttention, _OF_ATTENTIONS).items():
         defaults = {"k": 9} if name == "kvt" else {}

@@ -78,16 +78,20 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     ======================  ==================================================================
     ``exact``               the layer of ours that equals it, with its weights
     ``keep``                itself
-    ``conv``                of a convolution: the same as ``exact``
-    ``convnn``              ConvNN over the ``k`` nearest by ``metric``
-    ``branching``           ConvNN beside the convolution: ``ratio``, ``other``, ...
+    ``conv``                of a convolution: the same as ``exact``; of timm's attention: a
+                            convolution of ``kernel_size`` 3 along the sequence of tokens
+    ``convnn``              ConvNN over the ``k`` nearest by ``metric``, pixels or timm's tokens
+    ``branching``           ConvNN beside the convolution, or beside timm's attention, which keeps
+                            its projections: ``ratio``, ``other``, ...
     ``attention``           attention among all pixels; of an attention: the same as ``exact``
     ``kvt``                 attention over the ``k`` nearest keys, or pixels
     ``convnn_attention``    attention over the ``k`` nearest with taps inside the heads
     any recipe              of a convolution, an attention or DynamicEdgeConv
     ======================  ==================================================================
 
-    Weights are carried over where their shapes allow; others are drawn anew.
+    Weights are carried over where their shapes allow; others are drawn anew. ``conv``, ``convnn``
+    and ``branching`` in the place of an attention take no masks, and ``nn.MultiheadAttention``,
+    whose keys may be others than its queries, can't become them.
 
     Args:
         become: a name, or any function from a layer (and the options) to a layer.

@@ -54,7 +54,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     (:func:`~convnn_geo.recipes.interpolated_conv2d`). A layer that chooses by features moves from
     those to positions. An attention adds the squared distance of its tokens' positions: on the grid
     of patches in timm's and torchvision's vision transformers, whose class token is near to all,
-    on that of pixels where it took a convolution's place, and along the sequence elsewhere. Of a
+    on that of pixels where it took a convolution's place, and along the sequence elsewhere. ConvNN
+    in the place of timm's attention moves to positions on the grid of patches, too. Of a
     :class:`~convnn_geo.nn.Branching` the ConvNN branch moves.
 
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
@@ -164,6 +165,10 @@ def _ends(model: nn.Module, name: str, layer: Any) -> tuple[Metric, Metric]:
     """The metrics at 0 and at 1."""
     if isinstance(layer, ConvNNAttention):
         return token_positions(model, name), layer.metric
+    if isinstance(layer, ConvNN1d) and not isinstance(layer.metric, Spatial):
+        place = token_positions(model, name)
+        if not isinstance(place, Spatial):  # the sequence is of patches
+            return place, layer.metric
     near = _nearest(layer.kernel_size or (1,))
     return near, Feature("cosine") if isinstance(layer.metric, Spatial) else layer.metric
 

@@ -45,7 +45,7 @@ CONVERTED = Vocabulary(spec_names, spec_options)
 
 
 #: Specs of 9 neighbours by default, which a selection stands instead of.
-_NINE = ("branching", "convnn_attention", "feature_conv2d", "kvt")
+_NINE = ("branching", "convnn", "convnn_attention", "feature_conv2d", "kvt")
 
 
 def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:
@@ -63,17 +63,7 @@ def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:
         >>> [type(m).__name__ for m in replace_convolutions(model, Layer("convnn"))]
         ['ConvNN2d', 'Conv2d']
     """
-    if layer.name is None:
-        return model
-    chosen = "selection" in layer.options  # and says itself what few pixels get
-    of_k = chosen and layer.name in _NINE
-    options = {"k": None, **layer.options} if of_k else layer.options
-    become = spec(layer.name, **options)
-    to_convnn(model, [Rule(become, type=nn.Conv2d, where=_is_plain)])
-    for module in model.modules():
-        if isinstance(module, KNearest) and not chosen:
-            module.short = "pad"
-    return model
+    return _replace(model, layer, type=nn.Conv2d, where=_is_plain)
 
 
 def _is_plain(name: str, layer: Any) -> bool:
@@ -83,11 +73,24 @@ def _is_plain(name: str, layer: Any) -> bool:
 def replace_attention(model: nn.Module, layer: Layer) -> nn.Module:
     """The model with the layer for the attention of every block.
 
+    Fewer than k tokens leave the last neighbours empty, too.
+
     Args:
         model: timm's vision transformer, changed in place.
         layer: to put in.
     """
+    return _replace(model, layer, name="blocks.*.attn")
+
+
+def _replace(model: nn.Module, layer: Layer, **conditions: Any) -> nn.Module:
+    """The model with the layer wherever a rule of these conditions holds."""
     if layer.name is None:
         return model
-    become = spec(layer.name, **layer.options)
-    return to_convnn(model, [Rule(become, name="blocks.*.attn")])
+    chosen = "selection" in layer.options  # and says itself what few neighbours get
+    of_k = chosen and layer.name in _NINE
+    options = {"k": None, **layer.options} if of_k else layer.options
+    to_convnn(model, Rule(spec(layer.name, **options), **conditions))
+    for module in model.modules():
+        if isinstance(module, KNearest) and not chosen:
+            module.short = "pad"
+    return model
