@@ -175,6 +175,7 @@ def test_schedules_by_hand():
     assert rates(2, epochs=3, schedule="step", step_epochs=1, step_factor=0.5) == [
         *(2, 2, 1, 1, 0.5, 0.5)
     ]
+    assert rates(1, epochs=6, schedule="step") == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02])
     assert rates(4, epochs=2, schedule="constant", warmup_epochs=1)[:5] == [0.5, 1, 1.5, 2, 2]
     cosine = rates(3, epochs=4, warmup_epochs=1)
     assert cosine[:3] == pytest.approx([2 / 3, 4 / 3, 2])
@@ -333,9 +334,9 @@ def test_tuples_in_options_can_be_resumed(small, tmp_path):
     fit(config)
     same = replace(config, layer_options={})
     assert fit(same, resume=True).test
-    replace(config, layer_options={"kernel_size": (3,)}).check_same(
-        {**config.to_dict(), "layer_options": {"kernel_size": [3]}}, "there"
-    )
+    with_tuple = replace(config, layer_options={"kernel_size": (3,)})
+    with_tuple.check_same({**config.to_dict(), "layer_options": {"kernel_size": [3]}}, "there")
+    with_tuple.check_same(with_tuple.to_dict(), "there")
 
 
 def test_every_seeds_folder_is_looked_at_first(small, tmp_path):
@@ -423,6 +424,13 @@ def test_a_compiled_model_learns_the_same(small, tmp_path):
 def test_a_run_that_diverges_says_so(small, tmp_path):
     with pytest.raises(DivergedError, match=r"epoch 1 of seed 0.*lower learning_rate"):
         fit(Config(**{**PLAIN, **SIZE}, epochs=2, learning_rate=1e30, out=str(tmp_path)))
+    assert not (tmp_path / "seed-0" / "checkpoint.pt").exists()
+
+
+def test_a_run_that_diverges_in_its_last_step_says_so(small, tmp_path):
+    config = {**PLAIN, **SIZE, "batch_size": 4096}  # the only step, after a loss that was finite
+    with pytest.raises(DivergedError, match=r"the validation loss became .* in epoch 1 of seed 0"):
+        fit(Config(**config, epochs=1, learning_rate=1e30, out=str(tmp_path)))
     assert not (tmp_path / "seed-0" / "checkpoint.pt").exists()
 
 

@@ -57,6 +57,8 @@ def modelnet40_task(root: Path, seed: int = 0, download: bool = False, points: i
 def shapenet_task(root: Path, download: bool = False, category: str | None = None) -> Task:
     """Parts of things of 16 categories: 50 classes, one a point; the set's own three parts.
 
+    What is scored is the share of points, not the mean intersection over union of categories.
+
     Args:
         root: folder of ``shapenet``; the unpacked archive is in ``shapenet/raw``.
         download: what is not in ``root``.

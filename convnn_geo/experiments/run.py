@@ -15,9 +15,8 @@ from torch import nn
 from convnn_geo.experiments.base import Experiment, Setting
 from convnn_geo.train import ConfigError
 from convnn_geo.train.checkpoint import write_atomically
-from convnn_geo.train.order import seed_model
 from convnn_geo.train.processes import start
-from convnn_geo.train.setup import build, check_fits, load_task, model_arguments
+from convnn_geo.train.setup import load_task, new_model
 from convnn_geo.train.training import Training
 from convnn_geo.train.watch import Watch
 from convnn_geo.workers import run_jobs
@@ -108,11 +107,7 @@ def train_setting(setting: Setting, seed: int) -> Result:
     """
     config = setting.config
     fabric, task = start(config), load_task(config)
-    seed_model(seed)
-    module = build(model_arguments(config, task))
-    if setting.change is not None:
-        setting.change(module)
-    check_fits(task, module)
+    _, module = new_model(config, task, seed, change=setting.change)
     training = Training(fabric, config, task, module, seed)
     while training.epoch < config.epochs:
         training.train_epoch(Watch())

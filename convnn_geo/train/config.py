@@ -68,7 +68,8 @@ class Config:
         momentum: of ``"sgd"``.
         schedule: ``"constant"``, ``"cosine"`` or ``"step"``, see :mod:`convnn_geo.train.schedule`.
         warmup_epochs: over which the learning rate grows linearly; ``epochs`` at most.
-        step_epochs: of ``"step"``, between drops of the learning rate; fewer than ``epochs``.
+        step_epochs: of ``"step"``, between drops of the learning rate; fewer than ``epochs``. None
+            for a third of them.
         step_factor: of ``"step"``, what each drop multiplies by.
         clip_norm: gradients are scaled down to this norm; None leaves them.
         label_smoothing: share of the target spread over all classes.
@@ -112,7 +113,7 @@ class Config:
     momentum: float = _field(0.9, "of SGD")
     schedule: str = _field("cosine", ", ".join(SCHEDULES))
     warmup_epochs: float = _field(0.0, "of linear growth of the learning rate")
-    step_epochs: float = _field(30.0, "between drops of the schedule step")
+    step_epochs: float | None = _field(None, "between drops of step; a third of epochs by default")
     step_factor: float = _field(0.1, "that a drop multiplies by")
     clip_norm: float | None = _field(None, "norm that gradients are scaled down to")
     label_smoothing: float = _field(0.0, "share of the target spread over all classes")
@@ -194,7 +195,8 @@ class Config:
             other: :meth:`to_dict` of the run that was begun.
             where: it is, for the message.
         """
-        mine = json.loads(json.dumps(self.to_dict()))  # as it was written: tuples are lists
+        # As JSON has them, where tuples are lists; a checkpoint keeps tuples.
+        mine, other = (json.loads(json.dumps(each)) for each in (self.to_dict(), dict(other)))
         names = [name for name in mine if name not in FREE and mine[name] != other.get(name)]
         if names:
             told = ", ".join(
@@ -257,12 +259,10 @@ def _check(config: Config) -> None:
         check_int("image_size", config.image_size)
     for name in ("weight_decay", "momentum", "warmup_epochs", "label_smoothing", "mixup"):
         check_number(name, getattr(config, name))
-    for name in ("learning_rate", "step_epochs", "step_factor"):
-        check_number(name, getattr(config, name), exclusive=True)
-    if config.clip_norm is not None:
-        check_number("clip_norm", config.clip_norm, exclusive=True)
-    if config.ema is not None:
-        check_number("ema", config.ema, exclusive=True)
+    for name in ("learning_rate", "step_factor", "step_epochs", "clip_norm", "ema"):
+        value = getattr(config, name)
+        if value is not None or name in ("learning_rate", "step_factor"):
+            check_number(name, value, exclusive=True)
     for name in ("label_smoothing", "momentum", "ema"):
         if (getattr(config, name) or 0) >= 1:
             raise ValueError(f"{name}: expected less than 1, got {getattr(config, name)}")
@@ -297,7 +297,7 @@ def _check_effects(config: Config) -> None:
             f"warmup_epochs: expected at most epochs, {config.epochs}, got {config.warmup_epochs}, "
             "which would never reach learning_rate; lower warmup_epochs or raise epochs"
         )
-    if config.schedule == "step" and config.step_epochs >= config.epochs:
+    if config.step_epochs is not None and config.step_epochs >= config.epochs:
         raise ValueError(
             f"step_epochs: expected less than epochs, {config.epochs}, got {config.step_epochs}, "
             "so that schedule 'step' would never drop; lower step_epochs or leave schedule out"

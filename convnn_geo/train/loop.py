@@ -16,17 +16,9 @@ from convnn_geo.train.checkpoint import (
     write_atomically,
 )
 from convnn_geo.train.config import Config, ConfigError
-from convnn_geo.train.order import seed_model, smallest_piece
 from convnn_geo.train.processes import start
 from convnn_geo.train.record import Board, Run, write_metrics
-from convnn_geo.train.setup import (
-    build,
-    check_fits,
-    check_norms,
-    load_task,
-    model_arguments,
-    save_model,
-)
+from convnn_geo.train.setup import load_task, new_model, save_model
 from convnn_geo.train.training import Training
 from convnn_geo.train.watch import Watch
 
@@ -69,12 +61,8 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         return Run.from_dict(state, folder)
     with fabric.rank_zero_first():  # the others find downloaded what the first downloads
         task = load_task(config)
-    seed_model(seed)
-    arguments = model_arguments(config, task)
-    module = build(arguments)
-    check_fits(task, module)
-    parts = (fabric.world_size, config.accumulate)
-    check_norms(task, module, smallest_piece(len(task.train), config.batch_size, parts))
+    pieces = (fabric.world_size, config.accumulate)
+    arguments, module = new_model(config, task, seed, pieces)
     training = Training(fabric, config, task, module, seed, state or None)
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,9 @@ class Run:
     Args:
         seed: of the run.
         parameters: numbers in the model.
-        history: a row an epoch: seed, epoch, learning_rate, train_loss, validation_loss, the
-            score as validation_accuracy or validation_psnr, and seconds of training.
+        history: a row an epoch: seed, epoch, learning_rate, train_loss (of what is learned, with
+            mixup and label smoothing), validation_loss (without), the score as validation_accuracy
+            or validation_psnr, and seconds of training.
         test: loss and score on the test part, by the last weights.
         folder: with ``weights.pt`` and the metrics.
     """
@@ -101,8 +102,8 @@ class Board:
     def __init__(self, folder: Path, enabled: bool, epoch: int = 0) -> None:
         self._writer: Any = None
         if enabled:
-            require("tensorboard", extra="train")
-            board = require("torch.utils.tensorboard", extra="train")
+            require("tensorboard", extra="tensorboard")
+            board = require("torch.utils.tensorboard", extra="tensorboard")
             self._writer = board.SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
 
     def __enter__(self) -> Board:

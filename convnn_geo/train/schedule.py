@@ -39,7 +39,8 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
     if config.warmup_epochs > 0:
         rate *= min(1.0, (epoch + 1 / steps) / config.warmup_epochs)
     if config.schedule == "step":
-        return rate * config.step_factor ** math.floor(epoch / config.step_epochs)
+        between = config.epochs / 3 if config.step_epochs is None else config.step_epochs
+        return rate * config.step_factor ** math.floor(epoch / between)
     if config.schedule == "cosine" and epoch > config.warmup_epochs:
         done = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
         return rate * 0.5 * (1 + math.cos(math.pi * done))

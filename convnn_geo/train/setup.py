@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from convnn_geo.datasets import Task, load
 from convnn_geo.models import create_model
 from convnn_geo.train.checkpoint import WEIGHTS, CheckpointError, load_tensors, save_tensors
 from convnn_geo.train.config import Config, ConfigError
+from convnn_geo.train.order import seed_model, smallest_piece
 
 _SAID = {
     "name": "say model (--model)",
@@ -45,6 +47,35 @@ def load_task(config: Config) -> Task:
     if task.image_size is None and config.channels_last:
         raise ConfigError("channels_last: points have no channels to lay out; leave it out")
     return task
+
+
+def new_model(
+    config: Config,
+    task: Task,
+    seed: int,
+    pieces: tuple[int, int] = (1, 1),
+    change: Callable[[nn.Module], object] | None = None,
+) -> tuple[dict[str, Any], nn.Module]:
+    """The model with new weights by the seed, and the arguments that :func:`build` it.
+
+    Args:
+        config: names the model.
+        task: that it must fit.
+        seed: of the weights.
+        pieces: processes that share a batch, and pieces that each cuts its share into.
+        change: is given the model before it is tried.
+
+    Raises:
+        ConfigError: it does not fit the task, or a piece is too small for batch normalisation.
+    """
+    seed_model(seed)
+    arguments = model_arguments(config, task)
+    module = build(arguments)
+    if change is not None:
+        change(module)
+    check_fits(task, module)
+    check_norms(task, module, smallest_piece(len(task.train), config.batch_size, pieces))
+    return arguments, module
 
 
 def model_arguments(config: Config, task: Task) -> dict[str, Any]:

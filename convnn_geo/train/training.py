@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -84,12 +85,9 @@ class Training:
         self.task.set_epoch(epoch)
         loss, rate = self._train(epoch, watch)
         seconds = time.perf_counter() - began
-        if not torch.tensor(loss).isfinite():
-            raise DivergedError(
-                f"the loss became {loss} in epoch {epoch + 1} of seed {self.seed}; try a lower "
-                "learning_rate, warmup_epochs or clip_norm"
-            )
+        self._check_finite("loss", loss)
         validation = self.evaluate(self.task.validation)
+        self._check_finite("validation loss", validation["loss"])  # the last step has no other
         self.history.append(
             {
                 "seed": self.seed,
@@ -100,6 +98,13 @@ class Training:
                 "seconds": seconds,
             }
         )
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the {name} became {value} in epoch {self.epoch + 1} of seed {self.seed}; try a "
+                "lower learning_rate, warmup_epochs or clip_norm"
+            )
 
     @torch.no_grad()
     def evaluate(self, part: Any) -> dict[str, float]:
