@@ -52,10 +52,18 @@ TOKENS = {
     "branching": (Branching, {"ratio": 0.25, "k": 4}),
 }
 POINT_LAYERS = {
+    "conv": {"k": 4},
+    "attention": {"num_heads": 2},
     "convnn": {"k": 4, "lam": 0.25},
+    "convnn_attention": {"k": 4, "kernel": "standard"},
+    "kvt": {"k": 4},
+    "branching": {"k": 4, "ratio": 0.25},
     "dynamic_edge_conv": {"k": 4},
     "edge_conv": {"k": 4},
+    "grav_net": {"k": 4, "propagate_dimensions": 5},
+    "point_conv": {"k": 4},
     "point_transformer": {"k": 4},
+    "set_abstraction": {"max_k": 4, "r": 0.9},
 }
 
 
@@ -528,8 +536,8 @@ def test_features_of_points_take_part():
 
 @pytest.mark.parametrize("layer", POINT_LAYERS)
 def test_clouds_of_fewer_points_than_k(layer):
-    model = make("point_classifier", layer, k=9).eval()
-    pos, batch = clouds(1, 3, 20)
+    model = make("point_classifier", layer, seed=1).eval()  # the layer's own k
+    pos, batch = clouds(1, 3, 70)
     pos.requires_grad_()
     out = model(pos, batch)
     assert bool(out.isfinite().all())
@@ -550,7 +558,11 @@ def test_clouds_of_fewer_points_than_k(layer):
         ("unet", None, {"ratio": 1}, "'ratio' of unet; .*options of a layer need layer="),
         ("unet", None, {"num_heads": 1, "k": 1}, "unknown options 'num_heads', 'k' of unet"),
         ("unet", "convnn", {"ratio": 1}, "'ratio' of unet; .*its layer 'convnn' takes k"),
-        ("point_classifier", "kvt", {}, "unknown layer of point_classifier 'kvt'; .*: convnn"),
+        ("point_classifier", "vig", {}, "unknown layer of point_classifier 'vig'; .*: conv, "),
+        ("point_classifier", "attention", {"k": 9}, "unknown option 'k' .*takes num_heads"),
+        ("point_classifier", "edge_conv", {"encoding": "fourier"}, "unknown option 'encoding'"),
+        ("point_classifier", "branching", {"ratio": 1.5}, r"ratio: expected a number in \[0, 1\]"),
+        ("point_classifier", "kvt", {"num_heads": 3}, "num_heads=3 must divide embed_dim=64"),
         ("point_classifier", None, {"axes": 2}, "'axes' of point_classifier"),
         ("unet", None, {"width": 0}, "width: expected a finite number greater than 0"),
         ("unet", None, {"in_channels": 0}, "in_channels: expected an integer of at least 1"),

@@ -2,84 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import global_max_pool, global_mean_pool
 from torch_geometric.utils import scatter
 
-from convnn_geo import recipes
 from convnn_geo.checks import check_int, check_tensor
-from convnn_geo.metrics import Metric, Spatial, as_metric, interpolate
-from convnn_geo.models.layers import Layer, Vocabulary
+from convnn_geo.models.layers import Layer
+from convnn_geo.models.point_layers import POINT_LAYERS, Build, point_layer
 from convnn_geo.models.registry import register
 from convnn_geo.models.width import scaled
-from convnn_geo.nn import PointConvNN
-
-Build = Callable[..., PointConvNN]
-
-
-def convnn(
-    in_channels: int,
-    out_channels: int,
-    *,
-    k: int = 9,
-    metric: Metric | str = "cosine",
-    lam: float = 0.5,
-    learnable: bool = False,
-    kernel: Any = "standard",
-    weighting: Any = "ones",
-    groups: int = 1,
-    bias: bool = True,
-    **options: Any,
-) -> PointConvNN:
-    """The ``k`` nearest by ``(1 - lam)`` distance of positions ``+ lam`` distance of features.
-
-    Args:
-        in_channels: channels of ``x``.
-        out_channels: channels of the output.
-        k: neighbours.
-        metric: of features.
-        lam: 0 for positions, 1 for features.
-        learnable: make ``lam`` a parameter. Its gradient comes through weights of distances alone:
-            give a ``weighting`` such as ``"softmax"``.
-        kernel: as in :class:`~convnn_geo.nn.PointConvNN`, as are the other options.
-
-    Example:
-        >>> convnn(8, 16, k=3, lam=1.0)
-        PointConvNN(
-          8, 16, k=3
-          ...
-    """
-    measure = interpolate(Spatial(), as_metric(metric), lam, learnable)
-    given = (in_channels, out_channels, k, measure, kernel, weighting, groups, bias)
-    return PointConvNN(*given, **options)
-
-
-_LAYERS: dict[str, Build] = {
-    "convnn": convnn,
-    "dynamic_edge_conv": recipes.dynamic_edge_conv,
-    "edge_conv": recipes.edge_conv,
-    "point_transformer": recipes.point_transformer,
-}
-
-
-def _options(name: str) -> list[str]:
-    """Keywords of a layer; a recipe's networks and axes are the model's to give."""
-    own = _keywords(convnn) if name == "convnn" else ["k"]
-    return [*own, *(option for option in _keywords(PointConvNN) if option != "axes")]
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-POINT_LAYERS = Vocabulary(lambda: list(_LAYERS), _options, native="convnn")
 
 
 class PointFeatures(nn.Module):
@@ -248,11 +182,7 @@ def point_network(
         dropout: before the head, in training.
     """
     inner, wide = scaled([64, 256], width)
-    options = {"axes": in_channels, "short": "pad", **layer.options}
-    if "selection" in options:  # which says itself what short clouds get
-        options.pop("short")
-        options["k"] = None
-    build = partial(_LAYERS[layer.name or "convnn"], **options)
+    build = point_layer(layer.name or "convnn", in_channels, layer.options)
     seen = in_channels + check_int("feature_channels", feature_channels, 0)
     features = PointFeatures(seen, inner, depth, build)
     return network(features, (depth * inner, wide), num_classes, dropout)

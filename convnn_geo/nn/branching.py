@@ -183,7 +183,7 @@ class Branching(nn.Module):
             neighbors: the ConvNN branch, or None.
             other: the other branch, or None.
             pointwise: from both branches' channels to the output's; None for none.
-            channel_axis: along which they are concatenated: 1 for images, -1 for tokens.
+            channel_axis: along which they are concatenated: 1 for images, -1 for tokens and points.
         """
         if neighbors is None and other is None:
             raise ValueError("Branching: expected at least one branch, got none")
@@ -215,9 +215,14 @@ class Branching(nn.Module):
                 reset()
 
     @one_node
-    def forward(self, x: Tensor) -> Tensor:
-        """Both branches, concatenated and mixed."""
-        parts = [branch(x) for branch in self.branches]
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        """Both branches, concatenated and mixed.
+
+        Args:
+            x: what both branches see.
+            *more: for both branches, too: positions and clouds, for layers of points.
+        """
+        parts = [branch(x, *more) for branch in self.branches]
         parts = [part[0] if isinstance(part, tuple) else part for part in parts]
         out = parts[0] if len(parts) == 1 else self._join(*parts)
         return out if self.pointwise is None else self.pointwise(out)

@@ -1,0 +1,164 @@
+"""Layers of networks of points, each against a loop over clouds or a layer of torch's or PyG's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from convnn_geo import recipes
+from convnn_geo.kernels import GravNet
+from convnn_geo.lowering import explain
+from convnn_geo.metrics import interpolate
+from convnn_geo.models.point_attention import PointAttention
+from convnn_geo.models.point_layers import POINT_LAYERS, point_layer
+from convnn_geo.nn import Branching, PointConvNN
+from convnn_geo.selection import KNearest, Radius
+from convnn_geo.weighting import PositionMLP
+
+SIZES = (7, 4, 1)
+
+
+@pytest.fixture
+def clouds():
+    """Features, positions and clouds of 12 points, of which one is alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, pos = (torch.randn(sum(SIZES), c, dtype=torch.float64, generator=generator) for c in (6, 3))
+    return x, pos, torch.arange(3).repeat_interleave(torch.tensor(SIZES))
+
+
+def build(name, **options):
+    return point_layer(name, 3, options)(6, 6).double()
+
+
+def equal(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", POINT_LAYERS.names())
+def test_gradients_reach_every_parameter(name, clouds):
+    layer = build(name)
+    layer(*clouds).square().sum().backward()
+    for parameter in layer.parameters():
+        assert bool(parameter.grad.isfinite().all() and parameter.grad.any())
+
+
+def test_recipes_of_points_are_all_there():
+    gives = {name: getattr(recipes, name).__annotations__["return"] for name in recipes.names()}
+    found = {name for name, layer in gives.items() if layer == "PointConvNN"}
+    assert len(found) == 6 and found < set(POINT_LAYERS.names())
+
+
+@pytest.mark.parametrize("name", POINT_LAYERS.names())
+def test_every_option_that_is_named_is_taken(name, clouds):
+    """By the layer itself: a name that it does not know would be a TypeError."""
+    samples = {
+        **{"k": 2, "max_k": 2, "r": 0.5, "ratio": 0.5, "lam": 0.2, "num_heads": 2, "groups": 1},
+        **{"metric": "euclidean", "kernel": "standard", "weighting": "ones", "bias": True},
+        **{"learnable": False, "taps_per_head": True, "candidates": None, "self_point": "first"},
+        **{"selection": KNearest(2, short="pad"), "short": "pad", "order": "rank"},
+        **{"encoding": "coordinates", "backend": "gather", "search": "dense"},
+        **{"space_dimensions": 2, "propagate_dimensions": 3},
+    }
+    options = POINT_LAYERS.options(name)
+    assert set(options) <= set(samples)
+    for option in options:
+        layer = build(name, **{option: samples[option]})
+        assert layer(*clouds).shape == (12, 6)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("attention", {}), ("attention", {"num_heads": 3}), ("kvt", {"k": 3})]
+)
+def test_attention_is_that_of_torch_cloud_by_cloud(name, options, clouds):
+    layer = build(name, **options)
+    x, pos, batch = clouds
+    inner, heads = layer.attention, options.get("num_heads", 1)
+    peer = nn.MultiheadAttention(6, heads, batch_first=True).double()
+    peer.load_state_dict(inner.state_dict())
+    for cloud in range(3):
+        own = x[batch == cloud]
+        mask = None
+        if name == "kvt":
+            query, key, _ = (own @ inner.in_proj_weight.T + inner.in_proj_bias).chunk(3, -1)
+            best = (query @ key.T).topk(min(3, len(own))).indices
+            mask = torch.ones(len(own), len(own), dtype=torch.bool).scatter(1, best, False)
+        equal(layer(*clouds)[batch == cloud], peer(own, own, own, attn_mask=mask)[0])
+    assert torch.equal(layer(x, pos + 1, batch), layer(*clouds))  # features alone
+    equal(layer(x[:7]), layer(*clouds)[:7])  # no batch: one cloud
+    assert explain(layer, *clouds).startswith("PointAttention runs by")
+
+
+def test_attention_with_taps_by_a_loop(clouds):
+    layer = build("convnn_attention", k=3)
+    x, _, batch = clouds
+    inner = layer.attention
+    nn.init.normal_(inner.taps)
+    query, key, value = (x @ inner.in_proj_weight.T + inner.in_proj_bias).chunk(3, -1)
+    expected = torch.zeros(12, 6, dtype=torch.float64)
+    for i in range(12):
+        there = (batch == batch[i]).nonzero().flatten()
+        score = key[there] @ query[i] / 6**0.5
+        best = score.argsort(descending=True)[:3]
+        for rank, weight in enumerate(score[best].softmax(0)):
+            expected[i] += inner.taps[:, 0, rank] * weight * value[there[best[rank]]]
+    equal(layer(*clouds), inner.out_proj(expected))
+
+
+def test_conv_looks_at_positions_alone(clouds):
+    layer = build("conv", k=3)
+    x, pos, batch = clouds
+    expected = torch.zeros(12, 6, dtype=torch.float64)
+    for i in range(12):
+        there = (batch == batch[i]).nonzero().flatten()
+        best = (pos[there] - pos[i]).square().sum(1).argsort()[:3]
+        for rank, j in enumerate(there[best]):
+            expected[i] += layer.weight[:, :, rank] @ x[j]
+    equal(layer(*clouds), expected + layer.bias)
+    same = build("convnn", k=3, lam=0.0)
+    same.load_state_dict(layer.state_dict())
+    equal(same(*clouds), layer(*clouds))
+
+
+def test_branching_is_both_and_a_linear_layer(clouds):
+    layer = build("branching", ratio=1 / 3, k=3, metric="euclidean")
+    assert type(layer) is Branching
+    assert (layer.neighbors.out_channels, layer.other.out_channels) == (2, 4)
+    near = PointConvNN(6, 2, 3, "euclidean", short="pad").double()
+    near.load_state_dict(layer.neighbors.state_dict())
+    away = PointConvNN(6, 4, 3, "spatial", short="pad").double()
+    away.load_state_dict(layer.other.state_dict())
+    equal(layer(*clouds), layer.pointwise(torch.cat([near(*clouds), away(*clouds)], 1)))
+    assert build("branching", ratio=0.0).neighbors is None
+    ends = build("branching", ratio=1.0)
+    assert ends.other is None and ends.pointwise is None
+    assert explain(layer, *clouds).count("PointConvNN runs by") == 2
+
+
+def test_recipes_get_what_they_are_asked_for(clouds):
+    layer = build("grav_net", k=3, space_dimensions=2, propagate_dimensions=5)
+    assert isinstance(layer.kernel, GravNet) and layer.kernel.value.out_features == 5
+    assert layer.metric.query.out_features == 2 and layer.selection.short == "pad"
+    layer = build("set_abstraction", r=0.5, max_k=3)
+    assert isinstance(layer.selection, Radius) and layer.selection.r == 0.5
+    x, pos, _ = clouds
+    far = point_layer("set_abstraction", 3, {"r": 1e-3})(6, 6).double()
+    alone = far.kernel.mlp(torch.cat([x, torch.zeros_like(pos)], 1))
+    equal(far(*clouds), alone)  # a small ball holds the point itself
+    layer = build("point_conv", k=2)
+    assert layer.k == 2 and layer.weighting.mlp[0].in_features == 3
+    with pytest.raises(ValueError, match="point_conv keeps channels: expected out_channels=6"):
+        point_layer("point_conv", 3, {})(6, 8)
+    with pytest.raises(ValueError, match="attention keeps channels: expected out_channels=6"):
+        PointAttention(6, 8)
+
+
+def test_layers_do_not_share_what_learns():
+    metric = interpolate("spatial", "cosine", learnable=True)
+    make = point_layer("convnn", 3, {"metric": metric, "lam": 1.0, "weighting": "softmax"})
+    first, second = make(6, 6), make(6, 6)
+    assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
+    weighting = PositionMLP(nn.Linear(3, 6))
+    both = point_layer("branching", 3, {"weighting": weighting})(6, 6)
+    parts = (weighting, both.neighbors.weighting, both.other.weighting)
+    assert len({id(part.mlp.weight) for part in parts}) == 3
