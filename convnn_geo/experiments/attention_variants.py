@@ -31,10 +31,10 @@ EXPERIMENT = Experiment(
     axis="attention",
     settings=settings,
     notes="A small vision transformer on 36 squares of an image and a class token; the data are "
-    "digits, and patches of eleven photographs, to be told apart by the photograph. KVT and ConvNN take the "
-    "nine nearest keys, ConvNN with a depthwise tap a rank; a local window is the 3 × 3 squares "
-    "around one, cut at the border, a neighborhood the same moved inward. The class token sees "
-    "all, and all see it. One learning rate for all: the one that did best on the digits' "
+    "digits, and patches of eleven photographs, to be told apart by the photograph. KVT and ConvNN "
+    "take the nine nearest keys, ConvNN with a depthwise tap a rank; a local window is the 3 × 3 "
+    "squares around one, cut at the border, a neighborhood the same moved inward. The class token "
+    "sees all, and all see it. One learning rate for all: the one that did best on the digits' "
     "validation part for attention, KVT and ConvNN taken together.",
     published=Published(
         "ViT-Tiny, k = 9, 224 px, arXiv 2606.14725",

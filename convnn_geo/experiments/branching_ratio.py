@@ -31,10 +31,11 @@ EXPERIMENT = Experiment(
     notes="Every 3 × 3 convolution of VGG-11 is a branching layer with k = 9: at 0 the plain "
     "convolution, at 1 ConvNN alone, and in between a 1 × 1 convolution more, which mixes both. By "
     "cosine a pixel of a digit, which has one channel, sees in the first layer only whether "
-    "another is on its side of the mean; the published mixing, (λ |Δf| / σ)² + ((1 - λ) |Δp|)² with "
-    "λ = 0.5, also sees where it lies. Patches of 16 × 16 pixels are to be told apart by the "
-    "photograph, one of eleven, that they are cut from. One learning rate for all: on the digits' "
-    "validation part it did best, or as well, of three at the shares 0, 0.5 and 1.",
+    "another is on its side of the mean; the published mixing, "
+    "(λ |Δf| / σ)² + ((1 - λ) |Δp|)² with λ = 0.5, also sees where it lies. Patches of 16 × 16 "
+    "pixels are to be told apart by the photograph, one of eleven, that they are cut from. One "
+    "learning rate for all: on the digits' validation part it did best, or as well, of three at "
+    "the shares 0, 0.5 and 1.",
     published=Published(
         "VGG-11, k = 9, Euclidean mixed, 150 epochs, arXiv 2606.14725",
         "accuracy (%)",
