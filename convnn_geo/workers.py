@@ -27,6 +27,9 @@ def run_jobs(
         jobs: by a key that comes back with the result; to be pickled, if there is a process more.
         workers: processes; 1 to run here.
 
+    Raises:
+        Exception: of the first job that fails, after the results of those that ran beside it.
+
     Example:
         >>> list(run_jobs({"three": lambda: 3}, workers=1))
         [('three', 3)]
@@ -38,11 +41,18 @@ def run_jobs(
     # Spawned, because a process forked after torch has used threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = {pool.submit(in_one_thread, job): key for key, job in jobs.items()}
+        left = {pool.submit(in_one_thread, job): key for key, job in jobs.items()}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:  # Ctrl-C, too: what has not begun is not begun
+            for future in as_completed(list(left)):
+                result = future.result()
+                yield left.pop(future), result
+        except Exception:  # what has not begun is not begun; what runs is not lost
+            pool.shutdown(cancel_futures=True)
+            for future, key in left.items():
+                if not future.cancelled() and future.exception() is None:
+                    yield key, future.result()
+            raise
+        except BaseException:  # Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
 
