@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -29,11 +29,15 @@ class Choice:
         build: from the layer and the options to the new layer.
         options: names of the options.
         required: those of them that have no default.
+        axes: of the image; None for any.
+        keeps_channels: whether it takes layers of as many channels out as in alone.
     """
 
     build: Callable[..., nn.Module]
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
+    axes: int | None = None
+    keeps_channels: bool = False
 
 
 def check_options(
@@ -107,7 +111,9 @@ def _convolutions() -> dict[str, Choice]:
     for axes, layer in convolution.LAYERS.items():
         for name, recipe in _recipes(layer, _OF_CONVOLUTIONS).items():
             build = convolution.by_recipe(name, recipe, axes)
-            choices[name] = _recipe(recipe, build, layer, _OF_CONVOLUTIONS)
+            keeps = _arguments(recipe)[0].name == "channels"
+            choice = _recipe(recipe, build, layer, _OF_CONVOLUTIONS)
+            choices[name] = replace(choice, axes=axes, keeps_channels=keeps)
     return choices
 
 

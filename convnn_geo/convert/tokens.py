@@ -75,7 +75,11 @@ class TimmTokens(nn.Module):
 
 
 def conv(layer: Any, kernel_size: int = 3) -> nn.Module:
-    """A convolution along the sequence of tokens, which keeps its length."""
+    """A convolution along the sequence of tokens, which keeps its length.
+
+    Neighbours are those of the sequence: of patches in raster order those of the row, and its ends
+    meet the rows above and below.
+    """
     c, d = _channels(layer)
     new = ConvNN1d(c, d, kernel_size, padding="same", **_factory(layer))
     return TimmTokens(new, layer.proj_drop)

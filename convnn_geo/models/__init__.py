@@ -23,6 +23,6 @@ from convnn_geo.models import (  # noqa: F401 - enter themselves into the list
     vgg,
     vit,
 )
-from convnn_geo.models.registry import create_model, list_models
+from convnn_geo.models.registry import create_model, list_layers, list_models
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_layers", "list_models"]

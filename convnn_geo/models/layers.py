@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from convnn_geo.convert import Rule, spec, spec_names, spec_options, to_convnn
+from convnn_geo.convert import Rule, spec, to_convnn
+from convnn_geo.convert.choices import CHOICES, Choice
 from convnn_geo.selection import KNearest
 
 
@@ -40,8 +41,18 @@ class Vocabulary:
     native: str | None = None
 
 
-#: What :func:`convnn_geo.convert.spec` knows.
-CONVERTED = Vocabulary(spec_names, spec_options)
+def _specs(kind: str, fits: Callable[[str, Choice], bool]) -> Vocabulary:
+    """Specs of :func:`convnn_geo.convert.spec` for one kind of layer."""
+    choices = {name: choice for name, choice in CHOICES[kind].items() if fits(name, choice)}
+    return Vocabulary(lambda: list(choices), lambda name: list(choices[name].options))
+
+
+#: What convolutions of images become, whatever their channels.
+CONVOLUTIONS = _specs("convolution", lambda _, c: c.axes in (None, 2) and not c.keeps_channels)
+
+#: What the attention of timm's vision transformers becomes. Their class token is the first, and by
+#: causal attention would see itself alone, and nothing of the image.
+ATTENTIONS = _specs("attention", lambda name, _: name != "causal_attention")
 
 
 #: Specs of 9 neighbours by default, which a selection stands instead of.

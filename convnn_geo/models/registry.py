@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from convnn_geo.checks import check_int, check_name
-from convnn_geo.models.layers import CONVERTED, Layer, Vocabulary
+from convnn_geo.models.layers import CONVOLUTIONS, Layer, Vocabulary
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
@@ -54,7 +54,7 @@ _MODELS: dict[str, Entry] = {}
 
 
 def register(
-    name: str, vocabulary: Vocabulary = CONVERTED, **fixed: Any
+    name: str, vocabulary: Vocabulary = CONVOLUTIONS, **fixed: Any
 ) -> Callable[[Builder], Builder]:
     """Enter a builder into the list of models.
 
@@ -84,6 +84,23 @@ def list_models(filter: str = "") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, filter or "*"))
 
 
+def list_layers(name: str) -> list[str]:
+    """Names that ``layer=`` of a model takes.
+
+    Args:
+        name: of the model.
+
+    Example:
+        >>> common = {"conv", "attention", "convnn", "convnn_attention", "kvt", "branching"}
+        >>> all(common <= set(list_layers(name)) for name in list_models())
+        True
+        >>> sorted(set(list_layers("vgg11")) - common)  # doctest: +NORMALIZE_WHITESPACE
+        ['conv2d', 'conv2d_by_position', 'exact', 'feature_conv2d', 'interpolated_conv2d',
+         'separable_conv2d', 'vig']
+    """
+    return _entry(name).vocabulary.names()
+
+
 def create_model(
     name: str,
     layer: str | None = None,
@@ -97,11 +114,14 @@ def create_model(
 
     Args:
         name: of the model, one of :func:`list_models`.
-        layer: what its layers become, a name of :func:`convnn_geo.convert.spec`: in convolutional
-            models ``"conv"``, ``"convnn"``, ``"branching"``, ...; in vision transformers
-            ``"attention"``, ``"kvt"``, ``"convnn_attention"``, ...; in point models ``"convnn"``,
-            ``"dynamic_edge_conv"``, ``"edge_conv"``, ``"point_transformer"``. By default torch's
-            own layers; in point models ``"convnn"``.
+        layer: what its layers become, one of :func:`list_layers`. Every model takes ``"conv"``,
+            ``"attention"``, ``"convnn"``, ``"convnn_attention"``, ``"kvt"`` and ``"branching"``,
+            among pixels, tokens or points, and each the recipes that fit into it: convolutional
+            models those of 2-d convolutions from any channels to any, and ``"vig"``; vision
+            transformers those of attention, but for the causal one; models of points
+            ``"dynamic_edge_conv"``, ``"edge_conv"``, ``"grav_net"``, ``"point_conv"``,
+            ``"point_transformer"`` and ``"set_abstraction"``. By default torch's own layers; in
+            models of points ``"convnn"``.
         num_classes: of classifiers and segmenters; others don't look at it.
         in_channels: of the images, or axes of the points' positions.
         image_size: side of the images; their shortest side, where they needn't be square. Models

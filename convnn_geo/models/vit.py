@@ -6,14 +6,14 @@ from torch import nn
 
 from convnn_geo.checks import check_int
 from convnn_geo.extras import require
-from convnn_geo.models.layers import Layer, replace_attention
+from convnn_geo.models.layers import ATTENTIONS, Layer, replace_attention
 from convnn_geo.models.registry import register
 from convnn_geo.models.width import scaled
 
 
-@register("vit_tiny", num_heads=3)
-@register("vit_small", num_heads=6)
-@register("vit_base", num_heads=12)
+@register("vit_tiny", ATTENTIONS, num_heads=3)
+@register("vit_small", ATTENTIONS, num_heads=6)
+@register("vit_base", ATTENTIONS, num_heads=12)
 def vit(
     layer: Layer,
     *,
@@ -29,7 +29,9 @@ def vit(
 ) -> nn.Module:
     """Timm's vision transformer (https://arxiv.org/abs/2010.11929), with its state_dict.
 
-    Every attention becomes the layer.
+    Every attention becomes the layer. Layers of windows, among them ``"conv"``, look along the
+    sequence of tokens: the class token, then the patches row by row. From there the class token,
+    which alone is classified, sees but those patches that ``depth`` windows reach.
 
     Args:
         layer: to put in.
