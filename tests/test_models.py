@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from convnn_geo import convert
 from convnn_geo.candidates import Random
 from convnn_geo.convert import TimmAttention, TimmTokens
 from convnn_geo.extras import MissingExtraError, require
@@ -323,11 +324,27 @@ def test_weights_of_torchvision_load_and_count():
 SOME = [
     ("vgg11", "branching", {}),
     ("vgg11", "convnn", {"candidates": Random(4)}),
+    ("resnet18", "kvt", {}),
+    ("vit_tiny", "branching", {"dropout": 0.2}),
     ("resnet18", None, {"drop_path": 0.3}),
     ("vit_tiny", "kvt", {"k": 5, "drop_path": 0.3, "dropout": 0.2}),
-    ("unet", "convnn", {}),
+    ("unet", "convnn_attention", {"k": 4}),
     ("point_classifier", "convnn", {"dropout": 0.5}),
 ]
+
+
+@pytest.mark.parametrize("layer", ["kvt", "convnn_attention"])
+def test_attention_among_pixels_is_reported_and_moves(layer):
+    model, x = make("vgg11", layer).eval(), image(1, 3, 32, 32)
+    lines = [line for line in convert.report(model, x).lines if line.was == "Conv2d"]
+    assert len(lines) == 8 and all(line.now == "PixelAttention" for line in lines)
+    assert all(line.flops and line.lowering != "torch" for line in lines)
+    with torch.no_grad():
+        before, first = model(x), model.features[0](x)
+        assert len(convert.set_interpolation(model, 0.0)) == 8
+        assert (model.features[0](x) - first).abs().max() > 1e-2
+        convert.set_interpolation(model, 1.0)
+        assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("name, layer, options", SOME)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from convnn_geo import recipes
+from convnn_geo import convert, recipes
 from convnn_geo.kernels import GravNet
 from convnn_geo.lowering import explain
 from convnn_geo.metrics import interpolate
-from convnn_geo.models.point_attention import PointAttention
+from convnn_geo.models import create_model
 from convnn_geo.models.point_layers import POINT_LAYERS, point_layer
 from convnn_geo.nn import Branching, PointConvNN
+from convnn_geo.nn.point_attention import PointAttention
 from convnn_geo.selection import KNearest, Radius
 from convnn_geo.weighting import PositionMLP
 
@@ -151,6 +154,30 @@ def test_recipes_get_what_they_are_asked_for(clouds):
         point_layer("point_conv", 3, {})(6, 8)
     with pytest.raises(ValueError, match="attention keeps channels: expected out_channels=6"):
         PointAttention(6, 8)
+
+
+def test_attention_among_points_is_no_sequence(clouds):
+    model = nn.ModuleList([build(name) for name in ("attention", "kvt", "branching")])
+    before = [layer(*clouds) for layer in model]
+    with pytest.raises(ValueError, match="no layer that can move"):
+        convert.set_interpolation(model, 0.5)
+    assert all(torch.equal(a, layer(*clouds)) for a, layer in zip(before, model, strict=True))
+
+
+@pytest.mark.parametrize("name", POINT_LAYERS.names())
+def test_networks_are_reported_copied_and_reloaded(name, clouds):
+    _, pos, batch = clouds
+    model = create_model("point_segmenter", name, width=0.125).double().eval()
+    report = convert.report(model, pos, batch)
+    kind = {"attention": "PointAttention", "branching": "Branching"}.get(name, "PointConvNN")
+    kind = "PointAttention" if name in ("kvt", "convnn_attention") else kind
+    assert [line.now for line in report.lines] == [kind] * 3
+    assert all(line.flops and line.lowering for line in report.lines)
+    before = model(pos, batch)
+    assert torch.equal(copy.deepcopy(model)(pos, batch), before)
+    other = create_model("point_segmenter", name, width=0.125).double().eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(pos, batch), before)
 
 
 def test_layers_do_not_share_what_learns():

@@ -11,10 +11,11 @@ from torch_geometric.nn import DynamicEdgeConv
 
 from convnn_geo.nn import Branching, ConvNNAttention, NeighborConv
 from convnn_geo.nn.branching import PixelAttention
+from convnn_geo.nn.point_attention import PointAttention
 from convnn_geo.nn.taps import TapLayer
 
 CONVOLUTIONS: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OURS = (TapLayer, ConvNNAttention, Branching, PixelAttention, NeighborConv)
+_OURS = (TapLayer, ConvNNAttention, Branching, PixelAttention, PointAttention, NeighborConv)
 _TIMM = ("timm.layers", "timm.models.vision_transformer")
 
 KNOWN = "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, timm's Attention, DynamicEdgeConv"

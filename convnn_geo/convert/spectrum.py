@@ -17,6 +17,7 @@ from convnn_geo.convert.positions import PatchPositions, place_tokens, token_pos
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
+from convnn_geo.nn.point_attention import PointAttention
 from convnn_geo.pairs import Pairs
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.weighting import Ones, Softmax, Weighting
@@ -60,8 +61,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
 
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
     the state_dict: move a model again before its weights are loaded. Layers that can't move stay:
-    windows of even size, of one pixel, dilated, or padded by anything but zeros, and attention
-    with keys that have no position.
+    windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with
+    keys that have no position, and layers of clouds of points.
 
     Args:
         model: with converted layers, or any layers of ours.
@@ -141,7 +142,8 @@ def _movable(model: nn.Module) -> dict[str, Any]:
 
 
 _LAYERS = (ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention)
-_HOLDERS = (Branching, PixelAttention, TimmAttention)
+_HOLDERS = (Branching, PixelAttention, PointAttention, TimmAttention)
+"""Layers whose parts are looked at here; that of points stays, which knows no positions."""
 
 
 def _can_move(layer: Any) -> bool:

@@ -13,8 +13,8 @@ from convnn_geo import recipes
 from convnn_geo.checks import check_number
 from convnn_geo.metrics import Metric, Spatial, as_metric, interpolate
 from convnn_geo.models.layers import Vocabulary
-from convnn_geo.models.point_attention import PointAttention
 from convnn_geo.nn import Branching, PointConvNN
+from convnn_geo.nn.point_attention import PointAttention
 
 Build = Callable[[int, int], nn.Module]
 

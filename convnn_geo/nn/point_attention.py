@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_tensor
-from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn.attention import ConvNNAttention
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.selection import KNearest
@@ -58,6 +59,7 @@ class PointAttention(nn.Module):
         chosen = None if k is None else KNearest(k, self_point=self_point, short="pad")
         self.attention = ConvNNAttention(in_channels, num_heads, selection=chosen, **options)
 
+    @one_node
     def forward(self, x: Tensor, pos: Tensor | None = None, batch: Tensor | None = None) -> Tensor:
         """Attend, cloud by cloud."""
         clouds, away = self._clouds(x, batch)
