@@ -71,7 +71,10 @@ def test_a_configuration_is_read_from_yaml(tmp_path):
         ({"step_epochs": 2}, r"step_epochs: expected schedule 'step' with it, .*'cosine'"),
         ({"step_factor": 0.5, "schedule": "constant"}, r"step_factor: .*schedule 'constant'"),
         ({"warmup_epochs": 3, "epochs": 2}, r"warmup_epochs: expected at most epochs, 2, got 3"),
-        ({"schedule": "step"}, r"step_epochs: expected less than epochs, 30, got 30"),
+        (
+            {"schedule": "step", "step_epochs": 30},
+            r"step_epochs: expected less than epochs, 30, got 30",
+        ),
     ],
 )
 def test_what_would_have_no_effect_is_refused(values, told):
