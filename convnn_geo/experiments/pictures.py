@@ -35,7 +35,7 @@ def draw(experiment: Experiment, rows: Sequence[Row]) -> Figure:
     panels = list(figure.subplots(1, count, squeeze=False)[0])
     _ours(panels.pop(0), experiment, rows)
     if settled:
-        _settled(panels.pop(0), settled)
+        _settled(panels.pop(0), settled, list(series(rows)))
     if experiment.published is not None:
         _published(panels.pop(0), experiment.axis, experiment.published)
     figure.suptitle(experiment.title)
@@ -84,16 +84,24 @@ def _published(axis: Axes, label: str, published: Published) -> None:
     _finish(axis, label, names, published.unit)
 
 
-def _settled(axis: Axes, rows: Sequence[Row]) -> None:
-    for number, row in enumerate(rows):
+def _settled(axis: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """A line a setting, in the colour of its series, begun with a ring where learning began."""
+    told = set()
+    for row in rows:
+        name = row.setting.series
+        number = names.index(name)
         color = COLORS[number % len(COLORS)]
         means, deviations = zip(*row.learned.values(), strict=True)
         layers = range(1, len(means) + 1)
-        axis.errorbar(
-            layers, means, deviations, color=color, marker="o", capsize=3, label=row.setting.label
-        )
+        marker = _MARKERS[number % len(_MARKERS)]
+        label = None if name in told else name
+        told.add(name)
+        axis.errorbar(layers, means, deviations, color=color, marker=marker, capsize=3, label=label)
+        if isinstance(row.setting.at, float):
+            axis.plot(0, row.setting.at, "o", color=color, fillstyle="none")
+            axis.plot([0, 1], [row.setting.at, means[0]], ":", color=color, linewidth=1)
     axis.set_ylim(-0.03, 1.03)
-    axis.set_title("where λ settled")
+    axis.set_title("where λ began (rings) and settled")
     axis.set_xticks(range(1, 1 + max(len(row.learned) for row in rows)))
     _finish(axis, "layer, or head, from first to last", [], "λ")
 
