@@ -527,6 +527,17 @@ def test_neighbours_alone_without_exact_distances():
 # -- choice and errors --------------------------------------------------------------------------
 
 
+def test_directions_on_one_axis_are_searched_by_rows():
+    """All of them tie, which a tree finds out point by point."""
+    points = Points(torch.randn(2, 40, 1))
+    rows = explain_search(Query(points, points, Feature("cosine"), 3))
+    assert rows[-1] == ("dense", None)
+    assert {reason for _, reason in rows} >= {"directions on one axis are two, so that all tie"}
+    points = Points(torch.randn(2, 40, 2))
+    rows = explain_search(Query(points, points, Feature("cosine"), 3))
+    assert not any("one axis" in str(reason) for _, reason in rows)
+
+
 def test_the_choice_is_explained():
     points = Points.from_image(torch.randn(1, 64, 8, 8))
     assert explain_search(Query(points, points, Spatial(), 3)) == [("grid", None)]

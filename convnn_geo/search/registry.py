@@ -72,6 +72,8 @@ def _fastest(query: Query, able: list[str]) -> tuple[str, dict[str, str]]:
     """The engine to take, and what is said of the others."""
     if GridSearch.name in able:
         return GridSearch.name, dict.fromkeys(able, "positions on a grid need no search")
+    if _two_directions(query):
+        return Dense.name, dict.fromkeys(able, "directions on one axis are two, so that all tie")
     # What is measured counts; but sizes that are traced must not be looked at one by one.
     seconds = {} if torch.compiler.is_compiling() else expected(query)
     known = {name: seconds[name] for name in able if name in seconds}
@@ -88,6 +90,12 @@ def _fastest(query: Query, able: list[str]) -> tuple[str, dict[str, str]]:
         for name in able
     }
     return best, reasons
+
+
+def _two_directions(query: Query) -> bool:
+    """Whether vectors of one axis differ by angles: what asks for near points finds all of them."""
+    problem = query.problem
+    return problem is not None and problem.kind == "angles" and problem.q.shape[-1] == 1
 
 
 def find(query: Query, backend: str = "auto") -> Neighborhood:
