@@ -111,6 +111,12 @@ class Points:
     def __post_init__(self) -> None:
         if self.x is None and self.pos is None and self.grid is None:
             raise ValueError("Points: expected features x, positions pos or a grid, got none")
+        for name, tensor in (("x", self.x), ("pos", self.pos)):
+            if tensor is not None and tensor.ndim < 2:
+                raise ValueError(
+                    f"Points: expected {name} of shape (..., points, channels), got "
+                    f"{tuple(tensor.shape)}; of one channel a point, {name}.unsqueeze(-1)"
+                )
         counts = {
             name: count
             for name, count in (

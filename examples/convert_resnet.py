@@ -6,7 +6,7 @@ without one.
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -27,11 +27,14 @@ def picture() -> torch.Tensor:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("weights", nargs="?", help="a file of torchvision's resnet18")
+    weights = parser.parse_args().weights
     resnet18 = require("torchvision.models", extra="vision").resnet18
     torch.manual_seed(0)
     model = resnet18().eval()
-    if len(sys.argv) > 1:
-        model.load_state_dict(torch.load(sys.argv[1], weights_only=True))
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, weights_only=True))
     x = picture()
     before = model(x)
 
@@ -41,6 +44,7 @@ def main() -> None:
     print(convert.report(model, x))
 
     print("\nlayer4 along the spectrum: 0 chooses by position, 1 by feature")
+    print("after a ReLU cosine distances stay below a step of a pixel: nothing moves up to 0.5")
     print("lam   change of the logits")
     for lam in (0.0, 0.25, 0.5, 0.6, 0.75, 0.9, 1.0, 0.0):
         moved = convert.set_interpolation(model.layer4, lam)

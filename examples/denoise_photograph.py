@@ -10,7 +10,7 @@ layer is better it can't say. `convnn-geo experiment denoising` compares over se
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +94,9 @@ def draw(path: Path, images: dict[str, Tensor]) -> None:
 
 
 def main() -> None:
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "denoise.png")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("picture", nargs="?", type=Path, default=Path("denoise.png"))
+    path = parser.parse_args().picture
     side = TILE * TILES
     clean = photograph(HELD_OUT, width=320)[:, TOP : TOP + side, LEFT : LEFT + side]
     noisy = clean + SIGMA * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))

@@ -83,7 +83,7 @@ def rows_of(table, score="accuracy", validation=None):
             Result(score, test, other, 10, 0.5, 200)
             for test, other in zip(scores, seen, strict=True)
         ]
-        rows.append(Row(Setting(series, at, TINY), results))
+        rows.append(Row(Setting(series, at, replace(TINY, epochs=2)), results))
     return rows
 
 
@@ -432,6 +432,14 @@ class TestSentences:
         said = told(tiny(pairs=[("a", "b")]), table)
         assert "It is above 1 of the 3 settings of b." in said
 
+    def test_after_a_single_epoch_nothing_is_compared(self):
+        results = [Result("accuracy", 0.1, 0.1, 1, 0.1, 100)]
+        rows = [Row(Setting("a", at, TINY), results) for at in (0.0, 0.5, 1.0)]
+        assert paragraphs(tiny(), rows) == [
+            "A single epoch: this shows that it runs. Nothing can be compared."
+        ]
+        assert "a single epoch" in draw(tiny(), rows).get_suptitle()
+
     def test_names_are_compared_with_the_first(self):
         table = {("m", "x"): [20.0, 20.0], ("m", "y"): [25.0, 25.2], ("m", "z"): [22.0, 22.0]}
         said = told(tiny(), table, "psnr")
@@ -444,9 +452,8 @@ class TestSentences:
             for low, high in ((0.1, 0.8), (0.3, 0.8))
         ]
         published = Published("them", "%", {"C": [(0.0, 1.5), (0.5, 2.5)]})
-        said = " ".join(
-            paragraphs(tiny(published=published), [Row(Setting("l", 0.5, TINY), results)])
-        )
+        row = Row(Setting("l", 0.5, replace(TINY, epochs=2)), results)
+        said = " ".join(paragraphs(tiny(published=published), [row]))
         assert "l at 0.5: λ settled at 0.20 ± 0.14, 0.80 ± 0.00" in said
         assert "C at 0.5 (2.5)" in said
 
@@ -495,7 +502,7 @@ class TestReport:
 
     def test_where_lambda_settled_is_drawn_and_tabled(self, tmp_path):
         results = [Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0": 0.25, "3": 0.75})]
-        rows = [Row(Setting("l", 0.5, TINY), results)]
+        rows = [Row(Setting("l", 0.5, replace(TINY, epochs=2)), results)]
         figure = draw(tiny(), rows)
         assert figure.axes[1].containers[0].lines[0].get_ydata().tolist() == [0.25, 0.75]
         page = write_report(tiny(), rows, tmp_path, "x").read_text()

@@ -59,6 +59,9 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     in the place of timm's attention moves to positions on the grid of patches, too. Of a
     :class:`~convnn_geo.nn.Branching` the ConvNN branch moves.
 
+    Distances of positions of a convolution are steps of a pixel. After a ReLU cosine distances stay
+    below one, so that convolutions stay what they are up to ``lam = 0.5`` and move beyond.
+
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
     the state_dict: move a model again before its weights are loaded. Layers that can't move stay:
     windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with

@@ -29,7 +29,8 @@ def torchvision_arrays(
         parts = [kind(root, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:  # what torchvision raises for each of these
         raise FileNotFoundError(
-            f"expected the files of {name} in {root}, but: {error}; download=True downloads them"
+            f"expected the files of {name} in {root}, but: {error}; download=True (--download) "
+            "downloads them"
         ) from error
     train, test = ((torch.as_tensor(part.data), torch.as_tensor(part.targets)) for part in parts)
     return train, test

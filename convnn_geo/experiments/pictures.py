@@ -38,7 +38,8 @@ def draw(experiment: Experiment, rows: Sequence[Row]) -> Figure:
         _settled(panels.pop(0), settled, list(series(rows)))
     if experiment.published is not None:
         _published(panels.pop(0), experiment.axis, experiment.published)
-    figure.suptitle(experiment.title)
+    short = all(row.setting.config.epochs == 1 for row in rows)
+    figure.suptitle(experiment.title + ": a single epoch, to see that it runs" * short)
     return figure
 
 

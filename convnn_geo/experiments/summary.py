@@ -101,6 +101,8 @@ def paragraphs(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
         experiment: names the series that are compared.
         rows: of all settings.
     """
+    if all(row.setting.config.epochs == 1 for row in rows):
+        return ["A single epoch: this shows that it runs. Nothing can be compared."]
     groups = series(rows)
     said = [" ".join(_along(name, group)) for name, group in groups.items() if len(group) > 1]
     told = [_pair(groups[one], groups[other]) for one, other in experiment.pairs]

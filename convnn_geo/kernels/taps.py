@@ -151,7 +151,7 @@ class _GatherTaps(torch.autograd.Function):
                 if need_rows:
                     if rho is not None:
                         back = back * rho[j].unsqueeze(-1)
-                    grad_rows = grad_rows.index_add(0, index[j], back)
+                    grad_rows.index_add_(0, index[j], back)
         return (
             grad_rows if need_rows else None,
             None,

@@ -166,10 +166,15 @@ def _check_options(name: str, entry: Entry, layer: str | None, options: Iterable
     unknown = [option for option in options if option not in known]
     if not unknown:
         return
+    if "pretrained" in unknown:
+        raise ValueError(
+            "pretrained: models have random weights; load yours, or convert one of timm's or "
+            "torchvision's that has them (convnn_geo.convert.to_convnn)"
+        )
     takes = f"{name} takes {', '.join(entry.options)}"
     takes += "; options of a layer need layer=" if which is None else ""
     takes += f"; its layer {which!r} takes {', '.join(of_layer)}" if of_layer else ""
-    hint = _close(unknown[0], known)
+    hint = _close(unknown[0], [*known, *SHARED])
     raise ValueError(
         f"unknown option{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))} of {name}; "
         + (f"{hint} " if hint else "")

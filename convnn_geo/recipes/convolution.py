@@ -189,6 +189,10 @@ def interpolated_conv2d(
     Taps are in raster order throughout, and zero padding takes part, so ``lam = 0`` is
     ``nn.Conv2d`` exactly and ``lam = 1`` is ``feature_conv2d(..., k=prod(kernel_size),
     order="raster", padding=...)`` exactly.
+
+    Positions count in steps of a pixel, the larger of both axes. Cosine distances of non-negative
+    features, as after a ReLU, stay below one such step, so that nothing moves up to ``lam = 0.5``
+    and the spectrum lies beyond; those of any sign stay below two, and ``lam = 1 / 3``.
     """
     near = _nearest_in_window(kernel_size, 2)
     return ConvNN2d(

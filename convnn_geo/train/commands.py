@@ -41,7 +41,10 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML or JSON with keys as the flags below"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON with the keys of convnn_geo.train.Config",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue what the folder of --out holds"

@@ -119,8 +119,8 @@ def stored(config: Config, seed: int, resume: bool) -> dict[str, Any]:
     if not resume:
         if any((folder / name).exists() for name in (NAME, PREVIOUS, result.name)):
             raise ConfigError(
-                f"{folder} holds a run already; continue it with resume, or choose another folder "
-                "by out"
+                f"{folder} holds a run already; continue it with resume (--resume), or choose "
+                "another folder by out (--out)"
             )
         return {}
     if result.exists():

@@ -7,6 +7,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from convnn_geo.extras import MissingExtraError, require
 
 
@@ -32,6 +34,7 @@ class Terminal(Watch):
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self._begun = False
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Terminal:
@@ -51,6 +54,10 @@ class Terminal(Watch):
         self._open.close()
 
     def begin(self, seed: int, epoch: int, epochs: int, steps: int) -> None:
+        if not self._begun:  # the first epoch may take long
+            self._begun = True
+            threads = torch.get_num_threads()
+            print(f"{epochs} epochs of {steps} steps; threads {threads}", flush=True)
         if self._bar is not None:
             text = f"seed {seed}, epoch {epoch} of {epochs}"
             self._bar.reset(self._task, total=steps, description=text)
