@@ -198,7 +198,8 @@ def _caution(rows: Sequence[Row]) -> str:
     )
     if result.score == "psnr":
         return f"{spread}; {result.test_size} test images."
-    return (
-        f"{spread}; of {result.test_size} test examples, one is "
-        f"{100 / result.test_size:.2f} percentage points."
+    sizes = sorted({row.results[0].test_size for row in rows})
+    told = ", ".join(
+        f"of {size} test examples, one is {100 / size:.2f} percentage points" for size in sizes
     )
+    return f"{spread}; {told}."
