@@ -589,6 +589,8 @@ def test_clouds_of_fewer_points_than_k(layer):
         ("vgg12", None, {}, r"unknown model 'vgg12'; did you mean vgg1"),
         ("transformer", None, {}, "unknown model 'transformer'; "),
         ("unet", "convn", {}, "unknown layer of unet 'convn'; expected one of: .*branching"),
+        ("resnet18", None, {"in_chans": 1}, "did you mean in_channels"),
+        ("resnet18", None, {"pretrained": True}, "models have random weights"),
         ("unet", "branching", {"ratoi": 1}, "'ratoi' of unet; did you mean ratio?.*takes width"),
         ("unet", None, {"ratio": 1}, "'ratio' of unet; .*options of a layer need layer="),
         ("unet", None, {"num_heads": 1, "k": 1}, "unknown options 'num_heads', 'k' of unet"),

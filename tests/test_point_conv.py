@@ -357,3 +357,9 @@ def test_large_clouds_are_searched_each_by_itself(monkeypatch, options, sizes):
     torch.testing.assert_close(found, layer(x, pos, batch), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="smallest cloud"):
         PointConvNN(5, 8, k=301)(x, pos, batch)
+
+
+def test_a_graph_in_the_place_of_positions_is_refused_by_name():
+    x, edge_index = torch.randn(5, C), torch.tensor([[0, 1], [1, 2]])
+    with pytest.raises(TypeError, match="pass it as edge_index="):
+        PointConvNN(C, D, K)(x, edge_index)

@@ -216,6 +216,11 @@ def test_rows_are_gathered_for_any_leading_axes(values, index):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
+        (
+            lambda: Points(torch.zeros(4)),
+            ValueError,
+            r"expected x of shape .* got \(4,\); .*unsqueeze",
+        ),
         (lambda: Points(), ValueError, "got none"),
         (lambda: Points(torch.zeros(3, 1), torch.zeros(4, 2)), ValueError, "differ"),
         (lambda: Points(torch.zeros(3, 1), mask=torch.ones(4).bool()), ValueError, "differ"),

@@ -25,6 +25,7 @@ def configured(*flags):
     [
         ({"epoch": 3}, r"unknown key 'epoch'; did you mean 'epochs'"),
         ({"qqq": 3}, r"unknown key 'qqq'; known: model, layer"),
+        ({"k": 3}, r"unknown key 'k'; it is the layer's: layer_options: \{k: \.\.\.\}"),
         ({"epochs": 0}, r"epochs: expected an integer of at least 1, got 0"),
         ({"epochs": 2.5}, r"epochs: expected an integer, got 2\.5"),
         ({"learning_rate": 0}, r"learning_rate: .*greater than 0"),

@@ -224,6 +224,10 @@ class PointConvNN(TapLayer):
     def _points(self, name: str, x: Tensor | None, pos: Tensor | None) -> Points:
         if x is None and pos is None:
             raise ValueError(f"expected x, pos or both for the {name} points, got neither")
+        if isinstance(pos, Tensor) and pos.dtype == torch.long and pos.shape[:1] == (2,):
+            raise TypeError(
+                "pos: expected positions, got what looks like a graph; pass it as edge_index="
+            )
         for key, tensor in (("x", x), ("pos", pos)):
             if tensor is not None:
                 check_floating(f"{key} ({name})", check_tensor(f"{key} ({name})", tensor, 2))

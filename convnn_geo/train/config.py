@@ -28,6 +28,8 @@ ONLY_WITH = {
     "step_epochs": ("schedule", "step"),
     "step_factor": ("schedule", "step"),
 }
+#: Options of layers that have a flag of their own.
+OF_LAYER = ("ratio", "metric", "k", "lam")
 #: What a continued run may change: numbers don't depend on it, or not by intent.
 FREE = ("accelerator", "data_root", "download", "out", "seeds", "tensorboard", "workers")
 
@@ -157,6 +159,8 @@ class Config:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                if key in OF_LAYER:
+                    hint = f"it is the layer's: layer_options: {{{key}: ...}}"
                 raise ConfigError(f"unknown key {key!r}; {hint}")
         return cls(**values)
 
