@@ -115,7 +115,7 @@ def _finish(axis: Axes, label: str, names: Sequence[str], unit: str) -> None:
         axis.set_xlim(-0.5, len(names) - 0.5)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _names(places: Sequence[float | str | None]) -> list[str]:
