@@ -42,7 +42,7 @@ def cells(device: str = "cpu") -> list[graph.Cell]:
 
 def calibrate(
     device: str = "cpu",
-    budget: float = 180.0,
+    budget: float = 480.0,
     done: Callable[[graph.Result], object] = lambda result: None,
     todo: Sequence[graph.Cell] | None = None,
 ) -> list[dict[str, Any]]:

@@ -114,9 +114,9 @@ def _add_calibrate(parser: argparse.ArgumentParser, default: Any) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        default=default or 180.0,
+        default=default or 480.0,
         metavar="SECONDS",
-        help="of --calibrate (180)",
+        help="of --calibrate (480)",
     )
 
 
