@@ -8,8 +8,8 @@ the published curve, and paragraphs made from the numbers.
 
 Example:
     >>> from convnn_geo.experiments import EXPERIMENTS
-    >>> len(EXPERIMENTS["branching_ratio"].settings(False))
-    18
+    >>> EXPERIMENTS["branching_ratio"].axis
+    'share of ConvNN channels'
 """
 
 from convnn_geo.experiments import (
