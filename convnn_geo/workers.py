@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from convnn_geo.checks import check_int
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -28,12 +30,14 @@ def run_jobs(
         workers: processes; 1 to run here.
 
     Raises:
+        ValueError: less than one process.
         Exception: of the first job that fails, after the results of those that ran beside it.
 
     Example:
         >>> list(run_jobs({"three": lambda: 3}, workers=1))
         [('three', 3)]
     """
+    check_int("workers", workers)
     if workers == 1 or len(jobs) < 2:
         for key, job in jobs.items():
             yield key, in_one_thread(job)

@@ -654,6 +654,26 @@ def test_learned_absolute_encoding_is_added_to_the_tokens():
     assert layer(longer)[0].shape == longer.shape
 
 
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("masks", ["none", "padding", "bool", "float", "both"])
+def test_positions_alone_take_the_masks_of_a_batch(masks, batch):
+    layer = ConvNNAttention(8, 2, metric=metrics.Spatial(squared=True)).double()
+    x = torch.randn(batch, 5, 8, dtype=torch.double)
+    padding = torch.zeros(batch, 5, dtype=torch.bool)
+    padding[1:, 3:] = True
+    given = {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "bool": {"attn_mask": torch.eye(5).expand(2 * batch, 5, 5) > 0},
+        "float": {"attn_mask": torch.randn(2 * batch, 5, 5, dtype=torch.double)},
+        "both": {"key_padding_mask": padding, "attn_mask": torch.ones(5, 5).triu(1) > 0},
+    }[masks]
+    out = layer(x, x, x, need_weights=False, **given)[0]
+    layer.backend = "gather"
+    torch.testing.assert_close(out, layer(x, x, x, need_weights=False, **given)[0])
+    assert out.shape == x.shape
+
+
 def test_any_weighting():
     layer = randomised(
         ConvNNAttention(E, H, k=3, metric="squared_euclidean", weighting=weighting.Gaussian(2.0))

@@ -58,6 +58,19 @@ def test_torchvision_models_give_the_same_logits(name, options, side):
         close(model(x), before, atol=1e-4)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.4, 1.0])
+def test_an_encoder_keeps_its_masks_along_the_spectrum(lam):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    x = torch.randn(2, 5, 8)
+    convert.to_convnn(encoder)
+    convert.set_interpolation(encoder, lam)
+    out = encoder(x, src_key_padding_mask=padding)
+    close(encoder(x[1:, :3]), out[1:, :3])
+    close(encoder(x[:1]), out[:1])
+
+
 def test_vit_tiny_gives_the_same_logits():
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
@@ -953,6 +966,24 @@ def test_hooks_of_two_layers_can_not_be_one():
     with pytest.raises(NotApplicable, match=r"0 \(Conv2d\) can't become 'make': it has hooks"):
         convert.to_convnn(model, Rule(make))
     assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "register_load_state_dict_pre_hook",
+        "register_load_state_dict_post_hook",
+    ],
+)
+def test_hooks_of_a_state_are_not_lost_unsaid(register):
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
+    handle = getattr(model[0], register)(lambda *_: None)
+    with pytest.raises(NotApplicable, match=r"0 \(Conv2d\).*it has hooks of its state_dict"):
+        convert.to_convnn(model)
+    handle.remove()
+    convert.to_convnn(model)
 
 
 def tied():

@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -525,7 +526,7 @@ class TestCommand:
         ("words", "message"),
         [
             (["branching_ration"], "branching_ratio"),
-            ([], "unknown experiment None; expected one of: branching_ratio"),
+            ([], "expected the NAME of one: branching_ratio"),
             (["denoising", "--seeds", 0], "--seeds: expected an integer of at least 1"),
             (["denoising", "--workers", 0], "--workers: expected an integer of at least 1"),
             (["denoising", "--full"], "denoising comes in one size"),
@@ -565,6 +566,14 @@ class TestCommand:
         assert "the loss became nan" in capsys.readouterr().err
         assert self.call(*words) == 0
         (file,) = (tmp_path / "runs" / "tiny").glob("*.json")
+        kept = json.loads(file.read_text())
+        for wrong in (
+            *({"test": "0.9"}, {"test": math.nan}, {"learned": [1]}, {"learned": {"a": "b"}}),
+            *({"score": 1}, {"seconds": None}, {"surprise": 1}),
+        ):
+            file.write_text(json.dumps({**kept, **wrong}))
+            assert self.call(*words) == 2
+            assert "delete it to train anew" in capsys.readouterr().err
         file.write_text("{")
         assert self.call(*words) == 2
         assert "delete it to train anew" in capsys.readouterr().err

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
+import torch
+from torch import nn
 
 from convnn_geo import recipes, verify
+from convnn_geo.convert import NotApplicable, spec
+from convnn_geo.convert.specs import spec_names, spec_options
 from convnn_geo.verify.case import CASES, Case
 
 
@@ -25,6 +30,23 @@ def test_every_recipe_has_cases_and_takes_a_backend() -> None:
     for name in recipes.names():
         parameters = inspect.signature(getattr(recipes, name)).parameters
         assert any(p.kind is p.VAR_KEYWORD for p in parameters.values()), name
+
+
+REQUIRED = ("size", "stride", "kernel_size")
+
+
+@pytest.mark.parametrize("name", sorted(set(spec_names()) & set(recipes.names())))
+def test_what_replaces_a_layer_is_where_it_was_and_as_precise(name: str) -> None:
+    options = {option: 3 for option in REQUIRED if option in spec_options(name)}
+    for layer in (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        lambda channels, _, kernel_size, **factory: nn.MultiheadAttention(channels, 2, **factory),
+    ):
+        old = layer(4, 4, 3, device="meta", dtype=torch.float64)
+        with contextlib.suppress(NotApplicable):
+            new = spec(name, **options)(old)
+            assert {p.dtype for p in new.parameters()} <= {torch.float64}
+            assert {p.device.type for p in new.parameters()} <= {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,10 @@ def test_schedules_by_hand():
         *(2, 2, 1, 1, 0.5, 0.5)
     ]
     assert rates(1, epochs=6, schedule="step") == pytest.approx([2, 2, 0.2, 0.2, 0.02, 0.02])
+    for steps, epochs in ((3, 9), (7, 15), (10, 7)):
+        found = rates(steps, epochs=epochs, schedule="step", step_epochs=0.1 * epochs)
+        due = [10 * step // (epochs * steps) for step in range(epochs * steps)]
+        assert found == pytest.approx([2 * 0.1**drops for drops in due])
     assert rates(4, epochs=2, schedule="constant", warmup_epochs=1)[:5] == [0.5, 1, 1.5, 2, 2]
     cosine = rates(3, epochs=4, warmup_epochs=1)
     assert cosine[:3] == pytest.approx([2 / 3, 4 / 3, 2])

@@ -11,6 +11,7 @@ from torch import nn
 from convnn_geo.cli import main
 from convnn_geo.train import Config, ConfigError
 from convnn_geo.train.commands import _config, add_train
+from convnn_geo.train.config import read_yaml
 
 
 def configured(*flags):
@@ -57,7 +58,16 @@ def test_a_configuration_is_read_from_yaml(tmp_path):
     assert Config.from_yaml(file) == config
     file.write_text("")
     assert Config.from_yaml(file) == Config()
-    for bad, told in (("a: [", "no YAML"), ("- 1", "expected keys"), ("epohcs: 1", "'epochs'")):
+    file.write_text("model_options: &few {k: 9}\nlayer_options: {<<: *few, k: 4}\n")
+    assert read_yaml(file) == {"model_options": {"k": 9}, "layer_options": {"k": 4}}
+    twice = "epochs: 1\nseeds: 2\nepochs: 3"
+    inside = "layer_options:\n  k: 4\n  k: 5"
+    for bad, told in (
+        *((twice, "'epochs' is there twice"), (inside, "'k' is there twice")),
+        ("a: [", "no YAML"),
+        ("- 1", "expected keys"),
+        ("epohcs: 1", "'epochs'"),
+    ):
         file.write_text(bad)
         with pytest.raises(ConfigError, match=told):
             Config.from_yaml(file)

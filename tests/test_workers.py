@@ -27,6 +27,11 @@ def test_results_come_with_their_keys_each_of_one_thread(workers):
     assert dict(run_jobs(jobs, workers)) == dict.fromkeys("abc", 1)
 
 
+def test_no_process_at_all_is_refused():
+    with pytest.raises(ValueError, match="workers: expected an integer of at least 1, got 0"):
+        list(run_jobs({}, workers=0))
+
+
 def test_what_runs_beside_a_job_that_fails_is_not_lost():
     jobs = {"bad": partial(fail, 0.5), "good": partial(slow, 1.5)}
     jobs |= {str(number): partial(slow, 0.1) for number in range(20)}

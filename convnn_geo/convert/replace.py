@@ -14,6 +14,8 @@ from convnn_geo.convert.weights import NotApplicable
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
 """Beginnings of the attributes where a module has the hooks of its runs."""
+_STATE_HOOKS = ("_state_dict_", "_load_state_dict_")
+"""Those of its state, written for parameters by their names."""
 
 _Places = list[tuple[nn.Module, list[str]]]
 _Replacements = list[tuple[nn.Module, list[str], nn.Module]]
@@ -155,6 +157,11 @@ def _share_hooks(old: nn.Module, new: nn.Module) -> None:
     for name, part in old.named_modules():
         if part in kept:  # where they run as they did
             continue
+        if any(value for key, value in vars(part).items() if key.startswith(_STATE_HOOKS)):
+            raise NotApplicable(
+                f"{f'its {name}' if name else 'it'} has hooks of its state_dict, which may not fit "
+                "other parameters; remove them, and register them again on what takes its place"
+            )
         hooks = {key: value for key, value in vars(part).items() if key.startswith(_HOOKS)}
         if not any(hooks.values()):
             continue

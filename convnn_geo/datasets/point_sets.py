@@ -101,7 +101,7 @@ def _folder(kind: Any, folder: Path, download: bool) -> str:
     if missing and not download:
         raise FileNotFoundError(
             f"expected the files of {kind.__name__} in {folder / 'raw'}, but there is no "
-            f"{missing[0]}; download=True downloads them"
+            f"{missing[0]}; download=True (--download) downloads them"
         )
     return str(folder)
 

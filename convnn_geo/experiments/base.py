@@ -45,7 +45,7 @@ class Setting:
     def key(self) -> str:
         """All that the numbers depend on, as text."""
         config = self.config.to_dict()
-        for name in ("seeds", "out"):
+        for name in ("data_root", "download", "out", "seeds", "tensorboard", "workers"):
             del config[name]
         known = {"config": config, "change": repr(self.change), "version": __version__}
         return json.dumps(known, sort_keys=True)

@@ -37,6 +37,7 @@ def add_experiment(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--data-root", default="data", metavar="DIR", help="of --full: has MNIST (%(default)s)"
     )
+    parser.add_argument("--download", action="store_true", help="of --full: MNIST, if not there")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: runs/experiment, with --quick runs/quick"
     )
@@ -73,9 +74,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
     quick, name = arguments.quick, arguments.experiment
     try:
+        if name is None:
+            raise ValueError(f"expected the NAME of one: {', '.join(EXPERIMENTS)}")
         experiment = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
         if arguments.full:
-            experiment = at_full_size(experiment, arguments.data_root, quick)
+            experiment = at_full_size(experiment, arguments.data_root, quick, arguments.download)
         seeds = (1 if quick else 3) if arguments.seeds is None else arguments.seeds
         check_int("--seeds", seeds)
         workers = check_int("--workers", arguments.workers)

@@ -19,13 +19,16 @@ _MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def at_full_size(experiment: Experiment, data_root: str, quick: bool = False) -> Experiment:
+def at_full_size(
+    experiment: Experiment, data_root: str, quick: bool = False, download: bool = False
+) -> Experiment:
     """The experiment with VGG-11 and ViT-Tiny whole, on MNIST and patches of 32 x 32 pixels.
 
     Args:
         experiment: of these two networks.
         data_root: folder that has MNIST.
         quick: an epoch.
+        download: MNIST, if it is not there.
 
     Raises:
         ConfigError: the experiment has other networks, and a single size.
@@ -36,7 +39,8 @@ def at_full_size(experiment: Experiment, data_root: str, quick: bool = False) ->
             f"{experiment.name} comes in one size; --full is for experiments with "
             f"{' and '.join(_MODELS)} on images"
         )
-    settings = [_enlarged(each, data, data_root, quick) for data in _DATA for each in small]
+    where = {"data_root": data_root, "download": download}
+    settings = [_enlarged(each, data, where, quick) for data in _DATA for each in small]
     names = {each.series for each in settings}
     pairs = [(_on(one, data), _on(two, data)) for data in _DATA for one, two in experiment.pairs]
     return replace(
@@ -48,10 +52,9 @@ def at_full_size(experiment: Experiment, data_root: str, quick: bool = False) ->
     )
 
 
-def _enlarged(setting: Setting, data: str, data_root: str, quick: bool) -> Setting:
+def _enlarged(setting: Setting, data: str, where: dict[str, Any], quick: bool) -> Setting:
     changes: dict[str, Any] = {
         "data_options": {},
-        "data_root": data_root,
         "image_size": 32,
         "batch_size": 256,
         "workers": 2,
@@ -59,6 +62,7 @@ def _enlarged(setting: Setting, data: str, data_root: str, quick: bool) -> Setti
         "precision": "bf16-mixed",
         **_MODELS[setting.config.model],
         **_DATA[data],
+        **where,
     }
     if quick:
         changes.update(epochs=1, warmup_epochs=0)

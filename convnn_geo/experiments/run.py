@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from convnn_geo.checks import check_instance, check_number
 from convnn_geo.experiments.base import Experiment, Setting
 from convnn_geo.train import ConfigError
 from convnn_geo.train.checkpoint import write_atomically
@@ -139,7 +141,14 @@ def learned(model: nn.Module) -> dict[str, float]:
 
 def _read(file: Path) -> Result:
     try:
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
+        found = Result(**json.loads(file.read_text(encoding="utf-8")))
+        check_instance("score", found.score, str)
+        check_instance("learned", found.learned, dict)
+        for name in ("test", "validation", "parameters", "seconds", "test_size"):
+            check_number(name, getattr(found, name), -math.inf)
+        for name, value in found.learned.items():
+            check_number(name, value)
+        return found
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file} is corrupt ({error}); delete it to train anew") from error
 

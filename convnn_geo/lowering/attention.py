@@ -38,7 +38,8 @@ class Attention(Rule):
 
     With ``d(i, j) = a_i + b_j - scale <q_i, k_j>``, softmax over j forgets ``a_i``, and ``b_j``
     becomes one more channel: queries get a 1, keys get ``-b_j / scale``. So mixtures of positions
-    and features run as one attention call, too.
+    and features run as one attention call, too. Torch's fused kernels have no second derivative;
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` or ``backend="gather"`` has.
     """
 
     name = "attention"
@@ -85,7 +86,7 @@ class Attention(Rule):
             bias = (op.bias / weighting.temperature).to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
         dropout = weighting.dropout if weighting.training else 0.0
-        q, k, v = _alike(q.to(dtype), k.to(dtype), value.to(dtype))
+        q, k, v = _alike(q.to(dtype), k.to(dtype), value.to(dtype), mask)
         with nullcontext() if form.b is None else full_precision(value.device):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
@@ -93,12 +94,21 @@ class Attention(Rule):
         return out[..., : value.shape[-1]].to(value.dtype)
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """As many channels in each, by zeros: torch's fused attention takes no others, and on a GPU
-    wants a multiple of eight. Without it the scores are written out, at three times the cost.
+def _alike(q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The same leading axes for each, and as many channels.
+
+    Torch counts on leading axes that broadcast where it writes scores out, and to masks it does
+    not broadcast them at all: a metric of positions alone knows of no batch. Channels are filled
+    up by zeros: torch's fused attention takes no others, and on a GPU wants a multiple of eight.
+    Without it the scores are written out, at three times the cost.
     """
-    widths = {tensor.shape[-1] for tensor in tensors}
-    if len(widths) == 1:
-        return list(tensors)
-    width = -(-max(widths) // 8) * 8
-    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors]
+    widths = {tensor.shape[-1] for tensor in (q, k, value)}
+    width = max(widths) if len(widths) == 1 else -(-max(widths) // 8) * 8
+    leading = torch.broadcast_shapes(
+        *(tensor.shape[:-2] for tensor in (q, k, value)), () if mask is None else mask.shape[:-2]
+    )
+    padded = (
+        tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+        for tensor in (q, k, value)
+    )
+    return [tensor.expand(*leading, *tensor.shape[-2:]) for tensor in padded]

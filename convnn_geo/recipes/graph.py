@@ -41,7 +41,10 @@ def vig(
         **kwargs: of :class:`~convnn_geo.nn.ConvNN2d`.
     """
     out = in_channels if out_channels is None else out_channels
-    kernel = MaxRelative(nn.Linear(2 * in_channels, out) if update is None else update)
+    if update is None:
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        update = nn.Linear(2 * in_channels, out, device=device, dtype=dtype)
+    kernel = MaxRelative(update)
     chosen = KNearest(k, dilation)
     return ConvNN2d(in_channels, out, metric="cosine", selection=chosen, kernel=kernel, **kwargs)
 

@@ -227,6 +227,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """With the numbers of YAML 1.2."""
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            """A mapping, whose keys stand there once each."""
+            keys = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"{path}: {key!r} is there twice; leave one")
+            return super().construct_mapping(node, deep)
+
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:

@@ -40,7 +40,8 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
         rate *= min(1.0, (epoch + 1 / steps) / config.warmup_epochs)
     if config.schedule == "step":
         between = config.epochs / 3 if config.step_epochs is None else config.step_epochs
-        return rate * config.step_factor ** math.floor(epoch / between)
+        drops = math.floor(epoch / between + 1e-9)  # a quotient may fall just short of a whole
+        return rate * config.step_factor**drops
     if config.schedule == "cosine" and epoch > config.warmup_epochs:
         done = (epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
         return rate * 0.5 * (1 + math.cos(math.pi * done))
