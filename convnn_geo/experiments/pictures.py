@@ -111,7 +111,7 @@ def _finish(axis: Axes, label: str, names: Sequence[str], unit: str) -> None:
     axis.set_xlabel(label)
     axis.set_ylabel(unit)
     if names:
-        axis.set_xticks(range(len(names)), names)
+        axis.set_xticks(range(len(names)), names, fontsize=8)
         axis.set_xlim(-0.5, len(names) - 0.5)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
