@@ -26,9 +26,9 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
 
     Known are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, ``nn.MultiheadAttention``, timm's
     ``Attention`` and PyG's ``DynamicEdgeConv``, wherever a model holds them. Each becomes what the
-    first rule that matches says; where none does, it is left. Layers that are ours already stay, and
-    so do others that attend or convolve in a forward of their own, such as timm's windowed attention
-    of Swin: :func:`report` names what was converted or could be, and counts these among the others.
+    first rule that matches says; where none does, it is left. Layers that are ours already stay,
+    and so do those with a forward of their own, such as the windowed attention of timm's Swin:
+    :func:`report` names what was converted or could be, and counts these among the others.
     Nothing is replaced where an error is raised. Forward and backward hooks go over, and their
     handles still remove them.
 
