@@ -97,6 +97,21 @@ def test_cells_leave_tight_clusters_to_a_tree():
     assert torch.equal(knn(x, k=9, backend="cells").index, knn(x, k=9, backend="dense").index)
 
 
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
+@pytest.mark.parametrize("own", [False, True])
+def test_each_example_of_a_batch_is_searched_as_if_alone(name, own):
+    torch.manual_seed(0)
+    x = torch.stack([torch.rand(600, 3), torch.rand(600, 3) * 1e-3, torch.rand(600, 3)])
+    x[1, :3] = torch.eye(3) * 1e3  # a tight cluster, which cells leave to a tree
+    x[2, ::2] = x[2, 1]
+    for y in (None,) if own else (None, torch.rand(3, 40, 3)):
+        self_point = "excluded" if own else "natural"
+        found = knn(x, y, 5, backend=name, self_point=self_point, memory=2**16)
+        other = knn(x, y, 5, backend="dense", self_point=self_point)
+        assert torch.equal(found.index, other.index)
+        assert torch.equal(found.distance, other.distance)
+
+
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
 def test_of_many_points_in_one_place_the_first_are_found(monkeypatch, name, compile):

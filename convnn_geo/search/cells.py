@@ -15,7 +15,7 @@ from convnn_geo.metrics import Differences
 from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, referee
-from convnn_geo.search.points import PointEngine
+from convnn_geo.search.points import PointEngine, alone, together
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import k_smallest
@@ -96,25 +96,16 @@ class Cells(PointEngine):
         return reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
-        """Example by example in C; by proposals where that can't be."""
+        """Example by example in C; by a tree or by proposals what that does not serve."""
         plain = problem.kind == "points" and problem.axes is None and problem.q.numel() > 0
-        plain = plain and problem.q.ndim == problem.keys.ndim <= 3 and k > 0
-        plain = plain and k + (hidden.own is not None) <= problem.keys.shape[-2]
+        plain = plain and 0 < k <= problem.keys.shape[-2] - (hidden.own is not None)
         if not plain or not (all_finite(problem.q) and all_finite(problem.keys)):
             return super().nearest(problem, k, hidden, slab)
-        q, keys = (t if t.ndim == 3 else t[None] for t in (problem.q, problem.keys))
-        own = hidden.own
-        examples = max(len(q), len(keys))
         found = []
-        for example in range(examples):
-            here = None if own is None else own if own.ndim == 1 else own[example % len(own)]
-            part = _in_c(q[example % len(q)], keys[example % len(keys)], k, here)
-            if part is None:
-                return self._otherwise(problem, k, hidden, slab)
-            found.append(part)
-        values, places = (torch.stack(t) for t in zip(*found, strict=True))
-        shape = (*torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2]), -1, k)
-        return values.view(shape), places.view(shape)
+        for one, own in alone(problem, hidden):
+            part = _in_c(one.q, one.keys, k, own)
+            found.append(part or self._otherwise(one, k, Hidden(own=own), slab))
+        return together(found, problem)
 
     def _otherwise(
         self, problem: Problem, k: int, hidden: Hidden, slab: int

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from convnn_geo.extras import installed, require
-from convnn_geo.search.points import PointEngine
+from convnn_geo.search.nearest import Problem
+from convnn_geo.search.points import PointEngine, alone, together
 from convnn_geo.search.query import Query
+from convnn_geo.search.rows import Hidden
 
 Ask = Callable[[np.ndarray, int], np.ndarray]
 
@@ -31,6 +33,13 @@ class KDTree(PointEngine):
         if query.target.device.type != "cpu":
             return f"the tree is the CPU's, the points are on {query.target.device}"
         return super().refuses(query)
+
+    def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
+        """Example by example: a tree is grown once, however many slabs there are."""
+        if problem.q.ndim == problem.keys.ndim == 2 or not problem.q.numel():
+            return super().nearest(problem, k, hidden, slab)
+        found = [self.nearest(one, k, Hidden(own=own), slab) for one, own in alone(problem, hidden)]
+        return together(found, problem)
 
     def prepare(self, keys: Tensor) -> list[Ask]:
         """A tree for each example."""

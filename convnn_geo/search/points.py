@@ -156,29 +156,18 @@ class PointEngine(Engine):
         """Example by example, without points that only coincide with others; None if none do."""
         if problem.bias is not None:
             return None
-        lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
-
-        def alone(tensor: Tensor | None) -> Sequence[Tensor | None]:
-            if tensor is None:
-                return [None] * lead.numel()
-            return tensor.expand(*lead, *tensor.shape[-2:]).reshape(-1, *tensor.shape[-2:])  # type: ignore[return-value]
-
-        owned = None if hidden.own is None else hidden.own.unsqueeze(-1)
-        parts = (problem.q, problem.keys, problem.axes, owned)
-        examples = list(zip(*(alone(part) for part in parts), strict=True))
-        thinned = [Thinned.of(keys, k + (owned is not None)) for _, keys, _, _ in examples]
+        examples = alone(problem, hidden)
+        thinned = [Thinned.of(one.keys, k + (own is not None)) for one, own in examples]
         if not any(thinned):
             return None
         found = []
-        for (q, keys, axes, own), less in zip(examples, thinned, strict=True):
-            own = None if own is None else own.squeeze(-1)
+        for (one, own), less in zip(examples, thinned, strict=True):
             if less is not None:
-                keys, own = keys[less.kept], None if own is None else less.renumbered(own)
-            one = replace(problem, q=q, keys=keys, axes=axes)
+                one = replace(one, keys=one.keys[less.kept])
+                own = None if own is None else less.renumbered(own)
             value, place = self.nearest(one, k, Hidden(own=own), slab)
             found.append((value, place if less is None else less.kept[place]))
-        values, places = (torch.stack(t).view(*lead, *t[0].shape) for t in zip(*found, strict=True))
-        return values, places
+        return together(found, problem)
 
     def unsure(
         self, problem: Problem, q: Tensor, keys: Tensor, farthest: Tensor, last: Tensor
@@ -211,3 +200,30 @@ class PointEngine(Engine):
         length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
         rounding = 8 * torch.finfo(q.dtype).eps * length.square()
         return (self.slack(q, keys, length.square()) + rounding) * (problem.scale / 2)
+
+
+def alone(problem: Problem, hidden: Hidden) -> list[tuple[Problem, Tensor | None]]:
+    """Each example as a problem of its own, with the places that its targets are not to find."""
+    lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+
+    def parts(tensor: Tensor | None, last: int = 2) -> Sequence[Any]:
+        if tensor is None:
+            return [None] * lead.numel()
+        own = tensor.shape[tensor.ndim - last :]
+        return tensor.expand(*lead, *own).reshape(lead.numel(), *own).unbind()
+
+    tensors = (parts(problem.q), parts(problem.keys), parts(problem.axes), parts(problem.bias, 1))
+    return [
+        (replace(problem, q=q, keys=keys, axes=axes, bias=bias), own)
+        for q, keys, axes, bias, own in zip(*tensors, parts(hidden.own, 1), strict=True)
+    ]
+
+
+def together(found: Sequence[tuple[Tensor, Tensor]], problem: Problem) -> tuple[Tensor, Tensor]:
+    """What was found for each example, as the problem has them."""
+    lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+    values, places = (
+        (torch.stack(t) if len(t) > 1 else t[0]).view(*lead, *t[0].shape)
+        for t in zip(*found, strict=True)
+    )
+    return values, places
