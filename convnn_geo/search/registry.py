@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -51,45 +52,56 @@ def engines() -> list[str]:
     return [name for name, engine in ENGINES.items() if engine.missing() is None]
 
 
+def fastest(query: Query) -> str:
+    """The exact engine that is likely fastest, among those that can serve a query.
+
+    Args:
+        query: what is asked.
+    """
+    if ENGINES[GridSearch.name].refuses(query) is None:  # nothing is searched where all is known
+        return GridSearch.name
+    if _two_directions(query):
+        return Dense.name
+    # What is measured counts; but sizes that are traced must not be looked at one by one.
+    seconds = {} if torch.compiler.is_compiling() else expected(query)
+    for name in sorted(seconds, key=seconds.__getitem__):
+        engine = ENGINES.get(name)
+        if engine is not None and not engine.approximate and engine.refuses(query) is None:
+            return name
+    many = query.source.num_points >= 4096
+    cells = many and ENGINES[Cells.name].refuses(query) is None
+    return Cells.name if cells else Dense.name
+
+
 def explain_search(query: Query) -> list[tuple[str, str | None]]:
     """Each engine that was asked, and why it is not taken; None for the one that is, the last."""
-    rows: list[tuple[str, str | None]] = []
-    able = []
-    for name, engine in ENGINES.items():
-        reason = "approximate: ask for it by name" if engine.approximate else engine.refuses(query)
-        if reason is not None:
-            rows.append((name, reason))
-            continue
-        able.append(name)
-        if name == GridSearch.name:  # nothing is searched where all is known
-            break
-    best, reasons = _fastest(query, able)
-    rows += [(name, reasons[name]) for name in able if name != best]
+    best = fastest(query)
+    if best == GridSearch.name:
+        return [(best, None)]
+    rows = [
+        (name, "approximate: ask for it by name" if engine.approximate else engine.refuses(query))
+        for name, engine in ENGINES.items()
+    ]
+    rows = [row for row in rows if row[1] is not None]
+    refused = {name for name, _ in rows}
+    why = _unlike_the_best(query, best)
+    rows += [(name, why(name)) for name in ENGINES if name not in {*refused, best}]
     return [*rows, (best, None)]
 
 
-def _fastest(query: Query, able: list[str]) -> tuple[str, dict[str, str]]:
-    """The engine to take, and what is said of the others."""
-    if GridSearch.name in able:
-        return GridSearch.name, dict.fromkeys(able, "positions on a grid need no search")
+def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
+    """Why an engine that could serve a query is not taken."""
     if _two_directions(query):
-        return Dense.name, dict.fromkeys(able, "directions on one axis are two, so that all tie")
-    # What is measured counts; but sizes that are traced must not be looked at one by one.
+        return lambda name: "directions on one axis are two, so that all tie"
     seconds = {} if torch.compiler.is_compiling() else expected(query)
-    known = {name: seconds[name] for name in able if name in seconds}
-    if not known:
-        many = query.source.num_points >= 4096
-        best = Cells.name if Cells.name in able and many else Dense.name
-        return best, dict.fromkeys(able, "not measured on this kind of device")
-    best = min(known, key=known.__getitem__)
-    reasons = {
-        name: f"slower in the case most like this: {1e3 * known[name]:.3g} ms, "
-        f"{best} {1e3 * known[best]:.3g} ms"
-        if name in known
+    if best not in seconds:
+        return lambda name: "not measured on this kind of device"
+    return lambda name: (
+        f"slower in the case most like this: {1e3 * seconds[name]:.3g} ms, "
+        f"{best} {1e3 * seconds[best]:.3g} ms"
+        if name in seconds
         else "too slow to measure, or not measured"
-        for name in able
-    }
-    return best, reasons
+    )
 
 
 def _two_directions(query: Query) -> bool:
@@ -107,7 +119,7 @@ def find(query: Query, backend: str = "auto") -> Neighborhood:
             f"k={query.k} is larger than the number of candidates, {available}; lower k"
         )
     if backend == "auto":
-        engine = ENGINES[explain_search(query)[-1][0]]
+        engine = ENGINES[fastest(query)]
     else:
         engine = ENGINES[check_name("search backend", backend, ["auto", *ENGINES])]
         reason = engine.refuses(query)
