@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,6 +28,9 @@ class Failed:
 class Stage(str):
     """What a measurement has come to; sent so that its time can be limited."""
 
+
+_QUIET = "ignore:resource_tracker:UserWarning"
+"""Processes that are killed leave semaphores to Python's tracker, which frees them and says so."""
 
 READY, CALLED = Stage("ready"), Stage("called")
 
@@ -55,6 +59,8 @@ class Worker:
         apart: Callable[[Any], object] = lambda question: None,
     ) -> None:
         self.measure, self.limit, self.preparing, self.apart = measure, limit, preparing, apart
+        if _QUIET not in sys.warnoptions:  # which the tracker inherits
+            sys.warnoptions.append(_QUIET)
         forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
         if forks:
