@@ -28,6 +28,17 @@ def on(*tensors):
     return [t.to(DEVICE) for t in tensors]
 
 
+WAITING = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero")
+CLOUDS = {
+    "grid": lambda n, d: torch.randint(3, (n, d)).float(),
+    "coincident": lambda n, d: torch.ones(n, d),
+    "doubled": lambda n, d: torch.randn(n // 2, d).repeat(2, 1),
+    "last bits": lambda n, d: torch.randn(1, d) + 1e-6 * torch.randn(n, d),
+    "far away": lambda n, d: 1e6 + torch.randint(50, (n, d)).float(),
+    "with zeros": lambda n, d: torch.randn(n, d) * (torch.arange(n) % 3 > 0)[:, None],
+}
+
+
 class TestSearch:
     pytestmark = triton
 
@@ -109,6 +120,33 @@ class TestSearch:
             wanted = knn(x, k=4, metric=metric, backend="dense", **options)
             assert torch.equal(found.index, wanted.index)
             torch.testing.assert_close(found.distance, wanted.distance)
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("d", [3, 20])
+    @pytest.mark.parametrize("cloud", CLOUDS)
+    def test_what_is_hard_to_tell_apart_is_settled_without_waiting(
+        self, cloud, d, metric, monkeypatch
+    ):
+        torch.manual_seed(0)
+        (x,) = on(torch.stack([CLOUDS[cloud](20, d), torch.randn(20, d)]))
+        for y, k, self_point in (
+            (None, 5, "natural"),
+            (None, 5, "excluded"),
+            (x[:, 15:], 17, "natural"),
+        ):
+            wanted = knn(x, y, k, metric=metric, backend="dense", self_point=self_point)
+            with monkeypatch.context() as patch:
+                for name in WAITING:
+                    patch.setattr(torch.Tensor, name, waited)
+                found = knn(
+                    x, y, k, metric=metric, backend="triton", self_point=self_point, check=False
+                )
+            assert torch.equal(found.index, wanted.index)
+            torch.testing.assert_close(found.distance, wanted.distance, rtol=1e-5, atol=1e-6)
+
+
+def waited(*_):
+    raise AssertionError("the host waited for the device")
 
 
 def plain_attention(q, k, v, count, mask=None, bias=None, scale=None):

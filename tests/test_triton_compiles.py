@@ -104,6 +104,20 @@ def test_search(launches, tmp_path, d, k, dtype):
     check(launches, tmp_path, {"_nearest"})
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("angles", [False, True])
+@pytest.mark.parametrize(
+    ("d", "k"), [(3, 9), (64, 9), pytest.param(192, 40, marks=pytest.mark.slow)]
+)
+def test_search_engine(launches, tmp_path, d, k, angles, own):
+    from convnn_geo.search.triton import launch
+
+    points = torch.randn(2, 1024, d)
+    places = torch.arange(1024).repeat(2) if own else None
+    launch(points, points, k, places, angles)
+    check(launches, tmp_path, {"_nearest"})
+
+
 @pytest.mark.parametrize(
     ("n", "k", "dtype"),
     [

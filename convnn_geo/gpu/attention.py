@@ -49,7 +49,7 @@ def _attend_rows(
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, M)
     here = (rows < n)[:, None] & (columns < m)[None, :]
     q, key = q_ptr + example * n * d, key_ptr + example * m * d
-    distance = -scale * products(q, key, rows, columns, n, m, d, BLOCK_D)
+    distance = -scale * products(q, key, q, rows, columns, n, m, d, BLOCK_D, False)
     if HAS_BIAS:
         distance += tl.load(bias_ptr + example * m + columns, mask=columns < m, other=0.0)[None, :]
     if HAS_MASK:

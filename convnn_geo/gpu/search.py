@@ -1,16 +1,146 @@
-"""The k nearest by tiles: distances pass through registers, the nearest stay there."""
+"""The k nearest by tiles: distances pass through registers, the nearest stay there.
+
+A pair is one integer, its distance's bits above its index, inverted: the largest is the nearest,
+no two are equal, and sorting them breaks ties.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnn_geo.gpu.tiles import ordered, products, squared_differences, unordered
+from convnn_geo.gpu.tiles import (
+    ordered,
+    products,
+    squared_differences,
+    squared_differences_of_pairs,
+    unordered,
+)
 
 DIRECT_DIMENSIONS = 8
 """Up to here distances are summed from differences."""
+SPARE = 4
+"""Neighbours more than k, at least, that are kept where their order is to be settled."""
+_WORST: tl.constexpr = tl.constexpr(-0x7FFFFFFFFFFFFFFF - 1)
+
+
+@triton.jit
+def _pairs(value, places):
+    return ~((ordered(value).to(tl.int64) << 32) | places.to(tl.int64))
+
+
+@triton.jit
+def _none_yet(k, BLOCK_N: tl.constexpr, K: tl.constexpr):
+    """Empty places for ``k``, all different, so that one at a time is replaced."""
+    slot = tl.arange(0, K)
+    empty = tl.where(slot < k, _WORST + slot.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
+    return tl.broadcast_to(empty[None, :], [BLOCK_N, K])
+
+
+@triton.jit
+def _keep_nearest(best, kth, pair):
+    """Of a tile those that are nearer than the k-th so far take its place, one after the other."""
+    nearest_left = tl.max(pair, 1)
+    while tl.max((nearest_left > kth).to(tl.int32), 0) > 0:
+        replaced = (best == kth[:, None]) & (nearest_left > kth)[:, None]
+        best = tl.where(replaced, nearest_left[:, None], best)
+        pair = tl.where(pair == nearest_left[:, None], _WORST, pair)
+        kth = tl.min(best, 1)
+        nearest_left = tl.max(pair, 1)
+    return best, kth
+
+
+@triton.jit
+def _sorted(best, k, K: tl.constexpr):
+    """The nearest first; what is over ``k`` last."""
+    kept = tl.where((tl.arange(0, K) < k)[None, :], best, _WORST)
+    return tl.sort(kept, dim=1, descending=True)
+
+
+@triton.jit
+def _value(pair):
+    return unordered((~pair >> 32).to(tl.int32))
+
+
+@triton.jit
+def _place(pair):
+    return (~pair & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _slot(best, j, K: tl.constexpr):
+    """Column ``j``."""
+    return tl.sum(tl.where((tl.arange(0, K) == j)[None, :], best, 0), 1)
+
+
+@triton.jit
+def _settled(
+    best,
+    q,
+    key,
+    rows,
+    own,
+    square,
+    slack,
+    n,
+    m,
+    k,
+    kept,
+    d: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ANGLES: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+):
+    """Rows with neighbours closer to one another than rounding, by differences in float64.
+
+    Those that were kept are measured again; where one that was not may be nearer, all are. Nobody
+    waits for the other rows, nor the host for the device.
+    """
+    unclear = rows < 0
+    before = _value(_slot(best, 0, K))
+    for j in range(1, k + 1):  # where nobody is left to be next, it does not matter what is seen
+        value = _value(_slot(best, j, K))
+        apart = value - before > slack
+        unclear = unclear | (apart == 0)  # NaN is not apart
+        before = value
+    unclear = unclear & (rows < n)
+    value = _value(best) + square[:, None]
+    if tl.max(unclear.to(tl.int32), 0) > 0:
+        again = _none_yet(kept, BLOCK_N, K)
+        for j in range(0, kept):
+            place = _place(_slot(best, j, K))
+            exact = squared_differences_of_pairs(q, key, rows, place, unclear, d, BLOCK_D, ANGLES)
+            pair = _pairs(exact.to(tl.float32), place)
+            again = tl.where((tl.arange(0, K) == j)[None, :], pair[:, None], again)
+        again = _sorted(again, kept, K)
+        beyond = _value(_slot(best, kept - 1, K)) + square - slack
+        everybody = kept == m
+        if HAS_OWN:
+            everybody = kept == m - 1
+        found = (_value(_slot(again, k - 1, K)) < beyond) | everybody
+        lost = unclear & (found == 0)
+        if tl.max(lost.to(tl.int32), 0) > 0:
+            every = _none_yet(k, BLOCK_N, K)
+            kth = tl.min(every, 1)
+            for start in range(0, m, BLOCK_M):
+                columns = start + tl.arange(0, BLOCK_M)
+                exact = squared_differences(q, key, rows, columns, n, m, d, tl.float64, ANGLES)
+                pair = _pairs(exact.to(tl.float32), columns[None, :])
+                seen = lost[:, None] & (columns < m)[None, :]
+                if HAS_OWN:
+                    seen = seen & (columns[None, :] != own[:, None])
+                every, kth = _keep_nearest(every, kth, tl.where(seen, pair, _WORST))
+            again = tl.where(lost[:, None], _sorted(every, k, K), again)
+        best = tl.where(unclear[:, None], again, best)
+        value = tl.where(unclear[:, None], _value(again), value)
+    return value, best
 
 
 @triton.jit
@@ -19,11 +149,16 @@ def _nearest(
     key_ptr,
     bias_ptr,
     mask_ptr,
+    own_ptr,
+    center_ptr,
+    square_ptr,
+    slack_ptr,
     q_start_ptr,
     key_start_ptr,
     value_ptr,
     place_ptr,
     k,
+    kept,
     heads,
     mask_example,
     mask_head,
@@ -35,33 +170,35 @@ def _nearest(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIRECT: tl.constexpr,
+    ANGLES: tl.constexpr,
+    CENTERED: tl.constexpr,
+    SETTLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_OWN: tl.constexpr,
 ):
-    """One block of targets of one example against all its sources.
-
-    A pair is one integer, its distance's bits above its index, inverted: the largest is the
-    nearest, no two are equal, and sorting them breaks ties. Of each tile those that are nearer
-    than the k-th so far take its place, one after the other; most tiles have none.
-    """
+    """One block of targets of one example against all its sources; most tiles hold no neighbour."""
     example = tl.program_id(1)
     q_start, key_start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
     n, m = tl.load(q_start_ptr + example + 1) - q_start, tl.load(key_start_ptr + example + 1)
     m -= key_start
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    worst = -0x7FFFFFFFFFFFFFFF - 1
-    slot = tl.arange(0, K)
-    empty = worst + slot.to(tl.int64)  # all different, so that one at a time is replaced
-    empty = tl.where(slot < k, empty, 0x7FFFFFFFFFFFFFFF)
-    best = tl.broadcast_to(empty[None, :], [BLOCK_N, K])
-    kth = tl.full([BLOCK_N], worst, tl.int64)
+    q, key = q_ptr + q_start * d, key_ptr + key_start * d
+    own = rows
+    if HAS_OWN:
+        own = tl.load(own_ptr + q_start + rows, mask=rows < n, other=-1).to(tl.int32)
+    best = _none_yet(kept, BLOCK_N, K)
+    kth = tl.min(best, 1)
     for start in range(0, m, BLOCK_M):
         columns = start + tl.arange(0, BLOCK_M)
-        q, key = q_ptr + q_start * d, key_ptr + key_start * d
         if DIRECT:
-            value = squared_differences(q, key, rows, columns, n, m, d)
+            value = squared_differences(q, key, rows, columns, n, m, d, tl.float32, ANGLES)
         else:
-            value = -scale * products(q, key, rows, columns, n, m, d, BLOCK_D)
+            center = q
+            if CENTERED:
+                center = center_ptr + example * d
+            product = products(q, key, center, rows, columns, n, m, d, BLOCK_D, CENTERED)
+            value = -scale * product
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + key_start + columns, mask=columns < m, other=0.0)
                 value += bias[None, :]
@@ -73,20 +210,58 @@ def _nearest(
                 other=0,
             )
             value = tl.where(seen != 0, value, float("inf"))
-        pair = (ordered(value).to(tl.int64) << 32) | columns[None, :].to(tl.int64)
-        pair = tl.where((columns < m)[None, :], ~pair, worst)
-        nearest_left = tl.max(pair, 1)
-        while tl.max((nearest_left > kth).to(tl.int32), 0) > 0:
-            replaced = (best == kth[:, None]) & (nearest_left > kth)[:, None]
-            best = tl.where(replaced, nearest_left[:, None], best)
-            pair = tl.where(pair == nearest_left[:, None], worst, pair)
-            kth = tl.min(best, 1)
-            nearest_left = tl.max(pair, 1)
-    pair = ~tl.sort(tl.where((slot < k)[None, :], best, worst), dim=1, descending=True)
+        real = tl.broadcast_to((columns < m)[None, :], [BLOCK_N, BLOCK_M])
+        if HAS_OWN:
+            real = real & (columns[None, :] != own[:, None])
+        pair = tl.where(real, _pairs(value, columns[None, :]), _WORST)
+        best, kth = _keep_nearest(best, kth, pair)
+    best = _sorted(best, kept, K)
+    value = _value(best)
+    if SETTLE:
+        square = tl.load(square_ptr + q_start + rows, mask=rows < n, other=0.0)
+        slack = tl.load(slack_ptr + q_start + rows, mask=rows < n, other=0.0)
+        value, best = _settled(
+            best,
+            q,
+            key,
+            rows,
+            own,
+            square,
+            slack,
+            n,
+            m,
+            k,
+            kept,
+            d,
+            K,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            ANGLES,
+            HAS_OWN,
+        )
+    slot = tl.arange(0, K)
     at = (q_start + rows)[:, None].to(tl.int64) * k + slot[None, :]
     stored = (rows < n)[:, None] & (slot < k)[None, :]
-    tl.store(value_ptr + at, unordered((pair >> 32).to(tl.int32)), mask=stored)
-    tl.store(place_ptr + at, (pair & 0x7FFFFFFF).to(tl.int32), mask=stored)
+    tl.store(value_ptr + at, value, mask=stored)
+    tl.store(place_ptr + at, _place(best), mask=stored)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How products stand for squared differences, so that what they can't tell apart is settled.
+
+    Args:
+        center: ``(b, d)``, that products are taken about.
+        square: ``(n,)``, what is to be added to a product's value.
+        slack: ``(n,)``, how far off differences of values may be.
+        least: sources of the smallest example.
+    """
+
+    center: Tensor
+    square: Tensor
+    slack: Tensor
+    least: int
 
 
 def nearest(
@@ -100,6 +275,9 @@ def nearest(
     mask: Tensor | None = None,
     heads: int = 1,
     direct: bool = False,
+    own: Tensor | None = None,
+    angles: bool = False,
+    rounding: Rounding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values and places ``(n, k)`` of the nearest in each example, in order, ties by place.
 
@@ -114,27 +292,43 @@ def nearest(
         mask: ``(b / heads, heads, n, m)`` for examples of equal size, True where allowed.
         heads: examples that share the mask's first axis.
         direct: by squared differences instead; for few axes.
+        own: ``(n,)``, a source that each target is not to find; -1 for none.
+        angles: vectors have length one, or zero: these have squared distance 2 from all.
+        rounding: neighbours that products do not tell apart come in the order of their squared
+            differences, summed in float64 and rounded to float32.
 
     Returns:
         float32 and int32; places count within the example. What is hidden has value infinity.
     """
-    d, width = q.shape[-1], max(16, triton.next_power_of_2(k))
+    d, kept = q.shape[-1], k
+    center = square = slack = None
+    if rounding is not None:
+        center, square, slack = rounding.center, rounding.square, rounding.slack
+        roomy = max(16, triton.next_power_of_2(k + SPARE))
+        kept = min(roomy, rounding.least - (own is not None))
+    width = max(16, triton.next_power_of_2(kept))
     values = q.new_empty(q.shape[0], k, dtype=torch.float32)
     places = q.new_empty(q.shape[0], k, dtype=torch.int32)
-    block = 16 if width > 64 else 32
+    wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
+    block = 16 if wide else 32
     strides = (0, 0, 0) if mask is None else mask.stride()[:-1]
     grid = (triton.cdiv(longest, block), len(starts[0]) - 1)
     _nearest[grid](
-        *(q, keys, bias, None if mask is None else mask.view(torch.uint8), *starts),
-        *(values, places, k, heads, *strides, scale),
+        *(q, keys, bias, None if mask is None else mask.view(torch.uint8), own),
+        *(center, square, slack, *starts, values, places, k, kept, heads, *strides, scale),
         d=d,
         K=width,
         BLOCK_N=block,
         BLOCK_M=max(64, width),
         BLOCK_D=max(16, min(64, triton.next_power_of_2(d))),
         DIRECT=direct,
+        ANGLES=angles,
+        CENTERED=rounding is not None,
+        SETTLE=rounding is not None,
         HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None,
+        HAS_OWN=own is not None,
+        num_warps=4 if rounding is None or not wide else 8,
         enable_fp_fusion=not direct,  # sums of squares round as torch's do
     )
     return values, places

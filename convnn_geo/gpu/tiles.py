@@ -33,8 +33,22 @@ def unordered(code):
 
 
 @triton.jit
-def products(q_ptr, key_ptr, rows, columns, n, m, d: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``<q, key>`` of rows and columns of two arrays ``(n, d)`` and ``(m, d)``, in float32."""
+def products(
+    q_ptr,
+    key_ptr,
+    center_ptr,
+    rows,
+    columns,
+    n,
+    m,
+    d: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CENTERED: tl.constexpr,
+):
+    """``<q, key>`` of rows and columns of two arrays ``(n, d)`` and ``(m, d)``, in float32.
+
+    ``CENTERED``: ``<q - center, key - center>``.
+    """
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in tl.static_range(0, d, BLOCK_D):
         axes = start + tl.arange(0, BLOCK_D)
@@ -48,17 +62,63 @@ def products(q_ptr, key_ptr, rows, columns, n, m, d: tl.constexpr, BLOCK_D: tl.c
             mask=(columns < m)[None, :] & (axes < d)[:, None],
             other=0.0,
         )
+        if CENTERED:
+            center = tl.load(center_ptr + axes, mask=axes < d, other=0.0)
+            q, key = q - center[None, :], key - center[:, None]
         total = dot(q, key, total)
     return total
 
 
 @triton.jit
-def squared_differences(q_ptr, key_ptr, rows, columns, n, m, d: tl.constexpr):
-    """``|q - key|^2``, summed in the order of axes."""
-    total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for axis in tl.static_range(0, d):
-        q = tl.load(q_ptr + rows.to(tl.int64) * d + axis, mask=rows < n, other=0.0)
-        key = tl.load(key_ptr + columns.to(tl.int64) * d + axis, mask=columns < m, other=0.0)
-        difference = q.to(tl.float32)[:, None] - key.to(tl.float32)[None, :]
-        total += difference * difference
+def _axis(ptr, rows, n, d, axis, KIND: tl.constexpr):
+    return tl.load(ptr + rows.to(tl.int64) * d + axis, mask=rows < n, other=0.0).to(KIND)
+
+
+@triton.jit
+def squared_differences(
+    q_ptr, key_ptr, rows, columns, n, m, d: tl.constexpr, KIND: tl.constexpr, ANGLES: tl.constexpr
+):
+    """``|q - key|^2`` as a ``KIND`` of float, summed in the order of axes.
+
+    Of ``ANGLES`` it is 2 from and to a zero vector; all others have length one.
+    """
+    total = tl.zeros([rows.shape[0], columns.shape[0]], KIND)
+    q_length, key_length = tl.zeros([rows.shape[0]], KIND), tl.zeros([columns.shape[0]], KIND)
+    if d <= 8:
+        for axis in tl.static_range(0, d):
+            q, key = _axis(q_ptr, rows, n, d, axis, KIND), _axis(key_ptr, columns, m, d, axis, KIND)
+            total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
+            q_length, key_length = q_length + q * q, key_length + key * key
+    else:
+        for axis in range(0, d):
+            q, key = _axis(q_ptr, rows, n, d, axis, KIND), _axis(key_ptr, columns, m, d, axis, KIND)
+            total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
+            q_length, key_length = q_length + q * q, key_length + key * key
+    if ANGLES:
+        total = tl.where((q_length < 0.25)[:, None] | (key_length < 0.25)[None, :], 2.0, total)
+    return total
+
+
+@triton.jit
+def squared_differences_of_pairs(
+    q_ptr, key_ptr, rows, places, real, d: tl.constexpr, BLOCK_D: tl.constexpr, ANGLES: tl.constexpr
+):
+    """The same in float64 of each row and one source."""
+    total = tl.zeros([rows.shape[0]], tl.float64)
+    q_length, key_length = (
+        tl.zeros([rows.shape[0]], tl.float64),
+        tl.zeros([rows.shape[0]], tl.float64),
+    )
+    for start in range(0, d, BLOCK_D):
+        axes = start + tl.arange(0, BLOCK_D)
+        there = real[:, None] & (axes < d)[None, :]
+        at = rows.to(tl.int64)[:, None] * d + axes[None, :]
+        q = tl.load(q_ptr + at, mask=there, other=0.0).to(tl.float64)
+        at = places.to(tl.int64)[:, None] * d + axes[None, :]
+        key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float64)
+        total += tl.sum((q - key) * (q - key), 1)
+        q_length += tl.sum(q * q, 1)
+        key_length += tl.sum(key * key, 1)
+    if ANGLES:
+        total = tl.where((q_length < 0.25) | (key_length < 0.25), 2.0, total)
     return total

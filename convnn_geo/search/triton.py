@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.search.nearest import Problem, referee
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
+from convnn_geo.search.rows import Hidden
 
 
 class Triton(PointEngine):
@@ -34,30 +36,72 @@ class Triton(PointEngine):
             return "its distances are float32, and these need float64"
         return super().refuses(query) if reason is None else reason
 
+    def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
+        """In one launch, order and all, where neighbours are told apart by differences."""
+        spare = problem.keys.shape[-2] - (hidden.own is not None)
+        plain = problem.kind in ("points", "angles") and problem.axes is None
+        if not plain or hidden.mask is not None or not problem.q.numel() or not 0 < k <= spare:
+            return super().nearest(problem, k, hidden, slab)
+        lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+        q, keys = (
+            t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+            for t in (problem.q, problem.keys)
+        )
+        own = hidden.own
+        if own is not None:
+            own = own.expand(*lead, own.shape[-1]).reshape(-1)
+        values, places = launch(q, keys, k, own, problem.kind == "angles")
+        values, places = (t.view(*lead, -1, k) for t in (values, places.long()))
+        if problem.exact and not _direct(q):
+            values = referee(problem.bound(), places, slab, problem.dtype)
+        return values, places
+
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
         """That of ``|k|^2 - 2 <q, k>`` about the keys' mean, or of differences."""
-        if self._direct(q):
+        if _direct(q):
             return super().slack(q, keys, value)
         center = keys.mean(-2, keepdim=True)
-        length = (q - center).norm(dim=-1) + (keys - center).norm(dim=-1).amax(-1, keepdim=True)
-        return 2 * (q.shape[-1] + 4) * torch.finfo(torch.float32).eps * length.square()
+        return _slack((q - center).norm(dim=-1), (keys - center).norm(dim=-1), q.shape[-1])
 
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
-        """All examples in one launch."""
-        from convnn_geo.gpu.search import nearest
+        """Of what is no point: by coordinates that stand for it."""
+        return launch(q, prepared, asked)[1].view(*q.shape[:2], asked).long()
 
-        (examples, n, _), m = q.shape, prepared.shape[1]
-        starts = tuple(torch.arange(examples + 1, device=q.device) * size for size in (n, m))
-        direct, bias = self._direct(q), None
-        keys = prepared
-        if not direct:
-            center = prepared.mean(-2, keepdim=True)
-            q, keys = q - center, prepared - center
-            bias = keys.square().sum(-1).flatten()
-        rows = (q.flatten(0, 1).contiguous(), keys.flatten(0, 1).contiguous())
-        places = nearest(*rows, asked, starts, n, bias, 2.0, direct=direct)[1]  # type: ignore[arg-type]
-        return places.view(examples, n, asked).long()
 
-    @staticmethod
-    def _direct(q: Tensor) -> bool:
-        return q.shape[-1] <= 8
+def launch(
+    q: Tensor, keys: Tensor, k: int, own: Tensor | None = None, angles: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Squared distances, half of them for angles, and places ``(b n, k)`` of all examples."""
+    from convnn_geo.gpu.search import Rounding, nearest
+
+    (examples, n, d), m = q.shape, keys.shape[1]
+    starts = [torch.arange(examples + 1, device=q.device) * size for size in (n, m)]
+    rows = q.flatten(0, 1).contiguous(), keys.flatten(0, 1).contiguous()
+    bias = rounding = None
+    if not _direct(q):
+        center = keys.mean(-2, keepdim=True)
+        lengths = (q - center).norm(dim=-1), (keys - center).norm(dim=-1)
+        bias = lengths[1].square()
+        slack = _slack(*lengths, d)
+        if angles:  # a zero key has squared length 1 by definition
+            bias = bias + (keys.square().sum(-1) < 0.25)
+        rounding = Rounding(center.flatten(0, 1), lengths[0].square().flatten(), slack.flatten(), m)
+        bias = bias.flatten()
+    values, places = nearest(
+        *(*rows, k, (starts[0], starts[1]), n, bias, 2.0),
+        direct=_direct(q),
+        own=own,
+        angles=angles,
+        rounding=rounding,
+    )
+    return values / 2 if angles else values, places
+
+
+def _direct(q: Tensor) -> bool:
+    return q.shape[-1] <= 8
+
+
+def _slack(q: Tensor, keys: Tensor, d: int) -> Tensor:
+    """Of differences between values, from lengths about the center."""
+    length = q + keys.amax(-1, keepdim=True)
+    return 2 * (d + 4) * torch.finfo(torch.float32).eps * length.square()
