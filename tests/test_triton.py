@@ -394,3 +394,66 @@ class TestAutocast:
         for a, b in zip(grads, others, strict=True):
             assert a.dtype == torch.float32
             torch.testing.assert_close(a, b, rtol=0.1, atol=0.03 * float(b.abs().max()) + 1e-3)
+
+
+LAYERS = {
+    "convolution": lambda: ConvNN2d(10, 6, k=4, metric="cosine", backend="triton"),
+    "weighted": lambda: ConvNN2d(
+        10, 6, k=4, metric="cosine", weighting="softmax", backend="triton"
+    ),
+    "convolution by differences": lambda: ConvNN2d(3, 6, k=4, metric="euclidean", backend="triton"),
+    "attention": lambda: ConvNNAttention(16, 2, k=3, backend="triton"),
+    "mixed attention": lambda: ConvNNAttention(
+        16, 2, k=3, metric=interpolate("squared_spatial", "scaled_dot", 0.5), backend="triton"
+    ),
+}
+
+
+def called(layer):
+    """A call of a layer on inputs of its own, forward and backward."""
+    layer = layer.to(DEVICE)
+    image = isinstance(layer, ConvNN2d)
+    shape = (2, layer.in_channels, 5, 4) if image else (2, 20, layer.embed_dim)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    if image:
+        layer.search = "triton"
+
+    def call():
+        out = layer(x) if image else layer(x, x, x, need_weights=False)[0]
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])
+
+    return call
+
+
+@pytest.mark.triton
+@triton[1]
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_host_never_waits_for_a_layer(name, monkeypatch):
+    call = called(LAYERS[name]())
+    wanted = call()
+    for waiting in WAITING:
+        monkeypatch.setattr(torch.Tensor, waiting, waited)
+    found = call()
+    monkeypatch.undo()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cuda_graph_replays_a_layer(name):
+    call = called(LAYERS[name]())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and makes what is made once
+        wanted = [call() for _ in range(3)][-1]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for tensor in found:
+        tensor.detach().zero_()
+    graph.replay()
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

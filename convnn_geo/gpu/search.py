@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convnn_geo import gpu
 from convnn_geo.gpu.tiles import (
     ordered,
     products,
@@ -294,8 +295,8 @@ def nearest(
         direct: by squared differences instead; for few axes.
         own: ``(n,)``, a source that each target is not to find; -1 for none.
         angles: vectors have length one, or zero: these have squared distance 2 from all.
-        rounding: neighbours that products do not tell apart come in the order of their squared
-            differences, summed in float64 and rounded to float32.
+        rounding: with k under 256; neighbours that products do not tell apart come in the order of
+            their squared differences, summed in float64 and rounded to float32.
 
     Returns:
         float32 and int32; places count within the example. What is hidden has value infinity.
@@ -305,7 +306,7 @@ def nearest(
     if rounding is not None:
         center, square, slack = rounding.center, rounding.square, rounding.slack
         roomy = max(16, triton.next_power_of_2(k + SPARE))
-        kept = min(roomy, rounding.least - (own is not None))
+        kept = min(roomy, gpu.LARGEST_K, rounding.least - (own is not None))
     width = max(16, triton.next_power_of_2(kept))
     values = q.new_empty(q.shape[0], k, dtype=torch.float32)
     places = q.new_empty(q.shape[0], k, dtype=torch.int32)
