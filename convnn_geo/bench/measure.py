@@ -72,7 +72,10 @@ def sample(function: Callable[[], object], seconds: float) -> list[float]:
 
 
 def compare(
-    functions: dict[str, Callable[[], object]], rounds: int = 15, seconds: float = 0.05
+    functions: dict[str, Callable[[], object]],
+    rounds: int = 15,
+    seconds: float = 0.05,
+    device: str = "cpu",
 ) -> list[Timing]:
     """Time functions in turns, so that what disturbs one disturbs all.
 
@@ -80,13 +83,14 @@ def compare(
         functions: by name; the first is what ratios are taken to.
         rounds: of measuring each function once.
         seconds: that one measurement takes at least.
+        device: where they run.
 
     Example:
         >>> [t.name for t in compare({"sum": lambda: sum(range(99))}, rounds=2, seconds=0.001)]
         ['sum']
     """
     timers = {name: _timer(f) for name, f in functions.items()}
-    memory = {name: added_memory(f) for name, f in functions.items()}
+    memory = {name: added_memory(f, device) for name, f in functions.items()}
     loops = {}
     for name, timer in timers.items():
         timer.timeit(2)  # warm-up

@@ -1,0 +1,291 @@
+"""Claim: on a GPU neighbours cost little beside what attention and convolution move anyway.
+
+Builds the kernels, checks them (the whole grid of the tests, compiled, and a small case under
+compute-sanitizer), and times them beside torch's own and torch_cluster's, with floors. In one run:
+
+    python benchmarks/on_a_gpu.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from feature_convnn_without_topk import with_copies
+from knn_attention_costs_no_more_than_attention import with_copies as attention_with_copies
+from torch import Tensor, nn
+
+from convnn_geo.bench import compare, machine
+from convnn_geo.bench.measure import count_syncs, host_time
+from convnn_geo.extras import importable, require
+from convnn_geo.nn import ConvNN2d
+from convnn_geo.nn.functional import knn_attention
+from convnn_geo.search import knn
+
+ROOT = Path(__file__).parents[1]
+#: (batch, heads, n, channels), k, and what attention's time may be multiplied by.
+ATTENTION = (
+    ((256, 3, 197, 64), 9, 1.5),
+    ((256, 3, 197, 64), 16, 1.5),
+    ((32, 12, 1024, 64), 32, 1.0),
+    ((8, 12, 4096, 64), 32, 0.8),
+)
+BACKWARD = 0.6  #: of attention's backward, where k is at most n / 16
+IMAGE = (256, 64, 32, 32)
+#: examples, points, dimension, and how many times as fast as torch_cluster knn is to be.
+CLOUDS = ((32, 1024, 3, 5.0), (1, 16384, 3, 15.0), (1, 100_000, 3, 50.0), (1, 16384, 64, 50.0))
+SETS = 3  #: of inputs in turn, so that no cache holds them
+
+
+@dataclass(frozen=True)
+class Case:
+    """Functions side by side, the first of which ratios are taken to.
+
+    Args:
+        title: of the table.
+        functions: by name.
+        operations: that any way of computing it needs.
+        moved: bytes, each input read once and each output written once.
+        claim: what is to be reached.
+    """
+
+    title: str
+    functions: dict[str, Callable[[], object]]
+    operations: float
+    moved: float
+    claim: str
+
+
+def in_turn(
+    function: Callable[..., Tensor], inputs: Sequence[Sequence[Tensor]]
+) -> Callable[[], Tensor]:
+    """Forward on one set of inputs after the other."""
+    turn = itertools.cycle(inputs)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return function(*next(turn))
+
+    return call
+
+
+def furthest(found: Tensor, parts: Sequence[Tensor], k: int) -> float:
+    """Largest error of the last head, of queries whose choice is not within rounding."""
+    q, key, value = (t[-1, -1].double() for t in parts)
+    best = (q @ key.T).topk(k + 1, dim=-1).values
+    clear = best[..., -2] - best[..., -1] > 1e-4
+    error = (found[-1, -1] - attention_with_copies(q, key, value, k)).abs().amax(-1)
+    return float(error[clear].max())
+
+
+def backward(
+    function: Callable[..., Tensor], inputs: Sequence[Sequence[Tensor]]
+) -> Callable[[], object]:
+    """Backward alone, on one set of inputs after the other."""
+    ready = []
+    for parts in inputs:
+        leaves = [t.detach().requires_grad_() for t in parts]
+        out = function(*leaves)
+        ready.append((out, leaves, torch.randn_like(out)))
+    turn = itertools.cycle(ready)
+
+    def call() -> object:
+        out, leaves, grad = next(turn)
+        return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+    return call
+
+
+def both(layer: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """Forward and backward of a layer."""
+    turn = itertools.cycle(inputs)
+    return lambda: layer(next(turn).detach().requires_grad_()).sum().backward()
+
+
+def attention(device: str, dtype: torch.dtype) -> list[Case]:
+    """K-nearest attention beside all of it."""
+    cases = []
+    for (b, h, n, c), k, wanted in ATTENTION:
+        inputs = [
+            torch.randn(3, b, h, n, c, device=device, dtype=dtype).unbind() for _ in range(SETS)
+        ]
+        functions = {
+            "scaled_dot_product_attention": F.scaled_dot_product_attention,
+            "knn_attention": lambda q, key, v, k=k: knn_attention(q, key, v, k, backend="triton"),
+        }
+        error = furthest(knn_attention(*inputs[0], k, backend="triton"), inputs[0], k)
+        title = f"attention, {b} x {h} x {n} x {c}, k = {k}, {dtype}"
+        size, pairs = b * h * n * c, b * h * n * k
+        for what, make, claim, times in (
+            ("forward", in_turn, wanted, 1.0),
+            ("backward", backward, BACKWARD if 16 * k <= n else None, 2.0),
+        ):
+            cases.append(
+                Case(
+                    f"{title}, {what}",
+                    {name: make(f, inputs) for name, f in functions.items()},
+                    2 * b * h * n * n * c if what == "forward" else 8 * pairs * c,
+                    times * (4 * size * inputs[0][0].element_size()) + 8 * pairs,
+                    ("" if claim is None else f"ratio at most {claim:g}; ")
+                    + f"largest error {error:.1e}; "
+                    f"int32 index and float32 weights are {8 * pairs / 2**20:.0f} MiB, the result "
+                    f"{size * inputs[0][0].element_size() / 2**20:.0f}",
+                )
+            )
+    return cases
+
+
+def convolution(device: str, dtype: torch.dtype) -> list[Case]:
+    """Convolution mode beside the convolution, and the nearest by feature beside all scores."""
+    b, c, h, w = IMAGE
+    made = torch.randn(SETS, *IMAGE, device=device, dtype=dtype)
+    images = [image.contiguous(memory_format=torch.channels_last) for image in made]
+    options = {"device": device, "dtype": dtype}
+    plain = nn.Conv2d(c, c, 3, padding=1, **options).to(memory_format=torch.channels_last)
+    window = ConvNN2d(c, c, 3, padding=1, **options).to(memory_format=torch.channels_last)
+    near = ConvNN2d(c, c, k=9, metric="cosine", backend="triton", **options)
+    near.search = "triton"
+    taps, moved = 2 * 9 * b * h * w * c * c, 2 * b * c * h * w * made.element_size()
+    scores = 2 * b * (h * w) ** 2 * c
+    inputs = [(image,) for image in images]
+    size = " x ".join(map(str, IMAGE))
+    return [
+        Case(
+            f"convolution mode, {size}, channels last, {dtype}, forward and backward",
+            {"nn.Conv2d": both(plain, images), "ConvNN2d": both(window, images)},
+            3 * taps,
+            3 * moved,
+            "ratio at most 1.05",
+        ),
+        Case(
+            f"ConvNN2d of the 9 nearest by cosine, {size}, {dtype}, forward",
+            {
+                "scores, topk, gathered copies": in_turn(
+                    lambda x: with_copies(x, near.weight), inputs
+                ),
+                "ConvNN2d": in_turn(near, inputs),
+                "nn.Conv2d": in_turn(plain, inputs),
+            },
+            taps + scores,
+            moved + 4 * 9 * b * h * w,
+            f"ratio at most 1 / 25 = {1 / 25:g}",
+        ),
+    ]
+
+
+def search(device: str) -> list[Case]:
+    """Graphs of clouds beside torch_cluster's, in float32, k = 9."""
+    if not importable("torch_cluster"):
+        return []
+    torch_cluster, cases = require("torch_cluster", extra="cluster"), []
+    for examples, n, dimension, wanted in CLOUDS:
+        batch = torch.arange(examples, device=device).repeat_interleave(n)
+        x = [(torch.rand(examples * n, dimension, device=device),) for _ in range(SETS)]
+        dense = [(one[0].view(examples, n, dimension),) for one in x]
+        functions: dict[str, Callable[[], object]] = {
+            "torch_cluster.knn": in_turn(lambda x, b=batch: torch_cluster.knn(x, x, 9, b, b), x)
+        }
+        for engine in ("auto", "triton", "cells", "dense"):
+            if engine != "cells" or dimension <= 3:
+                functions[f"knn, {engine}"] = in_turn(
+                    lambda x, engine=engine: knn(x, k=9, backend=engine, check=False).index, dense
+                )
+        peers = torch_cluster.knn(x[0][0], x[0][0], 9, batch, batch)[1].view(examples, n, 9)
+        start = torch.arange(examples, device=device)[:, None, None] * n
+        found = knn(dense[0][0], k=9, backend="triton").index + start
+        same = (found.sort(-1).values == peers.sort(-1).values).all(-1).double().mean()
+        cases.append(
+            Case(
+                f"{examples} x {n} points, {dimension} dimensions, k = 9",
+                functions,
+                2 * examples * n * n * dimension if dimension > 3 else 0,
+                examples * n * (4 * dimension + 12 * 9),
+                f"ratio at most 1 / {wanted:g} = {1 / wanted:.3f}; the same neighbours for "
+                f"{100 * float(same):.2f} % of points",
+            )
+        )
+    return cases
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Bytes a second of a copy, and operations a second of a product in bfloat16."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+    copy, product = compare(
+        {"copy": lambda: target.copy_(source), "product": lambda: a[0] @ a[1]}, 5, 0.1, device
+    )
+    return 2 * source.numel() * 4 / copy.median, 2 * 8192**3 / product.median
+
+
+def show(case: Case, device: str, most: tuple[float, float]) -> None:
+    """A table in Markdown with ratios, floor, what is achieved of it, memory and the host."""
+    floor = max(case.moved / most[0], case.operations / most[1])
+    print(f"\n### {case.title}\n")
+    print("| | median ms | p10 | p90 | ratio | floor ms | GB/s | added MiB | host µs | syncs |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for timing in compare(case.functions, rounds=9, seconds=0.02, device=device):
+        function = case.functions[timing.name]
+        host, syncs = ("-", "-")
+        if device == "cuda":
+            host, syncs = f"{1e6 * host_time(function, 20):.0f}", str(count_syncs(function))
+        print(
+            f"| {timing.name} | {1e3 * timing.median:.3f} | {1e3 * timing.p10:.3f} | "
+            f"{1e3 * timing.p90:.3f} | {timing.ratio:.3g} | {1e3 * floor:.3f} | "
+            f"{case.moved / timing.median / 1e9:.0f} | {timing.memory:.0f} | {host} | {syncs} |",
+            flush=True,
+        )
+    print(f"\nClaim: {case.claim}. Host time at most 40 µs, no syncs.")
+
+
+def check() -> None:
+    """The tests of the kernels, compiled; then a few under compute-sanitizer, where that is."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    runs = {"the kernels' tests, compiled": [*tests, "-m", "triton"]}
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is not None:
+        few = "ties or row-512 or groups or waits"
+        runs["a few of them under compute-sanitizer"] = [
+            *(sanitizer, "--error-exitcode=1", *tests, "-m", "triton", "-k", few)
+        ]
+    for name, command in runs.items():
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        print(f"\n{name}: {'passed' if done.returncode == 0 else 'FAILED'}: {last}", flush=True)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print(f"{machine()}\n\nAwaits a GPU: there is none here.")
+        return
+    torch.manual_seed(0)
+    print(machine("cuda"))
+    check()
+    most = ceilings("cuda")
+    print(
+        f"\nCeilings: {most[0] / 1e12:.2f} TB/s copied, {most[1] / 1e12:.0f} TFLOP/s in bfloat16."
+    )
+    for make in (
+        lambda: attention("cuda", torch.bfloat16),
+        lambda: convolution("cuda", torch.bfloat16),
+        lambda: search("cuda"),
+    ):
+        for case in make():
+            show(case, "cuda", most)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    main()
