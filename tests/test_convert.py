@@ -19,7 +19,7 @@ from convnn_geo.convert.flops import looks_at_features
 from convnn_geo.metrics import Feature, Interpolation, Spatial, interpolate
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.points import Points
-from convnn_geo.selection import Every
+from convnn_geo.selection import Every, KNearest
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
@@ -1144,3 +1144,62 @@ def test_hooks_on_parts_that_go_are_no_silent_loss():
     handle.remove()
     convert.to_convnn(model)(torch.zeros(1, 5, 8))
     assert calls == ["proj"]
+
+
+def test_timms_weights_load_into_a_converted_model():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 2}
+    models = [
+        timm.models.VisionTransformer(**options, qk_norm=norm).eval() for norm in (False, True)
+    ]
+    x = torch.randn(1, 3, 32, 32)
+    for model in models:
+        other = convert.to_convnn(copy.deepcopy(model))
+        for parameter in other.parameters():
+            nn.init.normal_(parameter)
+        assert (other(x) - model(x)).abs().max() > 0.01
+        other.load_state_dict(model.state_dict())
+        close(other(x), model(x), atol=1e-5)
+        other.load_state_dict(other.state_dict())
+        convert.set_interpolation(other, 0.5)
+        other.load_state_dict(model.state_dict())
+
+
+def test_fx_keeps_timms_attention_whole():
+    timm = pytest.importorskip("timm")
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "depth": 1}
+    model = convert.to_convnn(timm.models.VisionTransformer(**options).eval())
+    x = torch.randn(1, 3, 32, 32)
+    graph = torch.fx.symbolic_trace(model)
+    assert "blocks.0.attn" in [node.target for node in graph.graph.nodes]
+    close(graph(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["branching", "kvt", "convnn", "convnn_attention"])
+def test_fewer_pixels_than_k_leave_the_last_neighbours_empty(name):
+    conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(1, 4, 2, 2)
+    assert spec(name)(conv)(x).shape == (1, 6, 2, 2)
+    assert spec(name, selection=KNearest(9, short="pad"))(conv)(x).shape == (1, 6, 2, 2)
+    with pytest.raises(ValueError, match="k=9 needs 9 candidates, but there are 4"):
+        spec(name, selection=KNearest(9))(conv)(x)
+
+
+def test_a_name_or_a_spec_stands_for_a_rule_for_every_layer():
+    for become in ("convnn", spec("convnn", k=9)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        convert.to_convnn(model, become)
+        assert [layer.k for layer in model] == [9, 9]
+
+
+def test_attention_that_is_not_known_is_named_by_the_error():
+    class WindowAttention(nn.Module):
+        pass
+
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(3, 3, 1), WindowAttention()))
+    with pytest.raises(ValueError, match="DynamicEdgeConv, not WindowAttention"):
+        convert.set_interpolation(model, 0.5)
+
+
+def test_a_report_needs_tensors():
+    with pytest.raises(TypeError, match=r"got a shape; pass torch.randn\(1, 3, 4, 4\)"):
+        convert.report(nn.Conv2d(3, 3, 1), (1, 3, 4, 4))

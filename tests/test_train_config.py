@@ -48,6 +48,12 @@ def test_a_configuration_is_checked_by_name(values, told):
         Config.from_dict(values)
 
 
+@pytest.mark.parametrize(("key", "field"), [("lr", "learning_rate"), ("data_dir", "data_root")])
+def test_names_of_others_are_understood(key, field):
+    with pytest.raises(ConfigError, match=f"unknown key '{key}'; did you mean '{field}'"):
+        Config.from_dict({key: 1})
+
+
 def test_a_configuration_is_read_from_yaml(tmp_path):
     pytest.importorskip("yaml")
     file = tmp_path / "run.yaml"

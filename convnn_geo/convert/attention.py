@@ -13,6 +13,7 @@ from convnn_geo.convert.known import is_timm_attention
 from convnn_geo.convert.weights import NotApplicable, carry, check_plain
 from convnn_geo.metrics import Feature
 from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -21,8 +22,8 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 class TimmAttention(nn.Module):
     """Our attention with the forward of timm's ``Attention``.
 
-    Its parameters have the names of ``nn.MultiheadAttention``: load weights of timm's before the
-    conversion.
+    Its parameters have the names of ``nn.MultiheadAttention``; ``load_state_dict`` takes those of
+    timm's as well.
 
     Args:
         attention: of tokens, batch first.
@@ -44,6 +45,7 @@ class TimmAttention(nn.Module):
         super().__init__()
         self.attention, self.proj_drop = attention, proj_drop
 
+    @one_node
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -58,6 +60,24 @@ class TimmAttention(nn.Module):
         """The attention on these tokens, as an operation."""
         mask = None if is_causal else self._mask(x, attn_mask)
         return self.attention.operation(x, attn_mask=mask, is_causal=is_causal)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for part in ("weight", "bias"):
+            for timms, ours in self._names():
+                key = f"{prefix}{timms}{part}"
+                if key in state_dict:
+                    state_dict[f"{prefix}attention.{ours}{part}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _names(self) -> list[tuple[str, str]]:
+        """What timm calls the parts, and what they are called here."""
+        names = [("qkv.", "in_proj_"), ("proj.", "out_proj.")]
+        for where, part in self.attention.named_modules():
+            if isinstance(part, Feature):  # the metric, or one of those that it mixes
+                names += [("q_norm.", f"{where}.query."), ("k_norm.", f"{where}.key.")]
+        return names
 
     def _mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """A mask by the rules of ``nn.MultiheadAttention``, where True hides a key."""

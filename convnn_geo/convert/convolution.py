@@ -114,7 +114,7 @@ def convnn(conv: Any, k: int | None = None, metric: Any = "cosine", **options: A
 def branching(
     conv: Any,
     ratio: float = 0.5,
-    k: int = 9,
+    k: int | None = 9,
     metric: Any = "cosine",
     other: str = "convolution",
     num_heads: int = 1,

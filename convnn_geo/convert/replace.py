@@ -10,6 +10,7 @@ from convnn_geo.checks import check_instance
 from convnn_geo.convert.known import KNOWN, is_ours, kind, places
 from convnn_geo.convert.positions import place_tokens
 from convnn_geo.convert.rules import Rule
+from convnn_geo.convert.specs import Spec
 from convnn_geo.convert.weights import NotApplicable
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
@@ -21,7 +22,9 @@ _Places = list[tuple[nn.Module, list[str]]]
 _Replacements = list[tuple[nn.Module, list[str], nn.Module]]
 
 
-def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> nn.Module:
+def to_convnn(
+    model: nn.Module, rules: Iterable[Rule] | Rule | Spec | str | None = None
+) -> nn.Module:
     """Replace layers of a model by ours, in place, weights carried over.
 
     Known are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, ``nn.MultiheadAttention``, timm's
@@ -38,7 +41,8 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
 
     Args:
         model: any torch model.
-        rules: in the order in which they are tried; every layer by the exact recipe by default.
+        rules: in the order in which they are tried; a spec, or its name, for every layer; every
+            layer by the exact recipe by default.
 
     Returns:
         The model, or its replacement where the model itself is a known layer.
@@ -58,7 +62,9 @@ def to_convnn(model: nn.Module, rules: Iterable[Rule] | Rule | None = None) -> n
         ['ConvNN2d', 'Branching']
     """
     check_instance("model", model, nn.Module)
-    rules = [Rule("exact")] if rules is None else [rules] if isinstance(rules, Rule) else [*rules]
+    if rules is None or isinstance(rules, (str, Spec)):
+        rules = Rule("exact" if rules is None else rules)
+    rules = [rules] if isinstance(rules, Rule) else [*rules]
     for rule in rules:
         check_instance("rules", rule, Rule)
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
@@ -131,7 +137,12 @@ def _check_rules(
     rules: list[Rule], chosen: list[Rule | None], known: _Places, converted: int
 ) -> None:
     """Raise for rules that can't have been meant: they fit no layer, or are never tried."""
-    more = f"; {converted} more were converted before, and stay" if converted else ""
+    more = (
+        f"; {converted} more were converted before, and stay: set_interpolation moves them, and "
+        "what is to become something else is converted from the model as it was"
+        if converted
+        else ""
+    )
     for place, rule in enumerate(rules):
         if not rule.conditions and place + 1 < len(rules):
             raise ValueError(

@@ -13,6 +13,7 @@ from convnn_geo.checks import check_name
 from convnn_geo.convert.choices import CHOICES, Choice, check_options
 from convnn_geo.convert.known import KNOWN, kind
 from convnn_geo.convert.weights import NotApplicable
+from convnn_geo.selection import KNearest
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,16 @@ class Spec:
             )
         choice = choices[self.name]
         check_options(self.name, self.options, choice.options, choice.required)
-        return choice.build(layer, **self._own_options())
+        options = self._own_options()
+        chosen = options.get("selection") is not None
+        if chosen and "k" in choice.options:
+            options.setdefault("k", None)  # which else has a default
+        new = choice.build(layer, **options)
+        if not chosen:  # a model's last maps may be of fewer pixels than k
+            for part in new.modules():
+                if isinstance(part, KNearest):
+                    part.short = "pad"
+        return new
 
     def _own_options(self) -> dict[str, Any]:
         """Options for one layer: a metric, say, that learns is not shared between layers."""
@@ -88,6 +98,9 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     ``convnn_attention``    attention over the ``k`` nearest with taps inside the heads
     any recipe              of a convolution, an attention or DynamicEdgeConv
     ======================  ==================================================================
+
+    Where a layer of k neighbours sees fewer than k pixels or tokens, its last taps are empty, as
+    some taps of a convolution are at borders; ``selection=KNearest(k)`` makes it an error.
 
     Weights are carried over where their shapes allow; others are drawn anew. ``conv``, ``convnn``
     and ``branching`` in the place of an attention take no masks, and ``nn.MultiheadAttention``,

@@ -12,7 +12,7 @@ from convnn_geo.candidates import All
 from convnn_geo.checks import check_number
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
-from convnn_geo.convert.known import places
+from convnn_geo.convert.known import KNOWN, is_ours, places
 from convnn_geo.convert.positions import PatchPositions, place_tokens, token_positions
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
@@ -95,7 +95,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     if not movable:
         raise ValueError(
             "set_interpolation: the model has no layer that can move; convert it by to_convnn, "
-            "with convolutions that are odd, undilated and zero-padded, or with attention"
+            "with convolutions that are odd, undilated and zero-padded, or with attention; known "
+            f"are {KNOWN}{_left(model)}"
         )
     for name, layer in movable.items():
         if not isinstance(layer.metric, Interpolation):
@@ -106,6 +107,14 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)
     return list(movable)
+
+
+def _left(model: nn.Module) -> str:
+    """Layers that look like attention and are not known."""
+    ours = {id(part) for layer, _ in places(model, is_ours) for part in layer.modules()}
+    names = {type(part).__name__ for part in model.modules() if id(part) not in ours}
+    left = sorted(name for name in names if "Attention" in name or name.endswith("Attn"))
+    return f", not {', '.join(left)}" if left else ""
 
 
 def interpolation(model: nn.Module) -> dict[str, float]:

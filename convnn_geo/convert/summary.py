@@ -113,6 +113,9 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         total                                  482   7.42k
     """
     check_instance("model", model, nn.Module)
+    for value in inputs:
+        if isinstance(value, (tuple, torch.Size)) and all(isinstance(n, int) for n in value):
+            raise TypeError(f"inputs: expected tensors, got a shape; pass torch.randn{value}")
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
     layers = {names[0]: layer for layer, names in found}
     meter = _Meter(layers)

@@ -66,7 +66,8 @@ def _ours(axis: Axes, experiment: Experiment, rows: Sequence[Row]) -> None:
         for x, row in zip(at, group, strict=True):
             axis.scatter([x] * len(row.scores), row.scores, s=9, color=color, alpha=0.5, zorder=3)
     seeds = len(rows[0].results)
-    axis.set_title("here" + (f": mean ± deviation of {seeds} runs, and each" * (seeds > 1)))
+    each = f"mean ± deviation of {seeds} runs, and each" if seeds > 1 else "one run each"
+    axis.set_title(f"here: {each}" if experiment.published is not None else each)
     _finish(axis, experiment.axis, names, "PSNR (dB)" if rows[0].unit == "dB" else "accuracy (%)")
 
 

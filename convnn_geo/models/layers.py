@@ -10,7 +10,6 @@ from torch import nn
 
 from convnn_geo.convert import Rule, spec, to_convnn
 from convnn_geo.convert.choices import CHOICES, Choice
-from convnn_geo.selection import KNearest
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,6 @@ CONVOLUTIONS = _specs("convolution", lambda _, c: c.axes in (None, 2) and not c.
 ATTENTIONS = _specs("attention", lambda name, _: name != "causal_attention")
 
 
-#: Specs of 9 neighbours by default, which a selection stands instead of.
-_NINE = ("branching", "convnn", "convnn_attention", "feature_conv2d", "kvt")
-
-
 def replace_convolutions(model: nn.Module, layer: Layer) -> nn.Module:
     """The model with the layer for every 3 x 3 convolution of stride 1.
 
@@ -97,11 +92,4 @@ def _replace(model: nn.Module, layer: Layer, **conditions: Any) -> nn.Module:
     """The model with the layer wherever a rule of these conditions holds."""
     if layer.name is None:
         return model
-    chosen = "selection" in layer.options  # and says itself what few neighbours get
-    of_k = chosen and layer.name in _NINE
-    options = {"k": None, **layer.options} if of_k else layer.options
-    to_convnn(model, Rule(spec(layer.name, **options), **conditions))
-    for module in model.modules():
-        if isinstance(module, KNearest) and not chosen:
-            module.short = "pad"
-    return model
+    return to_convnn(model, Rule(spec(layer.name, **layer.options), **conditions))

@@ -126,7 +126,8 @@ def create_model(
         in_channels: of the images, or axes of the points' positions.
         image_size: side of the images; their shortest side, where they needn't be square. Models
             of points, unet, dncnn and all_conv_net don't look at it.
-        **options: of the model (``width``, ``depth``, ``patch_size``, ...) and of the layer
+        **options: of the model (``width``, which multiplies its channels, ``depth``,
+            ``patch_size``, ...) and of the layer
             (``k``, ``metric``, ``ratio``, ``lam``, ``kernel``, ``candidates``, ...).
 
     Raises:

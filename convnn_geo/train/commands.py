@@ -79,7 +79,15 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
         )
     else:
         kind = _TYPES[str(field.type).removesuffix(" | None")]
-        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+        flags = ("--lr", flag) if field.name == "learning_rate" else (flag,)
+        group.add_argument(
+            *flags,
+            type=kind,
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text,
+        )
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,11 @@ ONLY_WITH = {
 }
 #: Options of layers that have a flag of their own.
 OF_LAYER = ("ratio", "metric", "k", "lam")
+#: What others call a field.
+_KNOWN_AS = {
+    **{"lr": "learning_rate", "wd": "weight_decay", "opt": "optimizer", "sched": "schedule"},
+    **{"dataset": "data", "data_dir": "data_root", "amp": "precision", "clip_grad": "clip_norm"},
+}
 #: What a continued run may change: numbers don't depend on it, or not by intent.
 FREE = ("accelerator", "data_root", "download", "out", "seeds", "tensorboard", "workers")
 
@@ -158,6 +163,7 @@ class Config:
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, 1)
+                close = [_KNOWN_AS[key]] if key in _KNOWN_AS else close
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
                 if key in OF_LAYER:
                     hint = f"it is the layer's: layer_options: {{{key}: ...}}"

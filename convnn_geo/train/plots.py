@@ -54,4 +54,5 @@ def _curve(axis: Axes, runs: Sequence[Run], name: str, color: str) -> None:
     if len(runs) > 1:
         axis.plot(epochs, lines.T, color=color, linewidth=0.8, alpha=0.5)
     marker = "o" if len(epochs) == 1 else None
-    axis.plot(epochs, lines.mean(0), color=color, linewidth=2, marker=marker, label=name)
+    label = f"{name}, mean of {len(runs)}" if len(runs) > 1 else name
+    axis.plot(epochs, lines.mean(0), color=color, linewidth=2, marker=marker, label=label)
