@@ -149,11 +149,7 @@ def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool
     """Return ``value`` if it is a finite real number not under ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer beyond floats
-        finite = False
-    if not finite or value < minimum or (exclusive and value == minimum):
+    if not -math.inf < value < math.inf or value < minimum or (exclusive and value == minimum):
         bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
         bound = bound if math.isfinite(minimum) else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")

@@ -127,7 +127,8 @@ class Points:
             )
             if count is not None
         }
-        if len(set(counts.values())) > 1:
+        first = next(iter(counts.values()))
+        if any(count != first for count in counts.values()):  # a set would hash traced sizes
             raise ValueError(f"Points: numbers of points differ: {counts}")
 
     @property

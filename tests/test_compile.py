@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convnn_geo import metrics, recipes, search
 from convnn_geo.candidates import Causal, Random, Window
 from convnn_geo.nn import ConvNN2d, ConvNNAttention, NeighborConv, PointConvNN
+from convnn_geo.search import knn
 
 # Dynamo says so itself, of any autograd.Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -213,3 +214,27 @@ def test_ragged_batches_are_not_one_graph():
     with pytest.raises(Exception, match="data-dependent"):
         torch.compile(layer, fullgraph=True, backend="eager")(None, pos, batch)
     torch.testing.assert_close(layer(None, pos, batch), expected)
+
+
+class Search(torch.nn.Module):
+    """A search as a model."""
+
+    def forward(self, x):
+        return knn(x, k=4, check=False).index
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_search_exports_with_any_number_of_points(strict):
+    size = torch.export.Dim("n", min=8, max=1000)
+    x = torch.randn(50, 3)
+    program = torch.export.export(Search(), (x,), dynamic_shapes=({0: size},), strict=strict)
+    for n in (8, 50, 77):
+        x = torch.randn(n, 3)
+        assert torch.equal(program.module()(x), Search()(x))
+
+
+def test_search_is_compiled_once_for_all_numbers_of_points():
+    compiled = torch.compile(Search(), fullgraph=True, dynamic=True, backend="eager")
+    for n in range(40, 70, 2):  # more sizes than torch recompiles for
+        x = torch.randn(n, 3)
+        assert torch.equal(compiled(x), Search()(x))

@@ -97,6 +97,25 @@ def test_cells_leave_tight_clusters_to_a_tree():
     assert torch.equal(knn(x, k=9, backend="cells").index, knn(x, k=9, backend="dense").index)
 
 
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("d", [3, 17])
+def test_squares_over_the_range_of_floats_are_no_crash(name, d):
+    if name == "cells" and d > 3:
+        pytest.skip("cells are for up to 3 dimensions")
+    x = torch.randn(50, d) * 1e19
+    index = knn(x, k=4, backend=name).index
+    assert index.min() >= 0 and index.max() < 50
+    if d == 3:
+        assert torch.equal(index, knn(x, k=4, backend="dense").index)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_no_targets_in_half_precision(name):
+    x, batch = torch.randn(40, 3).half(), torch.arange(40) // 20
+    found = knn(x, x[:0], 1, batch, batch[:0], backend=name)
+    assert found.index.shape == (0, 1) and found.distance.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", [n for n in EXACT if n != "dense"])
 @pytest.mark.parametrize("own", [False, True])
 def test_each_example_of_a_batch_is_searched_as_if_alone(name, own):

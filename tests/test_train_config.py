@@ -66,11 +66,13 @@ def test_a_configuration_is_read_from_yaml(tmp_path):
     assert Config.from_yaml(file) == Config()
     file.write_text("model_options: &few {k: 9}\nlayer_options: {<<: *few, k: 4}\n")
     assert read_yaml(file) == {"model_options": {"k": 9}, "layer_options": {"k": 4}}
+    file.write_text("a: &a {k: 9}\nb:\n  c: &b\n    <<: *a\n    k: 4\nd:\n  <<: *b\n")
+    assert read_yaml(file) == {"a": {"k": 9}, "b": {"c": {"k": 4}}, "d": {"k": 4}}
     twice = "epochs: 1\nseeds: 2\nepochs: 3"
     inside = "layer_options:\n  k: 4\n  k: 5"
     for bad, told in (
         *((twice, "'epochs' is there twice"), (inside, "'k' is there twice")),
-        ("a: [", "no YAML"),
+        *(("a: !!map [1]", "no YAML"), ("a: [", "no YAML")),
         ("- 1", "expected keys"),
         ("epohcs: 1", "'epochs'"),
     ):

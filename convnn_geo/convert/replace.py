@@ -64,6 +64,8 @@ def to_convnn(
     check_instance("model", model, nn.Module)
     if rules is None or isinstance(rules, (str, Spec)):
         rules = Rule("exact" if rules is None else rules)
+    if not isinstance(rules, (Rule, Iterable)):
+        raise TypeError(f"rules: expected rules, or the name of a spec, got {rules!r}")
     rules = [rules] if isinstance(rules, Rule) else [*rules]
     for rule in rules:
         check_instance("rules", rule, Rule)

@@ -149,7 +149,7 @@ def _read(file: Path) -> Result:
         for name, value in found.learned.items():
             check_number(name, value)
         return found
-    except (TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} is corrupt ({error}); delete it to train anew") from error
 
 

@@ -127,14 +127,16 @@ class PointEngine(Engine):
         if proposed is None:
             return by_rows(problem, k, hidden, slab)
         place = proposed.view(*lead, *proposed.shape[-2:])
-        lost = place < 0  # none was found
+        lost = (place < 0) | (
+            place >= keys.shape[-2]
+        )  # none was found: distances are infinite, say
+        missing, place = lost.any(-1), place.where(~lost, 0)
         if hidden.own is not None:
             lost = lost | (place == hidden.own.unsqueeze(-1))
-        place = place.clamp_min(0)
         value = referee(problem.bound(), place, slab, problem.dtype)
         farthest = value.amax(-1)
         value, place = by_value_then_place(value.masked_fill(lost, torch.inf), place)
-        unsure = self.unsure(problem, q, keys, farthest, value[..., k - 1])
+        unsure = missing | self.unsure(problem, q, keys, farthest, value[..., k - 1])
         value, place = value[..., :k].contiguous(), place[..., :k].contiguous()
         if bool(unsure.any()):
             rows = unsure_rows(unsure)

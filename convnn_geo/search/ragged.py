@@ -117,8 +117,9 @@ def _part(points: Points, start: int, size: int) -> Points:
 
 def _joined(parts: list[Neighborhood], source: Points, k: int) -> Neighborhood:
     rows = source.features if source.x is not None else source.position
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     index = torch.cat([p.index for p in parts] or [rows.new_zeros(0, k, dtype=torch.long)])
-    distance = torch.cat([p.distance for p in parts] or [rows.new_zeros(0, k)])  # type: ignore[misc]
+    distance = torch.cat([p.distance for p in parts] or [rows.new_zeros(0, k, dtype=dtype)])  # type: ignore[misc]
     mask = None
     if any(p.mask is not None for p in parts):
         masks = [p.mask if p.mask is not None else torch.ones_like(p.index) for p in parts]

@@ -233,13 +233,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         """With the numbers of YAML 1.2."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            """A mapping, whose keys stand there once each."""
-            keys = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
-            for key in keys:
-                if keys.count(key) > 1:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """A mapping as it is written, whose keys stand there once each."""
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, key.value) for key, _ in node.value]
+            for tag, key in keys:
+                if keys.count((tag, key)) > 1:
                     raise ConfigError(f"{path}: {key!r} is there twice; leave one")
-            return super().construct_mapping(node, deep)
+            return node
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
@@ -281,6 +282,8 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None or name in ("learning_rate", "step_factor"):
             check_number(name, value, exclusive=True)
+    if config.step_factor > 1:
+        raise ValueError(f"step_factor: expected at most 1, got {config.step_factor}")
     for name in ("label_smoothing", "momentum", "ema"):
         if (getattr(config, name) or 0) >= 1:
             raise ValueError(f"{name}: expected less than 1, got {getattr(config, name)}")
