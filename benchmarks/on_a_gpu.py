@@ -269,7 +269,7 @@ def main() -> None:
         print(f"{machine()}\n\nAwaits a GPU: there is none here.")
         return
     torch.manual_seed(0)
-    print(machine("cuda"))
+    print(f"{machine()}\n\nGPU: {machine('cuda')}")
     check()
     most = ceilings("cuda")
     print(

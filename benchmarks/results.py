@@ -26,7 +26,7 @@ def main() -> None:
     """Run the scripts one after the other; a failure stops."""
     parts = [HEAD.format(date=date.today().isoformat(), machine=machine())]
     for script in sorted(FOLDER.glob("*_*.py")):
-        claim = ast.get_docstring(ast.parse(script.read_text())) or script.stem
+        claim = (ast.get_docstring(ast.parse(script.read_text())) or script.stem).splitlines()[0]
         print(claim, flush=True)
         done = subprocess.run(
             [sys.executable, script], check=True, stdout=subprocess.PIPE, text=True
