@@ -43,6 +43,7 @@ class Operation:
         mask: more to be masked, ``(..., n | 1, m)``, True where choice is allowed.
         bias: added to the similarities, ``(..., n | 1, m)``; may carry a gradient.
         search: search engine.
+        image: ``(b, c, *size)``, the image that the values are the pixels of, where there is one.
     """
 
     target: Points
@@ -57,6 +58,7 @@ class Operation:
     mask: Tensor | None = None
     bias: Tensor | None = None
     search: str = "auto"
+    image: Tensor | None = None
 
     def query(self) -> Query:
         """What is asked of the search: everything but k."""

@@ -37,9 +37,18 @@ class Grid:
 
     def __post_init__(self) -> None:
         axes = len(self.size)
-        object.__setattr__(self, "size", tuple(int(s) for s in self.size))
+        known = (int, torch.SymInt)  # sizes that are traced must stay open
+        size = tuple(s if isinstance(s, known) else int(s) for s in self.size)
+        object.__setattr__(self, "size", size)
         object.__setattr__(self, "origin", tuple(map(float, self.origin)) or (0.0,) * axes)
         object.__setattr__(self, "step", tuple(map(float, self.step)) or (1.0,) * axes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Grid):
+            return NotImplemented
+        # Sizes last: where they are traced, comparing them fixes them.
+        places = self.step == other.step and self.origin == other.origin
+        return places and self.size == other.size
 
     @property
     def num_points(self) -> int:
@@ -77,10 +86,14 @@ def _index_of(grid: Grid, other: Grid) -> Tensor | None:
         count = other.size[axis]
         start = (other.origin[axis] - grid.origin[axis]) / grid.step[axis]
         step = other.step[axis] / grid.step[axis] if count > 1 else 0.0
-        ends = start, start + step * max(count - 1, 0)
-        if not (start.is_integer() and step.is_integer() and 0 <= min(ends) <= max(ends) < length):
+        if not (start.is_integer() and step.is_integer()):
             return None
-        place = torch.arange(count) * int(step) + int(start)
+        first, stride = int(start), int(step)
+        last = first + stride * (count - 1) if count else first
+        low, high = (first, last) if stride >= 0 else (last, first)
+        if low < 0 or high >= length:
+            return None
+        place = torch.arange(count) * stride + first
         index = (index[:, None] * length + place).flatten()
     return index
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convnn_geo import metrics, recipes, search
 from convnn_geo.candidates import Causal, Random, Window
-from convnn_geo.nn import ConvNN2d, ConvNNAttention, NeighborConv, PointConvNN
+from convnn_geo.nn import Branching, ConvNN2d, ConvNNAttention, NeighborConv, PointConvNN
 from convnn_geo.search import knn
 
 # Dynamo says so itself, of any autograd.Function that it traces.
@@ -168,8 +168,76 @@ EXPORTED = {
 def test_export(name: str, strict: bool):
     layer, inputs = EXPORTED[name]
     program = torch.export.export(layer, inputs, strict=strict)
-    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+    module = program.module()
+    for _ in range(2):  # what draws must draw the same again
+        torch.testing.assert_close(module(*inputs), layer(*inputs))
     assert layer(*inputs) is not None  # and exporting left no trace of itself in the caches
+
+
+IMAGE_SIZES = {
+    "window": (ConvNN2d(3, 4, 3, padding=1), True),
+    "window-stride": (ConvNN2d(3, 4, 3, padding=1, stride=2), True),
+    "window-k": (ConvNN2d(3, 4, 3, padding=1, k=2, metric="cosine"), True),
+    "window-softmax": (
+        ConvNN2d(3, 4, 3, padding=1, metric="cosine", weighting="softmax"),
+        True,
+    ),
+    "reflect": (ConvNN2d(3, 4, 3, padding=1, padding_mode="reflect"), True),
+    "k": (ConvNN2d(3, 4, k=3, metric="cosine"), True),
+    "k-stride": (ConvNN2d(3, 4, k=3, stride=2, metric="cosine"), False),
+    "k-padding": (ConvNN2d(3, 4, k=3, padding=1, metric="cosine"), True),
+    "mixed": (EXPORTED["mixed"][0], True),
+    "random": (EXPORTED["random"][0], False),
+    "spatial": (ConvNN2d(3, 4, k=3, metric="spatial"), True),
+    "coordinates": (ConvNN2d(3, 4, k=3, metric="cosine", encoding="coordinates"), False),
+    "separable": (ConvNN2d(3, 4, k=3, metric="cosine", kernel="separable"), True),
+    "branching": (Branching(3, 4, 3, padding=1, k=4, metric="cosine"), True),
+    "pool": (recipes.max_pool2d(2), True),
+}
+"""Layers, and whether height and width may stay open, too."""
+
+
+@pytest.mark.parametrize(
+    "name, strict",
+    [
+        daily(name, strict, name=f"{name}-strict" if strict else name, names={"window-stride", "k"})
+        for strict in (False, True)
+        for name in IMAGE_SIZES
+    ],
+)
+def test_exports_leave_batch_and_size_open(name: str, strict: bool):
+    layer, also_size = IMAGE_SIZES[name]
+    open_sizes = {0: torch.export.Dim("b", min=2, max=16)}
+    if also_size:
+        open_sizes |= {2: torch.export.Dim("h", min=6, max=64)}
+        open_sizes |= {3: torch.export.Dim("w", min=6, max=64)}
+    x = torch.randn(2, 3, 10, 9)
+    program = torch.export.export(layer, (x,), dynamic_shapes=(open_sizes,), strict=strict)
+    others = torch.randn(5, 3, *((7, 12) if also_size else (10, 9)))
+    for sample in (x, others):
+        torch.testing.assert_close(program.module()(sample), layer(sample))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["attention", "attention-k"])
+def test_exported_attention_takes_any_number_of_tokens(name: str, strict: bool):
+    layer = Plain(EXPORTED[name][0])
+    sizes = {0: torch.export.Dim("b", min=2, max=16), 1: torch.export.Dim("n", min=4, max=64)}
+    x = torch.randn(2, 12, 8)
+    program = torch.export.export(layer, (x,), dynamic_shapes=(sizes,), strict=strict)
+    for sample in (x, torch.randn(3, 17, 8)):
+        torch.testing.assert_close(program.module()(sample), layer(sample))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window", "k", "branching"])
+def test_sizes_may_change_under_inductor(name: str):
+    """Of a layer that comes last, too: there inductor can't take an image put together again."""
+    layer, _ = IMAGE_SIZES[name]
+    compiled = torch.compile(layer, fullgraph=True)
+    for b, h, w in ((2, 6, 7), (2, 5, 9), (3, 8, 8)):
+        x = torch.randn(b, 3, h, w)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_exported_attention_is_one_call():

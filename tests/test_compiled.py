@@ -373,6 +373,26 @@ def test_taps_on_gathered_rows(processor, n, k, c, d, weighted):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups, weighted", [(1, False), (1, True), (2, True)])
+def test_the_operator_of_taps_keeps_the_rules_of_torch(groups, weighted, dtype):
+    rows, index = torch.randn(9, 4, dtype=dtype), torch.randint(9, (3, 7))
+    taps, bias = torch.randn(3, 6, 4 // groups, dtype=dtype), torch.randn(6, dtype=dtype)
+    rho = torch.rand(3, 7, dtype=dtype) if weighted else None
+    leaves = [t.requires_grad_() for t in (rows, rho, taps, bias) if t is not None]
+    given_ = (rows, index, rho, taps, bias, groups, False)
+    torch.library.opcheck(torch.ops.convnn_geo.gather_taps.default, given_)
+    if dtype == torch.float64:
+
+        def run(*parts):
+            rest = list(parts)
+            x, weights = rest.pop(0), rest.pop(0) if weighted else None
+            return torch.ops.convnn_geo.gather_taps(x, index, weights, *rest, groups, False)
+
+        assert torch.autograd.gradcheck(run, leaves)
+        assert torch.autograd.gradgradcheck(run, leaves)
+
+
 def test_taps_that_are_not_served():
     rows, index, taps = torch.randn(4, 3), torch.zeros(2, 5, dtype=torch.long), torch.randn(2, 6, 3)
     assert compiled.gather_taps(rows.double(), index, None, taps.double(), None) is None

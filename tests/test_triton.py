@@ -289,8 +289,6 @@ class TestTaps:
     )
     @pytest.mark.parametrize("weighted", [False, True])
     def test_values_and_gradients(self, c, d, groups, weighted):
-        from convnn_geo.kernels.taps import _GatherTaps
-
         k, n, m = 3, 37, 20
         rows, taps = torch.randn(m, c), torch.randn(k, d, c // groups)
         bias, rho = torch.randn(d), torch.rand(k, n) if weighted else None
@@ -299,7 +297,7 @@ class TestTaps:
             None if t is None else t.to(DEVICE).requires_grad_() for t in (rows, rho, taps, bias)
         ]
         rows, rho, taps, bias = parts
-        out = _GatherTaps.apply(rows, index, rho, taps, bias, groups, True)
+        out = torch.ops.convnn_geo.gather_taps(rows, index, rho, taps, bias, groups, True)
         near = rows.double()[index]
         near = near if rho is None else near * rho.double().unsqueeze(-1)
         near = near.unflatten(-1, (groups, -1))
@@ -316,6 +314,21 @@ class TestTaps:
                 torch.use_deterministic_algorithms(False)
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_the_operators_keep_the_rules_of_torch(self, weighted):
+        rows, taps, rho = on(torch.randn(9, 4), torch.randn(2, 6, 2), torch.rand(2, 7))
+        index = torch.randint(9, (2, 7)).to(DEVICE)
+        rho = rho if weighted else None
+        for leaf in (rows, taps):
+            leaf.requires_grad_()
+        forward = (rows, index, rho, taps, None, 2, True)
+        grad = torch.ones(7, 6, device=DEVICE)
+        backward = (rows.detach(), index, rho, taps.detach(), grad, 2, [True, True])
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        operators = torch.ops.convnn_geo
+        torch.library.opcheck(operators.gather_taps.default, forward, test_utils=utils)
+        torch.library.opcheck(operators.gather_taps_backward.default, backward, test_utils=utils)
 
     @pytest.mark.parametrize("dtype", HALVES[1:])
     def test_half_precision(self, dtype):

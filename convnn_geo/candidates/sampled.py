@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from convnn_geo.candidates.base import Candidates, Subset, need_grid
 from convnn_geo.checks import check_int
@@ -82,4 +83,5 @@ class Random(Candidates):
 
 @torch.compiler.assume_constant_result
 def _fixed_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    with _disable_current_modes():  # traced, it would go on drawing from the generator
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))

@@ -42,6 +42,8 @@ def _windowed(op: Operation) -> str | None:
 
 
 def _image(op: Operation) -> Tensor:
+    if op.image is not None:
+        return op.image
     return op.value.transpose(1, 2).unflatten(-1, op.source.grid.size)  # type: ignore[union-attr]
 
 

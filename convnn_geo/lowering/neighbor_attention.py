@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convnn_geo import compiled, gpu
 from convnn_geo.kernels import Sum
+from convnn_geo.kernels.base import is_transformed
 from convnn_geo.lowering.attention import by_mask
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import Angular, BilinearForm, Differences, full_precision
@@ -127,19 +128,11 @@ def _refuses(op: Operation) -> str | None:
         return f"search={op.search!r} was asked for"
     if op.bias is not None:
         return "scores are added to"
-    if _is_transformed():
+    if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
     if chosen.k > op.source.num_points:
         return f"k={chosen.k} is over the number of sources"
     return None
-
-
-def _is_transformed() -> bool:
-    """Inside ``torch.func`` or forward-mode differentiation, which custom operators do not know."""
-    if torch.compiler.is_compiling():
-        return False
-    dual = torch.autograd.forward_ad._current_level >= 0
-    return dual or torch._C._are_functorch_transforms_active()
 
 
 def _is_one_form(bound: Any) -> bool:

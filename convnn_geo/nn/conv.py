@@ -199,6 +199,7 @@ class _ConvNN(TapLayer):
             kernel=kernel,
             order=self.order,
             search=self.search,
+            image=x if isinstance(self.candidates, Window) and self.encoding is None else None,
         )
 
     def _target(self, source: Points, grid: Grid, kernel: Kernel) -> Points:

@@ -135,11 +135,13 @@ def _by_rows(
     """Slabs of rows of all examples at once."""
     *lead, n, m = shape
     step = max(1, slab // max(1, dtype.itemsize * math.prod(lead) * m))
-    values, places = [], []
-    for start in range(0, max(n, 1), step):
-        stop = min(start + step, n)
+
+    def between(start: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = distances.rows(start, stop).to(dtype).expand(*lead, stop - start, m)
-        value, place = k_smallest(hidden.put_behind(rows, start, stop), k)
-        values.append(value)
-        places.append(place)
+        return k_smallest(hidden.put_behind(rows, start, stop), k)
+
+    if step >= n:  # asked by itself, for sizes that are traced must not end up in a loop
+        return between(0, n)
+    parts = [between(start, min(start + step, n)) for start in range(0, n, step)]
+    values, places = zip(*parts, strict=True)
     return torch.cat(values, -2), torch.cat(places, -2)
