@@ -173,7 +173,7 @@ def check_name(what: str, name: Any, known: Iterable[str]) -> str:
 
 def check_tuple(name: str, value: Any, length: int, minimum: int = 1) -> tuple[int, ...]:
     """Spread an integer over ``length`` axes, or check a sequence of that many integers."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (tuple, list)):
         if len(value) != length:
             raise ValueError(f"{name}: expected {length} integers, one an axis, got {value!r}")
         return tuple(check_int(name, v, minimum) for v in value)

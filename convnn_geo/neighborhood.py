@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_edges, check_int
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Neighborhood:
         ``b * n + i``. ``slot`` is the place in the flattened ``(..., n, k)``.
         """
         shape = self.index.shape if self.mask is None else self.mask.shape
-        shape = torch.broadcast_shapes(shape, self.index.shape)
+        shape = broadcast_shapes(shape, self.index.shape)
         n, k = shape[-2:]
         examples = math.prod(shape[:-2])
         device = self.index.device
@@ -190,7 +191,7 @@ def _place(index: Tensor, among: Tensor) -> Tensor:
 
     What stands nowhere is put before the next larger, or behind all.
     """
-    lead = torch.broadcast_shapes(index.shape[:-1], among.shape[:-1])
+    lead = broadcast_shapes(index.shape[:-1], among.shape[:-1])
     ordered, order = among.expand(*lead, -1).sort(dim=-1, stable=True)
     found = torch.searchsorted(ordered, index.expand(*lead, -1).contiguous())
     return torch.nn.functional.pad(order, (0, 1), value=among.shape[-1]).gather(-1, found)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convnn_geo.caching import keep
 from convnn_geo.checks import check_alike, check_floating, check_tensor
+from convnn_geo.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -284,7 +285,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
         if values.ndim == 2:
             return values[index]
         return values.index_select(-2, index.flatten()).unflatten(-2, tuple(index.shape))
-    lead = torch.broadcast_shapes(values.shape[:-2], index.shape[:-2])
+    lead = broadcast_shapes(values.shape[:-2], index.shape[:-2])
     m, c = values.shape[-2:]
     n, k = index.shape[-2:]
     values = values.expand(*lead, m, c).reshape(-1, c)

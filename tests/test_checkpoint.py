@@ -139,17 +139,13 @@ def content(tmp_path_factory):
 
 @settings(max_examples=150, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-def test_a_changed_byte_is_noticed_or_changes_nothing(content, place, flip):
+def test_a_changed_byte_is_noticed(content, place, flip):
     folder, good = content
     bad = bytearray(good)
     bad[int(place * len(bad))] ^= flip
     (folder / checkpoint.NAME).write_bytes(bad)
-    try:
-        found = load_checkpoint(folder)
-    except CheckpointError as error:
-        assert checkpoint.NAME in str(error)
-    else:  # padding between records, dates, and the like
-        assert found["epoch"] == 5 and torch.equal(found["tensor"], state(5)["tensor"])
+    with pytest.raises(CheckpointError, match=rf"{checkpoint.NAME} is corrupt"):
+        load_checkpoint(folder)
 
 
 def test_changed_weights_are_noticed(content):

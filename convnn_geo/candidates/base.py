@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from convnn_geo.points import Grid, Points
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Subset:
 
 def _mask_at(mask: Tensor, index: Tensor) -> Tensor:
     n = max(mask.shape[-2], index.shape[-2])
-    lead = torch.broadcast_shapes(mask.shape[:-2], index.shape[:-2])
+    lead = broadcast_shapes(mask.shape[:-2], index.shape[:-2])
     mask = mask.expand(*lead, n, mask.shape[-1])
     return mask.gather(-1, index.expand(*lead, n, index.shape[-1]))
 

@@ -66,8 +66,8 @@ class Window(Candidates):
             ("dilation", dilation, 1),
         ):
             check_tuple(name, value, len(value) if isinstance(value, Sequence) else 1, minimum)
-        self.kernel_size, self.stride = kernel_size, stride
-        self.padding, self.dilation = padding, dilation
+        self.kernel_size, self.stride = _fixed(kernel_size), _fixed(stride)
+        self.padding, self.dilation = _fixed(padding), _fixed(dilation)
         if border != "pad" and (set(_plain(stride)) != {1} or set(_plain(padding)) != {0}):
             raise ValueError(
                 f"border={border!r} takes neither stride nor padding, "
@@ -76,47 +76,18 @@ class Window(Candidates):
 
     def spread(self, axes: int) -> tuple[Axes, Axes, Axes]:
         """``kernel_size, stride, dilation``, each one number an axis."""
-        return (
-            check_tuple("kernel_size", self.kernel_size, axes),
-            check_tuple("stride", self.stride, axes),
-            check_tuple("dilation", self.dilation, axes),
-        )
+        return _spread(self.kernel_size, self.stride, self.dilation, axes)
 
     def pads(self, axes: int) -> tuple[tuple[int, int], ...]:
         """Padding before and after, for each axis."""
-        kernel_size, _, dilation = self.spread(axes)
-        if self.padding == "valid":
-            return ((0, 0),) * axes
-        if self.padding == "same":
-            total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-            return tuple((t // 2, t - t // 2) for t in total)
-        return tuple((p, p) for p in check_tuple("padding", self.padding, axes, 0))
+        return _pads(self.kernel_size, self.stride, self.padding, self.dilation, axes)
 
     def targets(self, source: Grid) -> Grid:
         """The grid of window centres: the output grid of the convolution with this window."""
         if self.border != "pad":
             return source
         axes = len(source.size)
-        kernel_size, stride, dilation = self.spread(axes)
-        pads = self.pads(axes)
-        reach = tuple(d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
-        size = tuple(
-            (s + before + after - r - 1) // t + 1
-            for s, (before, after), r, t in zip(source.size, pads, reach, stride, strict=True)
-        )
-        if min(size) < 1 and min(source.size) > 0:
-            raise ValueError(
-                f"a window of {kernel_size} with dilation {dilation} does not fit into an image "
-                f"of {source.size} with padding {self.padding}"
-            )
-        for length, pad in zip(source.size, pads, strict=True):
-            _check_fold(length, max(pad), self.padding_mode)
-        origin = tuple(
-            o + s * (r / 2 - before)
-            for o, s, (before, _), r in zip(source.origin, source.step, pads, reach, strict=True)
-        )
-        step = tuple(s * t for s, t in zip(source.step, stride, strict=True))
-        return Grid(size, origin, step)
+        return _targets(source, *self.spread(axes), self.pads(axes), self.padding_mode)
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Indices ``(n, w)`` with a mask where the window leaves the image."""
@@ -143,6 +114,67 @@ class Window(Candidates):
 
 def _plain(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@keep(256)
+def _spread(
+    kernel_size: int | Axes, stride: int | Axes, dilation: int | Axes, axes: int
+) -> tuple[Axes, Axes, Axes]:
+    return (
+        check_tuple("kernel_size", kernel_size, axes),
+        check_tuple("stride", stride, axes),
+        check_tuple("dilation", dilation, axes),
+    )
+
+
+@keep(256)
+def _pads(
+    kernel_size: int | Axes,
+    stride: int | Axes,
+    padding: int | Axes | str,
+    dilation: int | Axes,
+    axes: int,
+) -> tuple[tuple[int, int], ...]:
+    if padding == "valid":
+        return ((0, 0),) * axes
+    if padding == "same":
+        kernel_size, _, dilation = _spread(kernel_size, stride, dilation, axes)
+        total = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    return tuple((p, p) for p in check_tuple("padding", padding, axes, 0))
+
+
+@keep(256)
+def _targets(
+    source: Grid,
+    kernel_size: Axes,
+    stride: Axes,
+    dilation: Axes,
+    pads: tuple[tuple[int, int], ...],
+    padding_mode: str,
+) -> Grid:
+    reach = tuple(d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
+    size = tuple(
+        (s + before + after - r - 1) // t + 1
+        for s, (before, after), r, t in zip(source.size, pads, reach, stride, strict=True)
+    )
+    if min(size) < 1 and min(source.size) > 0:
+        raise ValueError(
+            f"a window of {kernel_size} with dilation {dilation} does not fit into an image "
+            f"of {source.size} with padding {pads}"
+        )
+    for length, pad in zip(source.size, pads, strict=True):
+        _check_fold(length, max(pad), padding_mode)
+    origin = tuple(
+        o + s * (r / 2 - before)
+        for o, s, (before, _), r in zip(source.origin, source.step, pads, reach, strict=True)
+    )
+    step = tuple(s * t for s, t in zip(source.step, stride, strict=True))
+    return Grid(size, origin, step)
 
 
 @keep(32)

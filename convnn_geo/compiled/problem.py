@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.compiled import build
+from convnn_geo.shapes import broadcast_shapes
 
 KINDS = ("points", "angles", "products")
 WANTED = ("order", "values", "set")
@@ -78,7 +79,7 @@ class Described:
         wanted: str = "order",
         lead: tuple[int, ...] = (),
     ) -> None:
-        self.lead = torch.broadcast_shapes(
+        self.lead = broadcast_shapes(
             q.shape[:-2],
             keys.shape[:-2],
             () if bias is None else bias.shape[:-1],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convnn_geo.gpu.search import nearest
 from convnn_geo.gpu.tiles import dot, ordered, products
+from convnn_geo.shapes import broadcast_shapes
 
 ROW = 512
 """Sources, at most, whose scores one kernel keeps in registers."""
@@ -423,7 +424,7 @@ def attend_backward(
 def _lead(
     q: Tensor, keys: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> torch.Size:
-    return torch.broadcast_shapes(
+    return broadcast_shapes(
         *(t.shape[:-2] for t in (q, keys, value)),
         () if bias is None else bias.shape[:-1],
         () if mask is None else mask.shape[:-2],

@@ -11,6 +11,7 @@ from torch import Tensor
 from convnn_geo.kernels.base import Kernel, flat_index, is_transformed, lowered, spread
 from convnn_geo.kernels.gather_taps import gather_taps
 from convnn_geo.pairs import Pairs
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Taps(Kernel):
         self.check_slots(hood.k)
         if is_transformed() or (weight is not None and weight.ndim == value.ndim + 1):
             return super().gather(pairs, weight)
-        lead = torch.broadcast_shapes(
+        lead = broadcast_shapes(
             value.shape[:-2],
             hood.index.shape[:-2],
             () if weight is None else weight.shape[:-2],

@@ -14,6 +14,7 @@ from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import Biased, BilinearForm, full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.selection import Every, KNearest
+from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
 
@@ -104,7 +105,7 @@ def _alike(q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None) -> list[Ten
     """
     widths = {tensor.shape[-1] for tensor in (q, k, value)}
     width = max(widths) if len(widths) == 1 else -(-max(widths) // 8) * 8
-    leading = torch.broadcast_shapes(
+    leading = broadcast_shapes(
         *(tensor.shape[:-2] for tensor in (q, k, value)), () if mask is None else mask.shape[:-2]
     )
     padded = (

@@ -12,6 +12,7 @@ from convnn_geo.kernels import Kernel
 from convnn_geo.lowering.rules import Aggregation
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import EdgePairs, Pairs
+from convnn_geo.shapes import broadcast_shapes
 
 
 class EdgeAggregation(MessagePassing):
@@ -88,7 +89,7 @@ class MessagePassingRule(Aggregation):
 
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """Turn the neighbourhood into edges, and propagate."""
-        lead = torch.broadcast_shapes(
+        lead = broadcast_shapes(
             pairs.value.shape[:-2],
             pairs.neighborhood.index.shape[:-2],
             () if pairs.mask is None else pairs.mask.shape[:-2],

@@ -24,6 +24,7 @@ from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import Problem, by_rows
 from convnn_geo.search.rows import Hidden
 from convnn_geo.selection import KNearest
+from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
 _SLAB = 2**23
@@ -97,7 +98,7 @@ def _run(
     selection: KNearest = op.selection  # type: ignore[assignment]
     keep, mask = None, op.query().subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
-        lead = torch.broadcast_shapes(op.bound.shape[:-2], () if mask is None else mask.shape[:-2])
+        lead = broadcast_shapes(op.bound.shape[:-2], () if mask is None else mask.shape[:-2])
         ones = op.value.new_ones(*lead, op.bound.shape[-2], selection.k)
         keep = F.dropout(ones, weighting.dropout)
     out, _, _ = torch.ops.convnn_geo.neighbor_attention(
@@ -169,7 +170,7 @@ def _attend(
     problem = Problem(kind, q, keys, bias, scale, torch.float32, exact=True)
     with full_precision(q.device):
         values, place = by_rows(problem, k, Hidden(mask), _SLAB)
-    lead = torch.broadcast_shapes(place.shape[:-2], value.shape[:-2])
+    lead = broadcast_shapes(place.shape[:-2], value.shape[:-2])
     place = place.expand(*lead, *place.shape[-2:]).contiguous()
     score = (-values / temperature).expand(place.shape)
     empty = (score == -torch.inf).all(-1, keepdim=True)
@@ -202,7 +203,7 @@ def _(
     temperature: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lead = torch.broadcast_shapes(
+    lead = broadcast_shapes(
         *(q.shape[:-2], keys.shape[:-2], value.shape[:-2]),
         () if bias is None else bias.shape[:-1],
         () if mask is None else mask.shape[:-2],

@@ -13,6 +13,7 @@ from convnn_geo.checks import check_number
 from convnn_geo.metrics.combined import Combination, Pairwise
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, gather_rows
+from convnn_geo.shapes import broadcast_shapes
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -33,8 +34,9 @@ def seen_by(module: object, x: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast lowers nothing."""
-    if not torch.amp.is_autocast_available(device.type):  # tensors without values, say
-        return nullcontext()
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()  # tensors without values, say, know of none
     return torch.autocast(device.type, enabled=False)
 
 
@@ -259,7 +261,7 @@ class Custom(Metric):
         lead: tuple[int, ...] = ()
         for t, s in ((target.x, source.x), (target.pos, source.pos)):
             if t is not None and s is not None:
-                lead = torch.broadcast_shapes(lead, t.shape[:-2], s.shape[:-2])
+                lead = broadcast_shapes(lead, t.shape[:-2], s.shape[:-2])
         return Pairwise(torch.Size((*lead, target.num_points, source.num_points)), evaluate)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from convnn_geo.metrics.bilinear import Angular, Bilinear
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances, beginning
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Combination(Distances):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(torch.broadcast_shapes(*(d.shape for _, d in self.parts)))
+        return broadcast_shapes(*(d.shape for _, d in self.parts))
 
     @property
     def offset(self) -> float | Tensor:  # type: ignore[override]
@@ -118,7 +119,7 @@ def _squared(distances: Distances) -> float | None:
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
-    lead = torch.broadcast_shapes(*(t.shape[:-1] for t in tensors))
+    lead = broadcast_shapes(*(t.shape[:-1] for t in tensors))
     return torch.cat([t.expand(*lead, t.shape[-1]) for t in tensors], -1)
 
 
@@ -150,12 +151,12 @@ class Pairwise(Distances):
             n = len(range(self.size[-2])[start:stop])
             every = index.expand(*index.shape[:-2], n, index.shape[-1])
             if chosen is not None:
-                lead = torch.broadcast_shapes(every.shape[:-1], chosen.shape[:-1])
+                lead = broadcast_shapes(every.shape[:-1], chosen.shape[:-1])
                 every = every.expand(*lead, every.shape[-1])
                 every = every.gather(-1, chosen.expand(*lead, chosen.shape[-1]))
             return self.fn(start, stop, every)
 
-        lead = torch.broadcast_shapes(self.size[:-2], index.shape[:-2])
+        lead = broadcast_shapes(self.size[:-2], index.shape[:-2])
         return Pairwise(torch.Size((*lead, self.size[-2], index.shape[-1])), fn)
 
 
@@ -178,7 +179,7 @@ class Biased(Distances):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(torch.broadcast_shapes(self.inner.shape, self.bias.shape))
+        return broadcast_shapes(self.inner.shape, self.bias.shape)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., start:stop, :]
@@ -190,14 +191,14 @@ class Biased(Distances):
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
         distance = self.inner.at(index, start)
-        lead = torch.broadcast_shapes(distance.shape[:-2], self.bias.shape[:-2])
+        lead = broadcast_shapes(distance.shape[:-2], self.bias.shape[:-2])
         n, k = distance.shape[-2:]
         bias = self.bias if self.bias.shape[-2] == 1 else beginning(self.bias, start, index)
         bias = bias.expand(*lead, n, self.bias.shape[-1])
         return distance - bias.gather(-1, index.expand(*lead, n, k))
 
     def select(self, index: Tensor) -> Biased:
-        lead = torch.broadcast_shapes(self.bias.shape[:-2], index.shape[:-2])
+        lead = broadcast_shapes(self.bias.shape[:-2], index.shape[:-2])
         bias = self.bias.expand(*lead, *self.bias.shape[-2:])
         index = index.expand(*lead, bias.shape[-2], index.shape[-1])
         return Biased(self.inner.select(index[..., :1, :]), bias.gather(-1, index))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.points import gather_rows
+from convnn_geo.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
     from convnn_geo.metrics.bilinear import Bilinear
@@ -127,5 +128,5 @@ def some(tensor: Tensor, axes: int, start: int, stop: int) -> Tensor:
 
 def pairs_shape(q: Tensor, k: Tensor) -> torch.Size:
     """``(..., n, m)`` of points ``(..., n, d)`` and ``(..., m, d)``."""
-    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    lead = broadcast_shapes(q.shape[:-2], k.shape[:-2])
     return torch.Size((*lead, q.shape[-2], k.shape[-2]))

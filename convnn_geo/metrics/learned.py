@@ -12,6 +12,7 @@ from convnn_geo.metrics.combined import Pairwise
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, gather_rows
+from convnn_geo.shapes import broadcast_shapes
 
 
 def _features(metric: str, points: Points, channels: int, parameter: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class PositionBias(Metric):
             entry = self._lookup(gather_rows(k, index) - q[..., start:stop, :].unsqueeze(-2))
             if table.ndim == 1 or entry.ndim == 2:
                 return -table[..., entry]
-            lead = torch.broadcast_shapes(entry.shape[:-2], table.shape[:1])
+            lead = broadcast_shapes(entry.shape[:-2], table.shape[:1])
             entry = entry.expand(*lead, *entry.shape[-2:])
             rows = table.expand(*lead, table.shape[-1])
             return -rows.gather(-1, entry.flatten(-2)).view(entry.shape)

@@ -13,6 +13,7 @@ from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.selection import KNearest
+from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
 
@@ -114,7 +115,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"key and value: expected equal lengths, got {key.shape[-2]} and {value.shape[-2]}"
         )
     try:
-        torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+        broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     except RuntimeError:
         raise ValueError(
             "query, key and value: leading axes do not broadcast: "
@@ -129,10 +130,10 @@ def _mask(
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)
-    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    lead = broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     shape = torch.Size((*lead, query.shape[-2], key.shape[-2]))
     try:
-        fits = torch.broadcast_shapes(attn_mask.shape, shape) == shape
+        fits = broadcast_shapes(attn_mask.shape, shape) == shape
     except RuntimeError:
         fits = False
     if not fits:

@@ -9,6 +9,7 @@ from convnn_geo.search.nearest import Problem, measured, nearest, referee
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import k_smallest, order_by_value_then_place
+from convnn_geo.shapes import broadcast_shapes
 
 
 class Dense(Engine):
@@ -66,7 +67,7 @@ def _windowed(query: Query, index: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     bound, mask = query.bound.sharp(), query.subset.mask
     index, order = index.sort(dim=-1, stable=True)  # so that ties go to the lowest source
     if mask is not None:
-        lead = torch.broadcast_shapes(mask.shape[:-2], order.shape[:-2])
+        lead = broadcast_shapes(mask.shape[:-2], order.shape[:-2])
         shape = (*lead, *order.shape[-2:])
         mask = mask.expand(shape).gather(-1, order.expand(shape))
     if query.excluded is not None:

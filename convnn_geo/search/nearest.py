@@ -19,6 +19,7 @@ from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
 from convnn_geo.metrics.distances import take
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import order_by_value_then_place
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Problem:
         if self.bias is not None:
             size = size - 2 / self.scale * self.bias.double()
         rest = (size.amax(-1, keepdim=True) - size).sqrt().to(self.keys.dtype).unsqueeze(-1)
-        lead = torch.broadcast_shapes(self.keys.shape[:-2], rest.shape[:-2])
+        lead = broadcast_shapes(self.keys.shape[:-2], rest.shape[:-2])
         wide = self.keys.expand(*lead, *self.keys.shape[-2:])
         return torch.nn.functional.pad(self.q, (0, 1)), torch.cat([wide, rest], -1)
 
@@ -181,9 +182,7 @@ def _shapes(
     slab: int,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    lead = torch.broadcast_shapes(
-        q.shape[:-2], keys.shape[:-2], () if mask is None else mask.shape[:-2]
-    )
+    lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2], () if mask is None else mask.shape[:-2])
     shape = (*lead, q.shape[-2], k)
     values = q.new_empty(shape, dtype=torch.float64 if double else torch.float32)
     return values, values.new_empty(shape, dtype=torch.long)

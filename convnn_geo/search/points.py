@@ -25,6 +25,7 @@ from convnn_geo.search.nearest import (
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import by_value_then_place
+from convnn_geo.shapes import broadcast_shapes
 
 
 class PointEngine(Engine):
@@ -87,7 +88,7 @@ class PointEngine(Engine):
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """Values and places of the ``k`` nearest, some targets at a time."""
         points = problem.coordinates()
-        lead = torch.broadcast_shapes(*(t.shape[:-2] for t in points))
+        lead = broadcast_shapes(*(t.shape[:-2] for t in points))
         q, keys = (
             t.expand(*lead, *t.shape[-2:]).flatten(0, -3) if lead else t[None] for t in points
         )
@@ -206,7 +207,7 @@ class PointEngine(Engine):
 
 def alone(problem: Problem, hidden: Hidden) -> list[tuple[Problem, Tensor | None]]:
     """Each example as a problem of its own, with the places that its targets are not to find."""
-    lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+    lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
 
     def parts(tensor: Tensor | None, last: int = 2) -> Sequence[Any]:
         if tensor is None:
@@ -223,7 +224,7 @@ def alone(problem: Problem, hidden: Hidden) -> list[tuple[Problem, Tensor | None
 
 def together(found: Sequence[tuple[Tensor, Tensor]], problem: Problem) -> tuple[Tensor, Tensor]:
     """What was found for each example, as the problem has them."""
-    lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+    lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
     values, places = (
         (torch.stack(t) if len(t) > 1 else t[0]).view(*lead, *t[0].shape)
         for t in zip(*found, strict=True)

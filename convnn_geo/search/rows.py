@@ -11,6 +11,7 @@ from torch import Tensor
 from convnn_geo.metrics import BilinearForm, Distances
 from convnn_geo.metrics.distances import take, take_one
 from convnn_geo.search.smallest import k_smallest, select
+from convnn_geo.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Hidden:
         """Which of the chosen were allowed; None where nothing was hidden."""
         kept = None
         if self.mask is not None:
-            lead = torch.broadcast_shapes(self.mask.shape[:-2], place.shape[:-2])
+            lead = broadcast_shapes(self.mask.shape[:-2], place.shape[:-2])
             mask = self.mask.expand(*lead, place.shape[-2], self.mask.shape[-1])
             kept = mask.gather(-1, place.expand(*lead, *place.shape[-2:]))
         if self.own is not None:
@@ -82,7 +83,7 @@ def smallest_in_rows(
     """
     shape = distances.shape
     if hidden.mask is not None:
-        shape = torch.broadcast_shapes(shape, hidden.mask.shape)
+        shape = broadcast_shapes(shape, hidden.mask.shape)
     batch = shape[0] if len(shape) > 2 and not hidden else 1
     size = dtype.itemsize * math.prod(shape[1:])
     fitting = max(1, slab // max(1, size))
@@ -118,7 +119,7 @@ def _buffer(
 
 def in_slabs(distances: Distances, index: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
     """Distances of chosen pairs ``(..., n, k)``, a slab of targets at a time."""
-    *lead, n, k = torch.broadcast_shapes((*distances.shape[:-1], 1), index.shape)
+    *lead, n, k = broadcast_shapes((*distances.shape[:-1], 1), index.shape)
     step = max(1, slab // max(1, 8 * distances.width * math.prod(lead) * k))
     if step >= n:
         return distances.at(index).to(dtype)

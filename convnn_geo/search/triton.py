@@ -10,6 +10,7 @@ from convnn_geo.search.nearest import Problem, referee
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
+from convnn_geo.shapes import broadcast_shapes
 
 
 class Triton(PointEngine):
@@ -42,7 +43,7 @@ class Triton(PointEngine):
         plain = problem.kind in ("points", "angles") and problem.axes is None
         if not plain or hidden.mask is not None or not problem.q.numel() or not 0 < k <= spare:
             return super().nearest(problem, k, hidden, slab)
-        lead = torch.broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
+        lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
         q, keys = (
             t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
             for t in (problem.q, problem.keys)

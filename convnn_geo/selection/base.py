@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from convnn_geo.checks import check_int, check_name, check_number
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.search import Query, find, with_self_first
+from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.typing import SELF_POINTS
 
 
@@ -41,7 +42,7 @@ class Every(Selection):
         elif index.shape[-2] != n:
             index = index.expand(*index.shape[:-2], n, index.shape[-1])
         if mask is not None:
-            lead = torch.broadcast_shapes(mask.shape[:-2], index.shape[:-2])
+            lead = broadcast_shapes(mask.shape[:-2], index.shape[:-2])
             mask = mask.expand(*lead, n, index.shape[-1])
         return Neighborhood(index, m, None, mask, complete)
 
