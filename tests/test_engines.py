@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def clouds(kind, n, d):
     return outlier
 
 
+X3 = torch.rand(5, 3)
 KINDS = ["uniform", "lattice", "coincident", "flat", "clusters", "outlier"]
 
 
@@ -193,6 +195,59 @@ def test_approximate_engines_find_most_and_keep_the_order(name):
     assert (without.index != torch.arange(2000)[:, None]).all()
     points = Points(x, x)
     assert dict(explain_search(Query(points, points, Spatial(), 8)))[name].startswith("approximate")
+
+
+class StandInBVH:
+    """What torchbvh.BVH is on a GPU: ties in any order, -1 where there are fewer points."""
+
+    def __init__(self, points):
+        assert points.is_contiguous() and points.dtype == torch.float32
+        self.points = points.flip(-2)
+
+    def knn(self, queries, k):
+        assert k in (4, 8, 16) and queries.is_contiguous() and len(queries) == len(self.points)
+        distance = (queries[:, :, None] - self.points[:, None]).square().sum(-1)
+        value, index = distance.sort(dim=-1, stable=True)
+        missing = max(0, k - index.shape[-1])
+        index = self.points.shape[-2] - 1 - index[..., :k]
+        return (
+            torch.nn.functional.pad(index, (0, missing), value=-1),
+            torch.nn.functional.pad(value[..., :k], (0, missing), value=torch.inf),
+        )
+
+
+def stand_in_flash_knn(x, c, k, *, return_distances):
+    """What flashlib.flash_knn is on a GPU: factors of products are cut to the bits of TF32."""
+    assert not return_distances and k <= c.shape[-2]
+
+    def cut(t):
+        return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    value = c.square().sum(-1).unsqueeze(-2) - 2 * cut(x) @ cut(c).transpose(-1, -2)
+    return value.topk(k, dim=-1, largest=False).indices.int()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("name", "d"), [("torchbvh", 2), ("torchbvh", 3), ("flashlib", 12)])
+def test_engines_of_others_for_gpus_by_stand_ins(monkeypatch, name, d, kind):
+    monkeypatch.setitem(sys.modules, "torchbvh", types.SimpleNamespace(BVH=StandInBVH))
+    flash_knn = types.SimpleNamespace(flash_knn=stand_in_flash_knn)
+    monkeypatch.setitem(sys.modules, "flashlib", flash_knn)
+    engine = ENGINES[name]
+    assert "GPU" in engine.refuses(Query(Points(X3), Points(X3), Feature(), 1))
+    for n, own in ((400, None), (400, torch.arange(400)), (11, None)):
+        x = clouds(kind, n, d)
+        if kind == "uniform" and name == "flashlib":  # what TF32 can't tell apart
+            x = torch.rand(n, d) + (torch.arange(n)[:, None] % 2) * 200
+        for k in (1, 9):
+            query = Query(Points(x), Points(x), Feature(), k, excluded=own)
+            place, distance, mask = engine(query)
+            found = find(query, "dense")
+            assert mask is None and torch.equal(place, found.index)
+            assert torch.equal(distance, found.distance)
+    pair = torch.stack([clouds(kind, 300, d), clouds("lattice", 300, d)])
+    query = Query(Points(pair), Points(pair), Feature("squared_euclidean"), 5)
+    assert torch.equal(engine(query)[0], find(query, "dense").index)
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ PIPELINE = [
 ]
 OPTIONAL = {
     "faiss",
+    "flashlib",
     "lightning_fabric",
     "matplotlib",
     "pyg_lib",
@@ -55,6 +56,7 @@ OPTIONAL = {
     "tensorboard",
     "timm",
     "torch_scatter",
+    "torchbvh",
     "torchvision",
     "triton",
     "yaml",

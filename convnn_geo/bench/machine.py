@@ -14,7 +14,7 @@ import convnn_geo
 
 _PACKAGES = (
     *("torch", "torch_geometric", "torch_cluster", "pyg_lib", "numpy", "scipy", "scikit-learn"),
-    *("faiss-cpu", "faiss-gpu", "pykeops", "pynndescent", "triton"),
+    *("faiss-cpu", "faiss-gpu", "pykeops", "pynndescent", "triton", "flashlib", "torchbvh"),
 )
 
 

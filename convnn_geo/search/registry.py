@@ -14,11 +14,13 @@ from convnn_geo.search.cells import Cells
 from convnn_geo.search.costs import expected
 from convnn_geo.search.dense import Dense
 from convnn_geo.search.faiss import Faiss, FaissIVF
+from convnn_geo.search.flashlib import FlashLib
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.keops import KeOps
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.torch_cluster import PygLib, TorchCluster
+from convnn_geo.search.torchbvh import TorchBVH
 from convnn_geo.search.triton import Triton
 
 ENGINES: dict[str, Engine] = {
@@ -31,6 +33,8 @@ ENGINES: dict[str, Engine] = {
         PygLib(),
         Faiss(),
         KeOps(),
+        TorchBVH(),
+        FlashLib(),
         Triton(),
         Dense(),
         FaissIVF(),
