@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from convnn_geo import compiled, search
 from convnn_geo.candidates import Subset
-from convnn_geo.metrics import Biased, Custom, Feature, PaperMix, Spatial, as_metric, interpolate
+from convnn_geo.metrics import (
+    Biased,
+    BilinearForm,
+    Custom,
+    Feature,
+    PaperMix,
+    Spatial,
+    as_metric,
+    interpolate,
+)
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import (
     ENGINES,
@@ -40,8 +50,9 @@ LOOPS = {
     "squared_euclidean": lambda x, y: (y.unsqueeze(1) - x).square().sum(-1),
     "manhattan": lambda x, y: (y.unsqueeze(1) - x).abs().sum(-1),
     "minkowski": lambda x, y: (y.unsqueeze(1) - x).abs().pow(3).sum(-1).pow(1 / 3),
-    "dot": lambda x, y: -y @ x.T,
-    "cosine": lambda x, y: 1 - unit(y) @ unit(x).T,
+    # Summed pair by pair: in a matrix product equal rows may get unequal sums.
+    "dot": lambda x, y: -(y.unsqueeze(1) * x).sum(-1),
+    "cosine": lambda x, y: 1 - (unit(y).unsqueeze(1) * unit(x)).sum(-1),
 }
 
 
@@ -121,6 +132,41 @@ CLOUDS = {
     "over a hundred thousand": 1e6 * cloud(70, 3),
     "quarters": integers(0, 40, 80, 12) / 4,
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize(
+    "case", [c for c in CLOUDS if CLOUDS[c].shape[1] > 8] + ["each point thrice"]
+)
+def test_products_may_round_as_they_like(monkeypatch, case, metric, dtype):
+    """Each BLAS sums in orders of its own, so that even equal rows can get unequal products."""
+    x = torch.cat([cloud(30, 12)] * 3) if case == "each point thrice" else CLOUDS[case]
+    x = x.to(dtype)
+    asked = [(k, own) for k in (1, 2, 7) for own in ("natural", "excluded")]
+
+    def found():
+        return [knn(x, k=k, metric=metric, backend="dense", self_point=own) for k, own in asked]
+
+    expected = found()
+    monkeypatch.setattr(compiled.build, "library", lambda: None)
+    torch.manual_seed(0)
+    rows = BilinearForm.rows
+
+    def noisy(self, start=0, stop=None):
+        products = rows(self, start, stop)
+        if self.precision is not None:
+            return products  # rounded by the call within
+        rounding = self.rounding()[..., start:stop, :]
+        return products + (torch.rand_like(products) - 0.5) * rounding
+
+    def noisy_into(self, out):
+        return out.copy_(noisy(self))
+
+    monkeypatch.setattr(BilinearForm, "rows", noisy)
+    monkeypatch.setattr(BilinearForm, "rows_into", noisy_into)
+    for noisily, exactly in zip(found(), expected, strict=True):
+        assert torch.equal(noisily.index, exactly.index)
 
 
 @pytest.mark.parametrize("name", installed()[1:])
@@ -345,6 +391,32 @@ def test_grid_search_serves_the_ends_of_an_interpolation():
     for metric, reason in ends:
         found = ENGINES["grid"].refuses(Query(points, points, metric, 3))
         assert found is None if reason is None else reason in found
+
+
+def test_what_grid_search_found_is_kept_by_size(monkeypatch):
+    module = sys.modules["convnn_geo.search.grid"]
+    searched = []
+    k_smallest = module.k_smallest
+    monkeypatch.setattr(module, "k_smallest", lambda *a: searched.append(1) or k_smallest(*a))
+
+    def near(height, width, dtype=torch.float32, most=None):
+        image = Points.from_image(torch.randn(2, 3, height, width, dtype=dtype))
+        return find(Query(image, image, Spatial(scale=1.25), 5), "grid")
+
+    first = near(11, 13)
+    count = len(searched)
+    again = near(11, 13)
+    assert count > 0 and len(searched) == count
+    first.index.zero_()  # the caller's own
+    assert torch.equal(near(11, 13).index, again.index) and again.index.any()
+    assert near(11, 13, torch.float64).distance.dtype == torch.float64
+    assert not torch.equal(near(13, 11).index, again.index)
+    monkeypatch.setattr(module, "_MOST", 11 * 13 * 5 - 1)
+    count = len(searched)
+    assert torch.equal(near(11, 13).index, again.index) and len(searched) > count
+    image = Points(grid=Grid((11, 13)))
+    rows = dict(explain_search(Query(image, image, Spatial(), 5)))
+    assert rows["grid"] == "what it finds is too much to be kept for the next call"
 
 
 # -- torch_cluster ------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ from convnn_geo.encodings.base import (
     Encoding,
     Fourier,
     LearnedAbsolute,
-    as_encoding,
-    encoding_names,
 )
+from convnn_geo.encodings.names import as_encoding, encoding_names
 from convnn_geo.encodings.rotary import Rotary
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int, check_layer, check_name, check_tuple
+from convnn_geo.checks import check_int, check_layer, check_tuple
 from convnn_geo.points import Points, position_range
 
 
@@ -184,34 +184,3 @@ class Conditional(Encoding):
         image = points.to_image()
         encoded = image + self.conv(image).to(image.dtype)
         return points.with_x(encoded.flatten(2).transpose(1, 2))
-
-
-def _known() -> tuple[str, ...]:
-    return ("coordinates", "fourier", "learned", "rotary", "conditional")
-
-
-def encoding_names() -> list[str]:
-    """Names that :func:`as_encoding` knows."""
-    return sorted(_known())
-
-
-def as_encoding(
-    encoding: Encoding | str | None, channels: int, axes: int, size: tuple[int, ...] | None = None
-) -> Encoding | None:
-    """Resolve a name or an instance; ``"learned"`` needs an instance, since it needs a size."""
-    if encoding is None or isinstance(encoding, Encoding):
-        return encoding
-    name = check_name("encoding", encoding, _known())
-    if name == "learned":
-        if size is None:
-            raise ValueError(
-                "encoding='learned' needs a size: pass LearnedAbsolute(channels, size)"
-            )
-        return LearnedAbsolute(channels, size)
-    if name == "conditional":
-        return Conditional(channels, axes)
-    if name == "rotary":
-        from convnn_geo.encodings.rotary import Rotary
-
-        return Rotary()
-    return Coordinates() if name == "coordinates" else Fourier()

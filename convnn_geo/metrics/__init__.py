@@ -6,6 +6,7 @@ Example:
     True
 """
 
+from convnn_geo.metrics.angular import Angular
 from convnn_geo.metrics.base import (
     Custom,
     Interpolation,
@@ -17,8 +18,7 @@ from convnn_geo.metrics.base import (
     metric_names,
     register_metric,
 )
-from convnn_geo.metrics.bilinear import Angular
-from convnn_geo.metrics.bilinear import Bilinear as BilinearForm
+from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.combined import Biased, Combination, Pairwise
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances

@@ -1,4 +1,4 @@
-"""Distances that are one matrix product: dot products and angles."""
+"""Distances that are one matrix product."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import (
-    DIRECT_DIMENSIONS,
     Distances,
     beginning,
     pairs_shape,
@@ -21,7 +19,7 @@ from convnn_geo.points import gather_rows
 
 
 @dataclass
-class Bilinear(Distances):
+class BilinearForm(Distances):
     """``d(i, j) = a_i + b_j - scale <q_i, k_j>``.
 
     Squared Euclidean, cosine and dot products have this form, and so have their non-negative
@@ -59,11 +57,6 @@ class Bilinear(Distances):
         if self.precision is not None:
             return self.bilinear().rows(start, stop)
         q = self.q[..., start:stop, :]
-        if q.shape[-2] == 1:
-            # For a single row BLAS takes a path on which equal keys can get unequal products.
-            pair = Bilinear(q.expand(*q.shape[:-2], 2, -1), self.k, None, self.b, self.scale)
-            two = pair.rows()[..., :1, :]
-            return two if self.a is None else two + self.a[..., start:stop, None]
         keys = self.k.transpose(-1, -2)
         if self.b is None:
             product = torch.matmul(q * -self.scale, keys)
@@ -96,13 +89,13 @@ class Bilinear(Distances):
             distance = distance + gather_rows(self.b.unsqueeze(-1), index).squeeze(-1)
         return distance
 
-    def select(self, index: Tensor) -> Bilinear:
+    def select(self, index: Tensor) -> BilinearForm:
         return replace(self, k=take(self.k, index), b=take_one(self.b, index))
 
-    def targets(self, index: Tensor) -> Bilinear:
+    def targets(self, index: Tensor) -> BilinearForm:
         return replace(self, q=take(self.q, index), a=take_one(self.a, index))
 
-    def examples(self, start: int, stop: int) -> Bilinear:
+    def examples(self, start: int, stop: int) -> BilinearForm:
         if len(self.shape) == 2:  # they are the same for every example
             return self
         lead = len(self.shape) - 2
@@ -110,30 +103,34 @@ class Bilinear(Distances):
         q, k = (some(t, lead + 2, start, stop) for t in (self.q, self.k))
         return replace(self, q=q, k=k, a=a, b=b)
 
-    def bilinear(self) -> Bilinear:
+    def bilinear(self) -> BilinearForm:
         if self.precision is None:
             return self
         q, k, a, b = (
             None if t is None else t.to(self.precision) for t in (self.q, self.k, self.a, self.b)
         )
-        return Bilinear(q, k, a, b, self.scale, self.offset)  # type: ignore[arg-type]
+        return BilinearForm(q, k, a, b, self.scale, self.offset)  # type: ignore[arg-type]
 
-    def sharp(self) -> Bilinear:
+    def sharp(self) -> BilinearForm:
         return replace(self, a=None)
 
-    def double(self) -> Bilinear:
+    def double(self) -> BilinearForm:
         return replace(self, precision=torch.float64)
 
-    def refined(self) -> Bilinear:
+    def refined(self) -> BilinearForm:
         return self.double()
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
         dtype = self.dtype if dtype is None else dtype
         b = None if self.b is None else self.b.to(dtype)
-        return Bilinear(self.q.to(dtype), self.k.to(dtype), None, b, self.scale)
+        return BilinearForm(self.q.to(dtype), self.k.to(dtype), None, b, self.scale)
 
     def exactly(self, dtype: torch.dtype) -> Distances | None:
         return None if dtype == torch.float64 else self.refined()
+
+    def apart(self) -> Distances | None:
+        # In float32 a product in float64 tells ties apart as well.
+        return Summed(self) if self.dtype == torch.float64 else None
 
     def rounding(self) -> Tensor:
         """How far off a value of each row can be, ``(..., n, 1)``."""
@@ -146,73 +143,29 @@ class Bilinear(Distances):
 
 
 @dataclass
-class Angular(Bilinear):
-    """``d(i, j) = 1 - <q_i, k_j>`` of vectors of length one or zero; 1 from and to a zero vector.
-
-    For vectors of length one that is ``|q - k|^2 / 2``. For near ones differences are exact where
-    the product is not, so these decide.
+class Summed(Distances):
+    """The same, each pair summed by itself: so equal keys are equally far, whatever BLAS does.
 
     Args:
-        direct: rows, too, are computed from differences.
+        product: what is summed.
     """
 
-    offset: float | Tensor = 1.0
-    direct: bool = False
+    product: BilinearForm
 
     @property
-    def wide(self) -> bool:
-        """Whether rows are computed by a product."""
-        return self.q.shape[-1] > DIRECT_DIMENSIONS and not self.direct
-
-    def _halved(self) -> Differences:
-        return Differences(self.q, self.k, root=False, precision=self.precision)
+    def shape(self) -> torch.Size:
+        return self.product.shape
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
-        if self.wide and self.a is None:
-            return self.bilinear().rows(start, stop)
-        rows = super().rows(start, stop) if self.wide else self._halved().rows(start, stop) / 2
-        zero = _is_zero(self.q[..., start:stop, :]) | _is_zero(self.k).transpose(-1, -2)
-        return rows.masked_fill(zero, 1.0)
+        every = torch.arange(self.shape[-1], device=self.product.q.device).expand(1, -1)
+        numbers = range(*slice(start, stop).indices(self.shape[-2]))
+        return torch.cat([self.at(every, number) for number in numbers], -2)  # one holds few copies
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        zero = gather_rows(_is_zero(self.k), index).squeeze(-1)
-        zero = zero | _is_zero(beginning(self.q, start, index))
-        return (self._halved().at(index, start) / 2).masked_fill(zero, 1.0)
+        return self.product.at(index, start)
 
-    def bilinear(self) -> Bilinear:
-        q, k = self.q.to(self.dtype), self.k.to(self.dtype)
-        return Bilinear(q, k, q.new_ones(q.shape[:-1]), offset=1.0)
+    def select(self, index: Tensor) -> Summed:
+        return Summed(self.product.select(index))
 
-    @property
-    def dimension(self) -> int | None:
-        return self.q.shape[-1] + 2
-
-    def coordinates(self) -> tuple[Tensor, Tensor] | None:
-        """With two more axes: (1, 0) for a zero query and (0, 1) for a zero key."""
-        zero_q, zero_k = (_is_zero(t).to(t.dtype) for t in (self.q, self.k))
-        return (
-            torch.cat([self.q, zero_q, torch.zeros_like(zero_q)], -1),
-            torch.cat([self.k, torch.zeros_like(zero_k), zero_k], -1),
-        )
-
-    def sharp(self) -> Bilinear:
-        return self
-
-    def refined(self) -> Bilinear:
-        return self.double() if self.wide else self
-
-    def apart(self) -> Distances:
-        return replace(self, a=None, b=None, precision=torch.float64, direct=True)
-
-    def ordering(self, dtype: torch.dtype | None = None) -> Distances:
-        return super().ordering(dtype) if self.wide else self
-
-    def exactly(self, dtype: torch.dtype) -> Distances | None:
-        if dtype == torch.float64:
-            return None
-        q, k = self.q.double(), self.k.double()
-        return Angular(q, k, q.square().sum(-1) / 2, k.square().sum(-1) / 2)
-
-
-def _is_zero(vectors: Tensor) -> Tensor:
-    return vectors.detach().norm(dim=-1, keepdim=True) < 0.5
+    def targets(self, index: Tensor) -> Summed:
+        return Summed(self.product.targets(index))

@@ -9,7 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from convnn_geo.metrics.bilinear import Angular, Bilinear
+from convnn_geo.metrics.angular import Angular
+from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances, beginning
 from convnn_geo.shapes import broadcast_shapes
@@ -94,7 +95,7 @@ class Combination(Distances):
             keys.append(k.double() * root)
         return _cat(queries), _cat(keys)
 
-    def bilinear(self) -> Bilinear | None:
+    def bilinear(self) -> BilinearForm | None:
         queries: list[Tensor] = []
         keys: list[Tensor] = []
         a = b = None
@@ -106,7 +107,7 @@ class Combination(Distances):
             keys.append(d.k)
             a = a if d.a is None else (w * d.a if a is None else a + w * d.a)
             b = b if d.b is None else (w * d.b if b is None else b + w * d.b)
-        return Bilinear(_cat(queries), _cat(keys), a, b, offset=self.offset)
+        return BilinearForm(_cat(queries), _cat(keys), a, b, offset=self.offset)
 
 
 def _squared(distances: Distances) -> float | None:

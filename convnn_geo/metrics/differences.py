@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from convnn_geo import compiled
+from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.distances import (
     DIRECT_DIMENSIONS,
     Distances,
@@ -20,9 +20,6 @@ from convnn_geo.metrics.distances import (
     take,
 )
 from convnn_geo.points import gather_rows
-
-if TYPE_CHECKING:
-    from convnn_geo.metrics.bilinear import Bilinear
 
 
 @dataclass
@@ -160,23 +157,21 @@ class Differences(Distances):
         scale = self.scale.double()
         return self.q.double() * scale, self.k.double() * scale
 
-    def bilinear(self) -> Bilinear | None:
+    def bilinear(self) -> BilinearForm | None:
         return None if self.p != 2 or self.root else self.product(self.dtype)
 
-    def product(self, dtype: torch.dtype) -> Bilinear:
+    def product(self, dtype: torch.dtype) -> BilinearForm:
         """Squared distances as one matrix product.
 
         Centred, so that |q|^2 + |k|^2 - 2 <q, k> cancels as little as it can. The centre is a
         constant: it drops out of the result, and one point's NaN must not reach all others.
         """
-        from convnn_geo.metrics.bilinear import Bilinear
-
         center = _center(self.k.detach()).to(self.dtype)
         q, k = self.q.to(self.dtype) - center, self.k.to(self.dtype) - center
         if self.scale is not None:
             q, k = (t * self.scale.to(t.dtype) for t in (q, k))
         q, k = q.to(dtype), k.to(dtype)
-        return Bilinear(q, k, q.square().sum(-1), k.square().sum(-1), 2.0, self.offset)
+        return BilinearForm(q, k, q.square().sum(-1), k.square().sum(-1), 2.0, self.offset)
 
     def sharp(self) -> Differences:
         # Other powers than squares leave the range of floats too soon.

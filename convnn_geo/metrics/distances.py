@@ -17,7 +17,7 @@ from convnn_geo.points import gather_rows
 from convnn_geo.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
-    from convnn_geo.metrics.bilinear import Bilinear
+    from convnn_geo.metrics.bilinear import BilinearForm
 
 DIRECT_DIMENSIONS = 8
 """Up to here distances are summed from differences; the product form misorders near points."""
@@ -57,7 +57,7 @@ class Distances(ABC):
         """Those of examples ``start:stop`` of the first leading axis; None where it can't say."""
         return None
 
-    def bilinear(self) -> Bilinear | None:
+    def bilinear(self) -> BilinearForm | None:
         """The same distances as one matrix product, where they have that form."""
         return None
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_alike, check_name, check_number
+from convnn_geo.metrics.angular import Angular
 from convnn_geo.metrics.base import Metric, precise, register_metric, seen_by
-from convnn_geo.metrics.bilinear import Angular, Bilinear
+from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points
@@ -100,9 +101,9 @@ def _project(name: str, module: nn.Module | None, x: Tensor) -> Tensor:
 
 def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
     if kind == "dot":
-        return Bilinear(q, k)
+        return BilinearForm(q, k)
     if kind == "scaled_dot":
-        return Bilinear(q, k, scale=q.shape[-1] ** -0.5)
+        return BilinearForm(q, k, scale=q.shape[-1] ** -0.5)
     if kind == "pearson":
         q, k = _centred(q), _centred(k)
     if kind in ("cosine", "pearson"):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_alike, check_int, check_tuple
 from convnn_geo.metrics.base import Metric, precise
-from convnn_geo.metrics.bilinear import Bilinear as BilinearForm
+from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.combined import Pairwise
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances

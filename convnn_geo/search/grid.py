@@ -1,4 +1,4 @@
-"""Analytic search on a grid: positions alone decide, so only nearby pixels are looked at."""
+"""Analytic search on a grid: positions alone decide, so it is done once for each size."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import math
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import keep
 from convnn_geo.metrics import Differences, Interpolation, Metric, Spatial, Sum
-from convnn_geo.points import Grid
+from convnn_geo.points import Grid, Points
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.smallest import k_smallest
+
+_MOST = 2**21
+"""Neighbours, at most, that are kept for the next call: 32 MiB."""
 
 
 class GridSearch(Engine):
     """The nearest pixels of an image by position, exact at borders and with ties.
 
-    Looks at a box around each target, and widens it until nothing outside could be nearer.
+    Looks at a box around each target, and widens it until nothing outside could be nearer. What it
+    finds depends on sizes alone and is kept for the next image of that size.
     """
 
     name = "grid"
+
+    def keeps(self, query: Query) -> bool:
+        """Whether what it finds is small enough to be kept."""
+        return query.target.num_points * query.k <= _MOST
 
     def refuses(self, query: Query) -> str | None:
         """Needs a spatial metric, and sources on a grid."""
@@ -38,20 +47,46 @@ class GridSearch(Engine):
         return None
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Boxes, doubled until they suffice."""
-        bound: Differences = query.bound.refined().sharp()
+        """What was found for these sizes before, or boxes, doubled until they suffice."""
+        spatial: Spatial = _spatial(query.metric)  # type: ignore[assignment]
+        target: Grid = query.target.grid  # type: ignore[assignment]
         source: Grid = query.source.grid  # type: ignore[assignment]
-        axes = len(source.size)
-        radius = math.ceil(query.k ** (1 / axes) / 2) + 1
-        while True:
-            index, reach = _box(query.target.grid, source, radius, bound, query.target.device)  # type: ignore[arg-type]
-            if index.shape[-1] >= query.k:
-                best, place = k_smallest(bound.at(index).to(query.dtype), query.k)
-                if index.shape[-1] == source.num_points or bool((best[..., -1:] < reach).all()):
-                    index = index.gather(-1, place)
-                    distance = query.bound.refined().at(index).to(query.dtype)
-                    return index, distance if query.exact else best, None
-            radius *= 2
+        kept = self.keeps(query)
+        index, distance = (_kept if kept else _nearest)(
+            *(target, source, spatial.p, spatial.squared, spatial.scale),
+            *(query.k, query.exact, query.dtype, query.target.device),
+        )
+        if kept:  # the caller may write into its own
+            index, distance = index.clone(), distance.clone()
+        return index, distance, None
+
+
+def _nearest(
+    target: Grid,
+    source: Grid,
+    p: float,
+    squared: bool,
+    scale: tuple[float, ...] | None,
+    k: int,
+    exact: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    points = [Points(pos=grid.positions(device, dtype)) for grid in (target, source)]
+    bound: Differences = Spatial(p, squared, scale).bind(*points)  # type: ignore[assignment]
+    sharp, axes = bound.refined().sharp(), len(source.size)
+    radius = math.ceil(k ** (1 / axes) / 2) + 1
+    while True:
+        index, reach = _box(target, source, radius, sharp, device)
+        if index.shape[-1] >= k:
+            best, place = k_smallest(sharp.at(index).to(dtype), k)
+            if index.shape[-1] == source.num_points or bool((best[..., -1:] < reach).all()):
+                index = index.gather(-1, place)
+                return index, bound.refined().at(index).to(dtype) if exact else best
+        radius *= 2
+
+
+_kept = keep(8)(_nearest)
 
 
 def _box(

@@ -213,7 +213,7 @@ def _by_product(
     margin = 2 * rough.rounding()
     unsure = _undecided(problem, values, places, margin)
     if 1 < asked < problem.keys.shape[-2]:
-        unsure = unsure | _open_ended(problem, values, places)
+        unsure = unsure | _open_ended(problem, values, places, hidden.own)
     values, places = values[..., :k], places[..., :k]
     if bool(unsure.any()):
         rows = unsure_rows(unsure)
@@ -253,7 +253,7 @@ def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor)
     unclear = ~((gap > margin) | (values[..., 1:] == torch.inf))  # what is hidden is in no order
     equal = unclear & (gap == 0)
     if bool(equal.any()):
-        # Equal keys have equal products, so their order, by index, is right.
+        # Equal keys stand in the order of their places, which is right.
         keys = problem.keys
         if problem.bias is not None:
             keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
@@ -263,17 +263,39 @@ def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor)
     return unclear.any(-1)
 
 
-def _open_ended(problem: Problem, values: Tensor, places: Tensor) -> Tensor:
+def _open_ended(problem: Problem, values: Tensor, places: Tensor, own: Tensor | None) -> Tensor:
     """Rows ``(..., n)`` that end in equal keys, so that who comes after these is not known.
 
-    Where these keys are the target itself, nobody who comes after can be nearer.
+    Where these keys are the target itself, nobody who comes after can be nearer; and none of them
+    comes after where those listed are the first of them. Their products need not be equal: BLAS
+    may sum those at the edge of a block in an order of their own.
     """
     tied = (values[..., -1] == values[..., -2]) & (values[..., -1] < torch.inf)
     if problem.kind == "products" or not bool(tied.any()):
         return tied
-    last = places[..., -1]
-    named = _fingerprint(problem.keys).expand(*last.shape[:-1], -1).gather(-1, last)
-    return tied & (named != _fingerprint(problem.q))
+    name, rank = _ranked(_fingerprint(problem.keys))
+    last, listed = places[..., -1:], places[..., :-1]
+
+    def at(values: Tensor, place: Tensor) -> Tensor:
+        return values.unsqueeze(-2).expand(*place.shape[:-1], -1).gather(-1, place)
+
+    itself = at(name, last).squeeze(-1) == _fingerprint(problem.q)
+    highest = at(rank, listed).amax(-1)
+    if own is not None:  # which is not listed, and comes before some that are
+        place = own.expand(highest.shape).unsqueeze(-1).clamp_min(0)
+        same = (own >= 0) & (at(name, place) == at(name, last)).squeeze(-1)
+        highest = highest - (same & (at(rank, place).squeeze(-1) < highest)).long()
+    return tied & ~(itself & (highest < listed.shape[-1]))
+
+
+def _ranked(name: Tensor) -> tuple[Tensor, Tensor]:
+    """Names ``(..., m)``, and how many before each in its row have the same."""
+    order = name.argsort(dim=-1, stable=True)
+    ordered = name.gather(-1, order)
+    number = torch.arange(name.shape[-1], device=name.device).expand(name.shape)
+    starts = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
+    rank = number - number.where(starts, 0).cummax(-1).values
+    return name, torch.empty_like(order).scatter(-1, order, rank)
 
 
 def _fingerprint(keys: Tensor) -> Tensor:
@@ -315,14 +337,18 @@ def _settle(
     if not isinstance(exact, BilinearForm) or apart is None:
         return value, chosen
     # Vectors that differ by their last bits alone are too near even for float64's product.
-    unsure = _undecided(problem.targets(rows), listed, place, 2 * exact.rounding())
+    few = problem.targets(rows)
+    unsure = _undecided(few, listed, place, 2 * exact.rounding())
+    if 1 < asked < m:
+        unsure = unsure | _open_ended(few, listed, place, behind.own)
     if not bool(unsure.any()):
         return value, chosen
-    few = unsure_rows(unsure)
+    rows = unsure_rows(unsure)
     listed, place = smallest_in_rows(
-        apart.targets(few), k, behind.targets(few), slab, problem.dtype
+        apart.targets(rows), k, behind.targets(rows), slab, problem.dtype
     )
-    return put_rows(value, chosen, few, _as_referee(bound.targets(few), listed, place, k, slab)[:2])
+    seen = _as_referee(bound.targets(rows), listed, place, k, slab)[:2]
+    return put_rows(value, chosen, rows, seen)
 
 
 def _as_referee(

@@ -23,10 +23,11 @@ from convnn_geo.search.torch_cluster import PygLib, TorchCluster
 from convnn_geo.search.torchbvh import TorchBVH
 from convnn_geo.search.triton import Triton
 
+_GRID = GridSearch()
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        GridSearch(),
+        _GRID,
         Cells(),
         KDTree(),
         TorchCluster(),
@@ -62,15 +63,16 @@ def fastest(query: Query) -> str:
     Args:
         query: what is asked.
     """
-    if ENGINES[GridSearch.name].refuses(query) is None:  # nothing is searched where all is known
-        return GridSearch.name
+    grid = _GRID
+    if grid.refuses(query) is None and grid.keeps(query):  # searched once for each size
+        return grid.name
     if _two_directions(query):
         return Dense.name
     # What is measured counts; but sizes that are traced must not be looked at one by one.
     seconds = {} if torch.compiler.is_compiling() else expected(query)
     for name in sorted(seconds, key=seconds.__getitem__):
-        engine = ENGINES.get(name)
-        if engine is not None and not engine.approximate and engine.refuses(query) is None:
+        engine = ENGINES.get(name, grid)
+        if engine is not grid and not engine.approximate and engine.refuses(query) is None:
             return name
     many = query.source.num_points >= 4096
     cells = many and ENGINES[Cells.name].refuses(query) is None
@@ -101,7 +103,9 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
     if best not in seconds:
         return lambda name: "not measured on this kind of device"
     return lambda name: (
-        f"slower in the case most like this: {1e3 * seconds[name]:.3g} ms, "
+        "what it finds is too much to be kept for the next call"
+        if name == GridSearch.name
+        else f"slower in the case most like this: {1e3 * seconds[name]:.3g} ms, "
         f"{best} {1e3 * seconds[best]:.3g} ms"
         if name in seconds
         else "too slow to measure, or not measured"

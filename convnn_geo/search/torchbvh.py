@@ -17,7 +17,7 @@ _COUNTS = (4, 8, 16)
 
 
 class TorchBVH(PointEngine):
-    """``torchbvh.BVH(points).knn(...)``, from the extra ``gpu``; it compiles itself when first used."""
+    """``torchbvh.BVH(points).knn(...)``, from the extra ``gpu``; compiled when first used."""
 
     name = "torchbvh"
     whole = True
