@@ -98,16 +98,24 @@ def check_floating(name: str, value: Tensor) -> None:
 
 
 def check_alike(name: str, first: Tensor, other_name: str, second: Tensor) -> None:
-    """Raise unless two tensors share device and dtype."""
+    """Raise unless two tensors share device and dtype, but for what autocast lowers of them."""
     if first.device != second.device:
         raise ValueError(
             f"{name} is on {first.device} but {other_name} on {second.device}; "
             "move both to one device"
         )
-    if first.dtype != second.dtype:
+    if first.dtype == second.dtype:
+        return
+    if torch.float64 in (first.dtype, second.dtype) or not casts(first.device):
         raise TypeError(
             f"{name} is {first.dtype} but {other_name} {second.dtype}; convert one of them"
         )
+
+
+def casts(device: torch.device) -> bool:
+    """Whether autocast is on for a device: features may then have fewer bits than positions."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_edges(edge_index: Any, device: torch.device) -> None:
@@ -128,9 +136,7 @@ def check_layer(name: str, x: Tensor, weight: Tensor) -> None:
     """Raise unless a layer's input is where its weights are, and of their dtype or autocast."""
     if x.device != weight.device:
         raise ValueError(f"{name} is on {x.device}, the layer on {weight.device}; move one of them")
-    kind = x.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if x.dtype != weight.dtype and not casts:
+    if x.dtype != weight.dtype and not casts(x.device):
         raise TypeError(f"{name} is {x.dtype}, the layer {weight.dtype}; convert one of them")
 
 

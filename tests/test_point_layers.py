@@ -189,3 +189,34 @@ def test_layers_do_not_share_what_learns():
     both = point_layer("branching", 3, {"weighting": weighting})(6, 6)
     parts = (weighting, both.neighbors.weighting, both.other.weighting)
     assert len({id(part.mlp.weight) for part in parts}) == 3
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+@pytest.mark.parametrize("name", POINT_LAYERS.names())
+def test_autocast_lowers_features_and_leaves_positions(name, backend):
+    """As after nn.Linear, which gives bfloat16: distances are those of the float32 positions."""
+    torch.manual_seed(0)
+    batch = torch.arange(2).repeat_interleave(20)
+    pos = torch.randn(40, 3) + 100  # which bfloat16 would round together
+    first, layer = nn.Linear(3, 8), point_layer(name, 3, {"backend": backend})(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = first(pos - 100)
+        found = layer(x, pos, batch)
+        assert x.dtype == found.dtype == torch.bfloat16
+        found.float().square().sum().backward()
+    wanted = layer(x.float(), pos, batch)
+    error = (found.float() - wanted).abs() / wanted.abs().amax()
+    assert float((error < 0.03).float().mean()) > 0.97
+    used = [*first.parameters(), *layer.parameters()]
+    assert any(p.grad is not None for p in used) and all(
+        p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in used
+    )
+
+
+def test_without_autocast_features_and_positions_have_one_dtype():
+    layer = PointConvNN(8, 8, k=4).bfloat16()
+    x, pos = torch.randn(9, 8).bfloat16(), torch.randn(9, 3)
+    with pytest.raises(TypeError, match=r"x is torch.bfloat16 but pos torch.float32"):
+        layer(x, pos)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="pos torch.float64"):
+        layer(x, pos.double())

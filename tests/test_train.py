@@ -396,6 +396,21 @@ def test_other_ways_to_compute_learn_the_same(small, tmp_path, options):
         assert other.test["loss"] != plain.test["loss"]
 
 
+def test_the_model_is_tried_in_the_precision_of_the_run(digits):
+    """So that what can't be lowered is refused before any work."""
+
+    class Whole(Small):
+        def forward(self, x):
+            if self.flat(x).dtype != torch.float32:
+                raise TypeError("expected float32")
+            return super().forward(x)
+
+    setup.check_fits(digits, Whole(""), "32-true")
+    for precision in ("bf16-mixed", "16-mixed"):
+        with pytest.raises(ConfigError, match=r"can't take digits.*expected float32"):
+            setup.check_fits(digits, Whole(""), precision)
+
+
 def test_channels_last_reaches_the_model(tmp_path, monkeypatch):
     seen = []
 

@@ -73,7 +73,7 @@ def new_model(
     module = build(arguments)
     if change is not None:
         change(module)
-    check_fits(task, module)
+    check_fits(task, module, config.precision)
     check_norms(task, module, smallest_piece(len(task.train), config.batch_size, pieces))
     return arguments, module
 
@@ -111,16 +111,18 @@ def build(arguments: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def check_fits(task: Task, module: nn.Module) -> None:
+def check_fits(task: Task, module: nn.Module, precision: str = "32-true") -> None:
     """Raise ``ConfigError`` unless the model takes the task's inputs and gives what is scored.
 
     Args:
         task: the data, two examples of which are tried.
         module: on the CPU.
+        precision: that the model will train in; bfloat16 stands for any half precision.
     """
     inputs, target = task.collate([task.train[number] for number in range(min(2, len(task.train)))])
     try:
-        output = module.eval()(*inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+            output = module.eval()(*inputs)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"the model can't take {task.name}, {task.kind}: {error}") from error
     wanted = target.shape if task.num_classes is None else (len(target), task.num_classes)
