@@ -177,9 +177,9 @@ class TestAttention:
     )
     @pytest.mark.parametrize("masked", [False, True])
     def test_values_and_gradients(self, monkeypatch, row, shape, m, c, k, masked):
-        from convnn_geo.gpu import attention
+        from convnn_geo.gpu import rows
 
-        monkeypatch.setattr(attention, "ROW", row)
+        monkeypatch.setattr(rows, "LONGEST", row)
         lead = shape[:-2]
         q, keys = torch.randn(shape), torch.randn(*lead, m, shape[-1])
         value = torch.randn(*lead, m, c)
@@ -206,9 +206,9 @@ class TestAttention:
     @pytest.mark.parametrize("dtype", HALVES[1:])
     @pytest.mark.parametrize("row", [512, 8])
     def test_half_precision_with_float32_scores(self, monkeypatch, dtype, row):
-        from convnn_geo.gpu import attention
+        from convnn_geo.gpu import rows
 
-        monkeypatch.setattr(attention, "ROW", row)
+        monkeypatch.setattr(rows, "LONGEST", row)
         q, k, v = on(*(torch.randn(1, 2, 20, 16).to(dtype) for _ in range(3)))
         out = knn_attention(q, k, v, 6, backend="triton")
         exact = plain_attention(q.double(), k.double(), v.double(), 6)
@@ -217,9 +217,9 @@ class TestAttention:
 
     @pytest.mark.parametrize("row", [512, 8])
     def test_ties_go_to_the_lowest_index(self, monkeypatch, row):
-        from convnn_geo.gpu import attention
+        from convnn_geo.gpu import rows
 
-        monkeypatch.setattr(attention, "ROW", row)
+        monkeypatch.setattr(rows, "LONGEST", row)
         q = torch.randint(2, (1, 30, 16)).float()
         value = torch.eye(30)[None]
         q, value = on(q, value)
@@ -230,9 +230,9 @@ class TestAttention:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("row", [512, 8])
     def test_dropout(self, monkeypatch, row, dtype):
-        from convnn_geo.gpu import attention
+        from convnn_geo.gpu import rows
 
-        monkeypatch.setattr(attention, "ROW", row)
+        monkeypatch.setattr(rows, "LONGEST", row)
         q, k, v, keep = on(*(torch.randn(1, 12, 16) for _ in range(3)), torch.rand(1, 12, 5))
         q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
         rough = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}

@@ -5,10 +5,16 @@ The files beside this one import triton: import them where they are used.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
 
 LARGEST_K = 256
 """Neighbours, at most, that a search keeps in registers."""
@@ -26,3 +32,26 @@ def refuses(device: torch.device) -> str | None:
 def interpreted() -> bool:
     """Whether kernels are run by Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function that launches kernels on the device of its first tensor, whichever is current."""
+
+    @functools.wraps(function)
+    def launch(first: Tensor, *args: object, **kwargs: object) -> Result:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return launch
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads can share: 227 KB on an H100, 99 KB on many others."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin

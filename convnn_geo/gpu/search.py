@@ -1,7 +1,8 @@
 """The k nearest by tiles: distances pass through registers, the nearest stay there.
 
-A pair is one integer, its distance's bits above its index, inverted: the largest is the nearest,
-no two are equal, and sorting them breaks ties.
+Distances are compared as integers in their order. Sources come by index, so that whoever is as
+near as the k-th so far comes too late. At the end pairs are one integer each, the distance above
+the index, inverted: sorting them, the largest first, breaks ties.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.tiles import (
+    HIDDEN,
+    PADDING,
     ordered,
     products,
     squared_differences,
@@ -22,43 +25,47 @@ from convnn_geo.gpu.tiles import (
     unordered,
 )
 
-DIRECT_DIMENSIONS = 8
-"""Up to here distances are summed from differences."""
 SPARE = 4
 """Neighbours more than k, at least, that are kept where their order is to be settled."""
+_FILLED: tl.constexpr = tl.constexpr(-0x7FFFFFFF - 1)
 _WORST: tl.constexpr = tl.constexpr(-0x7FFFFFFFFFFFFFFF - 1)
 
 
 @triton.jit
-def _pairs(value, places):
-    return ~((ordered(value).to(tl.int64) << 32) | places.to(tl.int64))
+def _pairs(code, places):
+    return ~((code.to(tl.int64) << 32) | places.to(tl.int64))
 
 
 @triton.jit
 def _none_yet(k, BLOCK_N: tl.constexpr, K: tl.constexpr):
     """Empty places for ``k``, all different, so that one at a time is replaced."""
     slot = tl.arange(0, K)
-    empty = tl.where(slot < k, _WORST + slot.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
-    return tl.broadcast_to(empty[None, :], [BLOCK_N, K])
+    code = tl.where(slot < k, PADDING, _FILLED)
+    code = tl.broadcast_to(code[None, :], [BLOCK_N, K])
+    return code, tl.broadcast_to(0x7FFFFFFF - slot[None, :], [BLOCK_N, K])
 
 
 @triton.jit
-def _keep_nearest(best, kth, pair):
+def _keep_nearest(best, place, kth, code, columns):
     """Of a tile those that are nearer than the k-th so far take its place, one after the other."""
-    nearest_left = tl.max(pair, 1)
-    while tl.max((nearest_left > kth).to(tl.int32), 0) > 0:
-        replaced = (best == kth[:, None]) & (nearest_left > kth)[:, None]
+    nearest_left = tl.min(code, 1)
+    while tl.max((nearest_left < kth).to(tl.int32), 0) > 0:
+        who = tl.min(tl.where(code == nearest_left[:, None], columns[None, :], PADDING), 1)
+        last = tl.max(tl.where(best == kth[:, None], place, -1), 1)
+        replaced = (best == kth[:, None]) & (place == last[:, None])
+        replaced = replaced & (nearest_left < kth)[:, None]
         best = tl.where(replaced, nearest_left[:, None], best)
-        pair = tl.where(pair == nearest_left[:, None], _WORST, pair)
-        kth = tl.min(best, 1)
-        nearest_left = tl.max(pair, 1)
-    return best, kth
+        place = tl.where(replaced, who[:, None], place)
+        code = tl.where(columns[None, :] == who[:, None], PADDING, code)
+        kth = tl.max(best, 1)
+        nearest_left = tl.min(code, 1)
+    return best, place, kth
 
 
 @triton.jit
-def _sorted(best, k, K: tl.constexpr):
-    """The nearest first; what is over ``k`` last."""
-    kept = tl.where((tl.arange(0, K) < k)[None, :], best, _WORST)
+def _sorted(best, place, k, K: tl.constexpr):
+    """Pairs, the nearest first; what is over ``k`` last."""
+    kept = tl.where((tl.arange(0, K) < k)[None, :], _pairs(best, place), _WORST)
     return tl.sort(kept, dim=1, descending=True)
 
 
@@ -89,6 +96,8 @@ def _settled(
     slack,
     n,
     m,
+    q_row,
+    key_row,
     k,
     kept,
     d: tl.constexpr,
@@ -114,13 +123,16 @@ def _settled(
     unclear = unclear & (rows < n)
     value = _value(best) + square[:, None]
     if tl.max(unclear.to(tl.int32), 0) > 0:
-        again = _none_yet(kept, BLOCK_N, K)
+        code, places = _none_yet(kept, BLOCK_N, K)
         for j in range(0, kept):
             place = _place(_slot(best, j, K))
-            exact = squared_differences_of_pairs(q, key, rows, place, unclear, d, BLOCK_D, ANGLES)
-            pair = _pairs(exact.to(tl.float32), place)
-            again = tl.where((tl.arange(0, K) == j)[None, :], pair[:, None], again)
-        again = _sorted(again, kept, K)
+            exact = squared_differences_of_pairs(
+                q, key, rows, place, unclear, q_row, key_row, d, BLOCK_D, ANGLES
+            )
+            here = (tl.arange(0, K) == j)[None, :]
+            code = tl.where(here, ordered(exact.to(tl.float32))[:, None], code)
+            places = tl.where(here, place[:, None], places)
+        again = _sorted(code, places, kept, K)
         beyond = _value(_slot(best, kept - 1, K)) + square - slack
         everybody = kept == m
         if HAS_OWN:
@@ -128,17 +140,19 @@ def _settled(
         found = (_value(_slot(again, k - 1, K)) < beyond) | everybody
         lost = unclear & (found == 0)
         if tl.max(lost.to(tl.int32), 0) > 0:
-            every = _none_yet(k, BLOCK_N, K)
-            kth = tl.min(every, 1)
+            every, where = _none_yet(k, BLOCK_N, K)
+            kth = tl.max(every, 1)
             for start in range(0, m, BLOCK_M):
                 columns = start + tl.arange(0, BLOCK_M)
-                exact = squared_differences(q, key, rows, columns, n, m, d, tl.float64, ANGLES)
-                pair = _pairs(exact.to(tl.float32), columns[None, :])
+                exact = squared_differences(
+                    q, key, rows, columns, n, m, q_row, key_row, d, tl.float64, ANGLES
+                )
                 seen = lost[:, None] & (columns < m)[None, :]
                 if HAS_OWN:
                     seen = seen & (columns[None, :] != own[:, None])
-                every, kth = _keep_nearest(every, kth, tl.where(seen, pair, _WORST))
-            again = tl.where(lost[:, None], _sorted(every, k, K), again)
+                code = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
+                every, where, kth = _keep_nearest(every, where, kth, code, columns)
+            again = tl.where(lost[:, None], _sorted(every, where, k, K), again)
         best = tl.where(unclear[:, None], again, best)
         value = tl.where(unclear[:, None], _value(again), value)
     return value, best
@@ -158,9 +172,20 @@ def _nearest(
     key_start_ptr,
     value_ptr,
     place_ptr,
+    blocks,
+    n,
+    m,
     k,
     kept,
     heads,
+    q_example,
+    q_head,
+    q_row,
+    key_example,
+    key_head,
+    key_row,
+    bias_example,
+    bias_head,
     mask_example,
     mask_head,
     mask_row,
@@ -170,6 +195,7 @@ def _nearest(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr,
     DIRECT: tl.constexpr,
     ANGLES: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -179,73 +205,70 @@ def _nearest(
     HAS_OWN: tl.constexpr,
 ):
     """One block of targets of one example against all its sources; most tiles hold no neighbour."""
-    example = tl.program_id(1)
-    q_start, key_start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
-    n, m = tl.load(q_start_ptr + example + 1) - q_start, tl.load(key_start_ptr + example + 1)
-    m -= key_start
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    q, key = q_ptr + q_start * d, key_ptr + key_start * d
+    example = (tl.program_id(0) // blocks).to(tl.int64)
+    outer, head = example // heads, example % heads
+    rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
+    key += head * key_head
+    bias, first = bias_ptr, example * n
+    if HAS_BIAS:
+        bias += outer * bias_example + head * bias_head
+    if RAGGED:
+        first, start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
+        n = tl.load(q_start_ptr + example + 1) - first
+        m = tl.load(key_start_ptr + example + 1) - start
+        q, key = q_ptr + first * q_row, key_ptr + start * key_row
+        if HAS_BIAS:
+            bias = bias_ptr + start
     own = rows
     if HAS_OWN:
-        own = tl.load(own_ptr + q_start + rows, mask=rows < n, other=-1).to(tl.int32)
-    best = _none_yet(kept, BLOCK_N, K)
-    kth = tl.min(best, 1)
+        own = tl.load(own_ptr + first + rows, mask=rows < n, other=-1).to(tl.int32)
+    best, place = _none_yet(kept, BLOCK_N, K)
+    kth = tl.max(best, 1)
     for start in range(0, m, BLOCK_M):
         columns = start + tl.arange(0, BLOCK_M)
         if DIRECT:
-            value = squared_differences(q, key, rows, columns, n, m, d, tl.float32, ANGLES)
+            value = squared_differences(
+                q, key, rows, columns, n, m, q_row, key_row, d, tl.float32, ANGLES
+            )
         else:
             center = q
             if CENTERED:
                 center = center_ptr + example * d
-            product = products(q, key, center, rows, columns, n, m, d, BLOCK_D, CENTERED)
+            product = products(
+                q, key, center, rows, columns, n, m, q_row, key_row, d, BLOCK_D, CENTERED
+            )
             value = -scale * product
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + key_start + columns, mask=columns < m, other=0.0)
-                value += bias[None, :]
+                value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+        code = ordered(value)
         if HAS_MASK:
-            at = example // heads * mask_example + example % heads * mask_head
+            mask = mask_ptr + outer * mask_example + head * mask_head
             seen = tl.load(
-                mask_ptr + at + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
+                mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
                 mask=(rows < n)[:, None] & (columns < m)[None, :],
-                other=0,
+                other=1,
             )
-            value = tl.where(seen != 0, value, float("inf"))
+            code = tl.where(seen != 0, code, HIDDEN)
         real = tl.broadcast_to((columns < m)[None, :], [BLOCK_N, BLOCK_M])
         if HAS_OWN:
             real = real & (columns[None, :] != own[:, None])
-        pair = tl.where(real, _pairs(value, columns[None, :]), _WORST)
-        best, kth = _keep_nearest(best, kth, pair)
-    best = _sorted(best, kept, K)
-    value = _value(best)
+        code = tl.where(real, code, PADDING)
+        best, place, kth = _keep_nearest(best, place, kth, code, columns)
+    pair = _sorted(best, place, kept, K)
+    value = _value(pair)
     if SETTLE:
-        square = tl.load(square_ptr + q_start + rows, mask=rows < n, other=0.0)
-        slack = tl.load(slack_ptr + q_start + rows, mask=rows < n, other=0.0)
-        value, best = _settled(
-            best,
-            q,
-            key,
-            rows,
-            own,
-            square,
-            slack,
-            n,
-            m,
-            k,
-            kept,
-            d,
-            K,
-            BLOCK_N,
-            BLOCK_M,
-            BLOCK_D,
-            ANGLES,
-            HAS_OWN,
-        )
+        square = tl.load(square_ptr + first + rows, mask=rows < n, other=0.0)
+        slack = tl.load(slack_ptr + first + rows, mask=rows < n, other=0.0)
+        value, pair = _settled(
+            pair, q, key, rows, own, square, slack, n, m, q_row, key_row, k, kept, d, K,
+            BLOCK_N, BLOCK_M, BLOCK_D, ANGLES, HAS_OWN,
+        )  # fmt: skip
     slot = tl.arange(0, K)
-    at = (q_start + rows)[:, None].to(tl.int64) * k + slot[None, :]
+    at = (first + rows)[:, None].to(tl.int64) * k + slot[None, :]
     stored = (rows < n)[:, None] & (slot < k)[None, :]
     tl.store(value_ptr + at, value, mask=stored)
-    tl.store(place_ptr + at, _place(best), mask=stored)
+    tl.store(place_ptr + at, _place(pair), mask=stored)
 
 
 @dataclass(frozen=True)
@@ -265,11 +288,12 @@ class Rounding:
     least: int
 
 
+@gpu.on_its_device
 def nearest(
     q: Tensor,
     keys: Tensor,
     k: int,
-    starts: tuple[Tensor, Tensor],
+    starts: tuple[Tensor, Tensor] | None,
     longest: int,
     bias: Tensor | None = None,
     scale: float = 1.0,
@@ -283,45 +307,61 @@ def nearest(
     """Values and places ``(n, k)`` of the nearest in each example, in order, ties by place.
 
     Args:
-        q: ``(n, d)``, examples one after the other; float32, bfloat16 or float16.
-        keys: ``(m, d)``.
+        q: ``(n, d)``, examples one after the other; float32, bfloat16 or float16. Without starts
+            ``(b, heads, n, d)``, and places of all heads come one after the other.
+        keys: ``(m, d)``, or ``(b, heads, m, d)``.
         k: at most what the smallest example has, and 256.
-        starts: ``(b + 1,)`` each, where examples start in ``q`` and in ``keys``, int64.
+        starts: ``(b + 1,)`` each, where examples start in ``q`` and in ``keys``, int64; None where
+            examples are of equal size.
         longest: targets of the largest example.
-        bias: ``(m,)`` or None; distances are ``bias - scale <q, key>``.
+        bias: ``(m,)``, or ``(b, heads, m)``, or None; distances are ``bias - scale <q, key>``.
         scale: of the product.
-        mask: ``(b / heads, heads, n, m)`` for examples of equal size, True where allowed.
+        mask: ``(b, heads, n, m)`` for examples of equal size, True where allowed.
         heads: examples that share the mask's first axis.
         direct: by squared differences instead; for few axes.
         own: ``(n,)``, a source that each target is not to find; -1 for none.
         angles: vectors have length one, or zero: these have squared distance 2 from all.
-        rounding: with k under 256; neighbours that products do not tell apart come in the order of
-            their squared differences, summed in float64 and rounded to float32.
+        rounding: neighbours that products do not tell apart come in the order of their squared
+            differences, summed in float64 and rounded to float32.
 
     Returns:
-        float32 and int32; places count within the example. What is hidden has value infinity.
+        float32 and int32; places count within the example. What is hidden has value infinity and
+        comes last, after NaN.
     """
     d, kept = q.shape[-1], k
     center = square = slack = None
     if rounding is not None:
         center, square, slack = rounding.center, rounding.square, rounding.slack
         roomy = max(16, triton.next_power_of_2(k + SPARE))
-        kept = min(roomy, gpu.LARGEST_K, rounding.least - (own is not None))
+        kept = min(
+            roomy if roomy <= gpu.LARGEST_K else k + SPARE, rounding.least - (own is not None)
+        )
     width = max(16, triton.next_power_of_2(kept))
-    values = q.new_empty(q.shape[0], k, dtype=torch.float32)
-    places = q.new_empty(q.shape[0], k, dtype=torch.int32)
+    if starts is None:
+        examples, heads = q.shape[0] * q.shape[1], q.shape[1]
+        n, m = q.shape[-2], keys.shape[-2]
+        strides = [*q.stride()[:-1], *keys.stride()[:-1]]
+        strides += (0, 0) if bias is None else bias.stride()[:-1]
+    else:
+        examples, n, m, strides = len(starts[0]) - 1, 0, 0, [0, 0, d, 0, 0, d, 0, 0]
+    strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
+    values = q.new_empty(q.shape[:-1].numel(), k, dtype=torch.float32)
+    places = torch.empty_like(values, dtype=torch.int32)
+    if not values.numel():
+        return values, places
     wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
     block = 16 if wide else 32
-    strides = (0, 0, 0) if mask is None else mask.stride()[:-1]
-    grid = (triton.cdiv(longest, block), len(starts[0]) - 1)
-    _nearest[grid](
+    blocks = triton.cdiv(longest, block)
+    _nearest[(blocks * examples,)](
         *(q, keys, bias, None if mask is None else mask.view(torch.uint8), own),
-        *(center, square, slack, *starts, values, places, k, kept, heads, *strides, scale),
+        *(center, square, slack, *(starts or (None, None)), values, places),
+        *(blocks, n, m, k, kept, heads, *strides, scale),
         d=d,
         K=width,
         BLOCK_N=block,
-        BLOCK_M=max(64, width),
+        BLOCK_M=max(64, min(256, width)),
         BLOCK_D=max(16, min(64, triton.next_power_of_2(d))),
+        RAGGED=starts is not None,
         DIRECT=direct,
         ANGLES=angles,
         CENTERED=rounding is not None,

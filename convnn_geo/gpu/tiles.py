@@ -9,6 +9,11 @@ from convnn_geo import gpu
 
 _WIDEN: tl.constexpr = tl.constexpr(gpu.interpreted())
 """The interpreter multiplies no halves."""
+_NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+HIDDEN: tl.constexpr = tl.constexpr(0x7FFFFFFE)
+"""The code of a source that a mask hides."""
+PADDING: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+"""The code of what only fills a tile up."""
 
 
 @triton.jit
@@ -21,15 +26,19 @@ def dot(a, b, total):
 
 @triton.jit
 def ordered(value):
-    """Integers in the order of floats; -0.0 counts as 0.0, NaN as the largest."""
+    """Integers in the order of floats; -0.0 counts as 0.0, NaN comes after infinity.
+
+    ``HIDDEN`` and ``PADDING`` come after both.
+    """
     bits = (value + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
 
 
 @triton.jit
 def unordered(code):
-    """The floats again."""
-    return (code ^ ((code >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    """The floats again; infinity for what is hidden."""
+    value = (code ^ ((code >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(code > _NAN, float("inf"), value)
 
 
 @triton.jit
@@ -41,11 +50,15 @@ def products(
     columns,
     n,
     m,
+    q_row,
+    key_row,
     d: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CENTERED: tl.constexpr,
 ):
     """``<q, key>`` of rows and columns of two arrays ``(n, d)`` and ``(m, d)``, in float32.
+
+    Rows lie ``q_row`` and ``key_row`` numbers apart.
 
     ``CENTERED``: ``<q - center, key - center>``.
     """
@@ -53,12 +66,12 @@ def products(
     for start in tl.static_range(0, d, BLOCK_D):
         axes = start + tl.arange(0, BLOCK_D)
         q = tl.load(
-            q_ptr + rows[:, None].to(tl.int64) * d + axes[None, :],
+            q_ptr + rows[:, None].to(tl.int64) * q_row + axes[None, :],
             mask=(rows < n)[:, None] & (axes < d)[None, :],
             other=0.0,
         )
         key = tl.load(
-            key_ptr + columns[None, :].to(tl.int64) * d + axes[:, None],
+            key_ptr + columns[None, :].to(tl.int64) * key_row + axes[:, None],
             mask=(columns < m)[None, :] & (axes < d)[:, None],
             other=0.0,
         )
@@ -70,13 +83,23 @@ def products(
 
 
 @triton.jit
-def _axis(ptr, rows, n, d, axis, KIND: tl.constexpr):
-    return tl.load(ptr + rows.to(tl.int64) * d + axis, mask=rows < n, other=0.0).to(KIND)
+def _axis(ptr, rows, n, stride, axis, KIND: tl.constexpr):
+    return tl.load(ptr + rows.to(tl.int64) * stride + axis, mask=rows < n, other=0.0).to(KIND)
 
 
 @triton.jit
 def squared_differences(
-    q_ptr, key_ptr, rows, columns, n, m, d: tl.constexpr, KIND: tl.constexpr, ANGLES: tl.constexpr
+    q_ptr,
+    key_ptr,
+    rows,
+    columns,
+    n,
+    m,
+    q_row,
+    key_row,
+    d: tl.constexpr,
+    KIND: tl.constexpr,
+    ANGLES: tl.constexpr,
 ):
     """``|q - key|^2`` as a ``KIND`` of float, summed in the order of axes.
 
@@ -86,12 +109,14 @@ def squared_differences(
     q_length, key_length = tl.zeros([rows.shape[0]], KIND), tl.zeros([columns.shape[0]], KIND)
     if d <= 8:
         for axis in tl.static_range(0, d):
-            q, key = _axis(q_ptr, rows, n, d, axis, KIND), _axis(key_ptr, columns, m, d, axis, KIND)
+            q = _axis(q_ptr, rows, n, q_row, axis, KIND)
+            key = _axis(key_ptr, columns, m, key_row, axis, KIND)
             total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
             q_length, key_length = q_length + q * q, key_length + key * key
     else:
         for axis in range(0, d):
-            q, key = _axis(q_ptr, rows, n, d, axis, KIND), _axis(key_ptr, columns, m, d, axis, KIND)
+            q = _axis(q_ptr, rows, n, q_row, axis, KIND)
+            key = _axis(key_ptr, columns, m, key_row, axis, KIND)
             total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
             q_length, key_length = q_length + q * q, key_length + key * key
     if ANGLES:
@@ -101,7 +126,16 @@ def squared_differences(
 
 @triton.jit
 def squared_differences_of_pairs(
-    q_ptr, key_ptr, rows, places, real, d: tl.constexpr, BLOCK_D: tl.constexpr, ANGLES: tl.constexpr
+    q_ptr,
+    key_ptr,
+    rows,
+    places,
+    real,
+    q_row,
+    key_row,
+    d: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ANGLES: tl.constexpr,
 ):
     """The same in float64 of each row and one source."""
     total = tl.zeros([rows.shape[0]], tl.float64)
@@ -112,9 +146,9 @@ def squared_differences_of_pairs(
     for start in range(0, d, BLOCK_D):
         axes = start + tl.arange(0, BLOCK_D)
         there = real[:, None] & (axes < d)[None, :]
-        at = rows.to(tl.int64)[:, None] * d + axes[None, :]
+        at = rows.to(tl.int64)[:, None] * q_row + axes[None, :]
         q = tl.load(q_ptr + at, mask=there, other=0.0).to(tl.float64)
-        at = places.to(tl.int64)[:, None] * d + axes[None, :]
+        at = places.to(tl.int64)[:, None] * key_row + axes[None, :]
         key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float64)
         total += tl.sum((q - key) * (q - key), 1)
         q_length += tl.sum(q * q, 1)

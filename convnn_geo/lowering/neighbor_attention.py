@@ -14,11 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn_geo import compiled, gpu
+from convnn_geo.gpu.layout import empty_result, leading
 from convnn_geo.kernels import Sum
 from convnn_geo.kernels.base import is_transformed
 from convnn_geo.lowering.attention import by_mask
 from convnn_geo.lowering.rules import Rule
-from convnn_geo.metrics import Angular, BilinearForm, Differences, full_precision
+from convnn_geo.metrics import (
+    Angular,
+    BilinearForm,
+    Differences,
+    Feature,
+    Interpolation,
+    Metric,
+    full_precision,
+)
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import Problem, by_rows
@@ -71,7 +80,7 @@ class TritonAttention(Rule):
         reason = _refuses(op) or gpu.refuses(op.value.device)
         if reason is not None:
             return reason
-        if op.bound.bilinear() is None:
+        if _form(op) is None:
             return "the metric is not bilinear"
         if op.value.dtype == torch.float64:
             return "values are torch.float64"
@@ -79,10 +88,27 @@ class TritonAttention(Rule):
 
     def run(self, op: Operation) -> Tensor:
         """Attend."""
-        form = op.bound.bilinear()
+        form = _form(op)
         if form is None:
             raise TypeError("triton_attention needs a bilinear metric")
         return _run(op, "products", form.q, form.k, form.b, form.scale, "triton")
+
+
+def _form(op: Operation) -> BilinearForm | None:
+    """Distances as one product: of the features themselves where the metric is just that.
+
+    Products of halves are exact in float32, so tensor cores give its distances.
+    """
+    metric: Metric | None = op.metric
+    while isinstance(metric, Interpolation):
+        metric = metric.end
+    if type(metric) is not Feature or metric.kind not in ("dot", "scaled_dot"):
+        return op.bound.bilinear()
+    q, keys = op.target.features, op.source.features
+    plain = metric.query is None and metric.key is None and q.dtype == keys.dtype
+    if not plain or q.dtype != op.value.dtype or q.dtype not in (torch.float16, torch.bfloat16):
+        return op.bound.bilinear()
+    return BilinearForm(q, keys, scale=1.0 if metric.kind == "dot" else q.shape[-1] ** -0.5)
 
 
 def _run(
@@ -98,15 +124,21 @@ def _run(
     selection: KNearest = op.selection  # type: ignore[assignment]
     keep, mask = None, op.query().subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
-        lead = broadcast_shapes(op.bound.shape[:-2], () if mask is None else mask.shape[:-2])
-        ones = op.value.new_ones(*lead, op.bound.shape[-2], selection.k)
+        lead = broadcast_shapes(
+            *(q.shape[:-2], keys.shape[:-2]), () if mask is None else mask.shape[:-2]
+        )
+        ones = op.value.new_ones(*lead, q.shape[-2], selection.k, dtype=torch.float32)
         keep = F.dropout(ones, weighting.dropout)
+    inputs = [t for t in (q, keys, op.value, bias) if t is not None]
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     out, _, _ = torch.ops.convnn_geo.neighbor_attention(
         *(kind, q, keys, op.value, bias, mask, keep, selection.k),
-        *(float(scale), weighting.temperature, engine),
+        *(float(scale), weighting.temperature, engine, trains),
     )
-    # Of queries that are not finite the compiled operator makes NaN by itself.
-    return out if engine == "compiled" and op.target.pos is None else show_nan(out, op)
+    # Of queries that are not finite the operators make NaN by themselves; in Triton unless a mask
+    # hides all keys from them, and where the metric looks at the features.
+    shown = engine == "compiled" or (mask is None and q is op.target.x)
+    return out if shown and op.target.pos is None else show_nan(out, op)
 
 
 def _over(op: Operation, limit: int) -> str | None:
@@ -128,7 +160,7 @@ def _refuses(op: Operation) -> str | None:
     if op.search not in ("auto", "dense"):
         return f"search={op.search!r} was asked for"
     if op.bias is not None:
-        return "scores are added to"
+        return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
     if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
     if chosen.k > op.source.num_points:
@@ -158,12 +190,16 @@ def _attend(
     scale: float,
     temperature: float,
     engine: str,
+    wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``."""
+    """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``.
+
+    Weights and places are for backward: Triton leaves them empty unless they are ``wanted``.
+    """
     if engine == "triton":
         from convnn_geo.gpu import attention
 
-        return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature)
+        return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature, wanted)
     found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature)
     if found is not None:
         return found
@@ -176,17 +212,16 @@ def _attend(
     empty = (score == -torch.inf).all(-1, keepdim=True)
     weight = score.masked_fill(empty, 0.0).softmax(-1).masked_fill(score == -torch.inf, 0.0)
     used = weight if keep is None else weight * keep
-    out = _empty(value, lead, q.shape[-2])
-    out.copy_((used.unsqueeze(-1) * gather_rows(value, place)).sum(-2))
+    out = empty_result(value, lead, q.shape[-2])
+    out.copy_(_weighted(used, gather_rows(value, place)))
     lost = q.sum(-1, keepdim=True).isnan()  # also where a query sees nobody
     return out.masked_fill_(lost, torch.nan), weight, place
 
 
-def _empty(value: Tensor, lead: torch.Size, n: int) -> Tensor:
-    """Memory ``(..., n, c)`` in which heads lie side by side, as who joins them wants it."""
-    if not lead:
-        return value.new_empty(n, value.shape[-1])
-    return value.new_empty(*lead[:-1], n, lead[-1], value.shape[-1]).transpose(-2, -3)
+def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+    """``sum_j weight_j row_j``, ``(..., c)``; rows without weight, infinite or not, have no part."""
+    weight = weight.unsqueeze(-1)
+    return (weight * rows.masked_fill(weight == 0, 0.0)).sum(-2)
 
 
 @_attend.register_fake
@@ -202,18 +237,13 @@ def _(
     scale: float,
     temperature: float,
     engine: str,
+    wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lead = broadcast_shapes(
-        *(q.shape[:-2], keys.shape[:-2], value.shape[:-2]),
-        () if bias is None else bias.shape[:-1],
-        () if mask is None else mask.shape[:-2],
-    )
-    weight = q.new_empty(*lead, q.shape[-2], k, dtype=torch.float32)
-    if engine == "triton":
-        out = value.new_empty(*lead, q.shape[-2], value.shape[-1])
-        return out, weight, torch.empty_like(weight, dtype=torch.int32)
-    out = _empty(value, lead, q.shape[-2])
-    return out, weight, torch.empty_like(weight, dtype=torch.long)
+    lead, triton = leading(q, keys, value, bias, mask), engine == "triton"
+    shape = (*lead, q.shape[-2], k) if wanted or not triton else (0,)
+    weight = q.new_empty(shape, dtype=torch.float32)
+    out = empty_result(value, lead, q.shape[-2])
+    return out, weight, torch.empty_like(weight, dtype=torch.int32 if triton else torch.long)
 
 
 @torch.library.custom_op("convnn_geo::neighbor_attention_backward", mutates_args=())
@@ -229,13 +259,17 @@ def _attend_backward(
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
+    biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to targets, keys, values and bias, in the leading shape of the result."""
+    """Gradients to targets, keys, values and bias, in the leading shape of the result.
+
+    That of a bias may be empty unless there is one.
+    """
     if engine == "triton":
         from convnn_geo.gpu import attention
 
         return attention.attend_backward(
-            q, keys, value, keep, scale, temperature, grad, weight, place
+            q, keys, value, keep, scale, temperature, grad, weight, place, biased
         )
     found = compiled.attention_backward(
         kind, q, keys, value, keep, scale, temperature, grad, weight, place
@@ -250,14 +284,17 @@ def _attend_backward(
         index = place.flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
         return into.scatter_add(-2, index, rows.flatten(-3, -2))
 
-    m = keys.shape[-2]
-    slope = kept * (grad.unsqueeze(-2) * gather_rows(value, place)).sum(-1)
-    to_value = scattered((weight * kept).unsqueeze(-1) * grad.unsqueeze(-2), m)
+    m, unused = keys.shape[-2], (weight == 0).unsqueeze(-1)
+    used = (weight * kept).unsqueeze(-1)
+    slope = (grad.unsqueeze(-2) * gather_rows(value, place).masked_fill(used == 0, 0.0)).sum(-1)
+    slope = kept * slope.masked_fill(used.squeeze(-1) == 0, 0.0)
+    to_value = scattered((used * grad.unsqueeze(-2)).masked_fill(used == 0, 0.0), m)
     mean = (weight * slope).sum(-1, keepdim=True)
-    of_distance = (weight * (mean - slope) / temperature).unsqueeze(-1)
+    of_distance = (weight * (mean - slope) / temperature).unsqueeze(-1).masked_fill(unused, 0.0)
     own = {"points": 2.0, "angles": 1.0, "products": 0.0}[kind]
     other = -scale if kind == "products" else -own
-    there, here = gather_rows(keys, place), q.unsqueeze(-2)
+    there, here = gather_rows(keys, place).masked_fill(unused, 0.0), q.unsqueeze(-2)
+    here = here.masked_fill(unused, 0.0)
     through = of_distance
     if kind == "angles":  # a zero vector is as far from all others
         zero = (here.norm(dim=-1, keepdim=True) < 0.5) | (there.norm(dim=-1, keepdim=True) < 0.5)
@@ -280,10 +317,12 @@ def _(
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
+    biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, m = place.shape[:-2], keys.shape[-2]
     grads = [weight.new_empty(*lead, *t.shape[-2:]) for t in (q, keys, value)]
-    return grads[0], grads[1], grads[2], weight.new_empty(*lead, m)
+    to_bias = weight.new_empty((*lead, m) if biased or engine != "triton" else 0)
+    return grads[0], grads[1], grads[2], to_bias
 
 
 def _plain(
@@ -299,8 +338,8 @@ def _plain(
     temperature: float,
 ) -> Tensor:
     """The sum over pairs that are chosen already, by operations with gradients of any order."""
-    place = place.long()
-    here, there = q.unsqueeze(-2), gather_rows(keys, place)
+    place, exact = place.long(), torch.promote_types(q.dtype, torch.float32)
+    here, there = q.unsqueeze(-2).to(exact), gather_rows(keys, place).to(exact)
     if kind == "products":
         distance = -scale * (here * there).sum(-1)
         if bias is not None:
@@ -315,11 +354,11 @@ def _plain(
     score = score.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     weight = score.softmax(-1) * seen
     used = weight if keep is None else weight * keep
-    return (used.unsqueeze(-1) * gather_rows(value, place)).sum(-2)
+    return _weighted(used, gather_rows(value, place)).to(value.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine = inputs
+    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine, _ = inputs
     ctx.kind, ctx.rest = kind, (scale, temperature, engine)
     ctx.save_for_backward(q, keys, value, bias, keep, *output[1:])
 
@@ -336,9 +375,9 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
             None if t is None or not t.requires_grad else next(found)
             for t in (q, keys, value, bias)
         ]
-        return (None, *grads, *[None] * 6)
+        return (None, *grads, *[None] * 7)
     to_q, to_keys, to_value, to_bias = torch.ops.convnn_geo.neighbor_attention_backward(
-        ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place
+        ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place, bias is not None
     )
     return (
         None,
@@ -346,7 +385,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         to_keys.sum_to_size(keys.shape).to(keys.dtype),
         to_value.sum_to_size(value.shape).to(value.dtype),
         None if bias is None else to_bias.sum_to_size(bias.shape),
-        *[None] * 6,
+        *[None] * 7,
     )
 
 

@@ -13,6 +13,10 @@ from convnn_geo.search.rows import Hidden
 from convnn_geo.shapes import broadcast_shapes
 
 
+SPARE = 2
+"""A neighbour after the k-th, and the target itself."""
+
+
 class Triton(PointEngine):
     """Brute force in one kernel, without a matrix of distances; up to 256 neighbours.
 
@@ -27,14 +31,16 @@ class Triton(PointEngine):
         return gpu.refuses(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def limit(self, device: torch.device) -> int | None:
-        """What fits into registers."""
-        return gpu.LARGEST_K
+        """What fits into registers: k, and as many more as tell whether its end is sure."""
+        return gpu.LARGEST_K + SPARE
 
     def refuses(self, query: Query) -> str | None:
         """As every engine for points, of float32 on a GPU."""
         reason = gpu.refuses(query.target.device)
         if reason is None and query.problem is not None and query.problem.q.dtype != torch.float32:
             return "its distances are float32, and these need float64"
+        if reason is None and query.k > gpu.LARGEST_K:
+            return f"k={query.k} is over its limit of {gpu.LARGEST_K}"
         return super().refuses(query) if reason is None else reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
@@ -75,9 +81,8 @@ def launch(
     """Squared distances, half of them for angles, and places ``(b n, k)`` of all examples."""
     from convnn_geo.gpu.search import Rounding, nearest
 
-    (examples, n, d), m = q.shape, keys.shape[1]
-    starts = [torch.arange(examples + 1, device=q.device) * size for size in (n, m)]
-    rows = q.flatten(0, 1).contiguous(), keys.flatten(0, 1).contiguous()
+    (n, d), m = q.shape[1:], keys.shape[1]
+    q, keys = q.contiguous(), keys.contiguous()
     bias = rounding = None
     if not _direct(q):
         center = keys.mean(-2, keepdim=True)
@@ -87,9 +92,9 @@ def launch(
         if angles:  # a zero key has squared length 1 by definition
             bias = bias + (keys.square().sum(-1) < 0.25)
         rounding = Rounding(center.flatten(0, 1), lengths[0].square().flatten(), slack.flatten(), m)
-        bias = bias.flatten()
+        bias = bias.unsqueeze(1)
     values, places = nearest(
-        *(*rows, k, (starts[0], starts[1]), n, bias, 2.0),
+        *(q.unsqueeze(1), keys.unsqueeze(1), k, None, n, bias, 2.0),
         direct=_direct(q),
         own=own,
         angles=angles,

@@ -1,0 +1,51 @@
+"""Tensors as kernels for attention read them: where they lie, without copies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convnn_geo.shapes import broadcast_shapes
+
+
+def leading(
+    q: Tensor, keys: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> torch.Size:
+    """Leading axes of the result."""
+    return broadcast_shapes(
+        *(t.shape[:-2] for t in (q, keys, value)),
+        () if bias is None else bias.shape[:-1],
+        () if mask is None else mask.shape[:-2],
+    )
+
+
+def laid_out(
+    tensor: Tensor | None, lead: torch.Size, axes: int
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """A tensor whose last axis is contiguous, and its strides along examples, heads and rows.
+
+    Leading axes that it lacks have stride 0; those before the last one count as one.
+    """
+    if tensor is None:
+        return None, (0,) * (axes + 1)
+    shape = tensor.shape[-axes:]
+    if tensor.stride(-1) != 1 and shape[-1] > 1:
+        tensor = tensor.contiguous()
+    wide = tensor.expand(*lead, *shape)
+    if len(lead) != 2:
+        wide = wide.reshape(*split(lead), *shape)
+    return wide, wide.stride()[:-1]
+
+
+def split(lead: torch.Size) -> tuple[int, int]:
+    """Examples and heads: the last of the leading axes, and all before it."""
+    return math.prod(lead[:-1]), lead[-1] if lead else 1
+
+
+def empty_result(value: Tensor, lead: torch.Size, n: int) -> Tensor:
+    """Memory ``(..., n, c)`` in which heads lie side by side, as who joins them wants it."""
+    if not lead:
+        return value.new_empty(n, value.shape[-1])
+    return value.new_empty(*lead[:-1], n, lead[-1], value.shape[-1]).transpose(-2, -3)

@@ -1,0 +1,165 @@
+"""Attention over the k nearest where a row of scores fits in registers: one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from convnn_geo.gpu.choice import bound, last_tie
+from convnn_geo.gpu.tiles import HIDDEN, PADDING, ordered, products, unordered
+from convnn_geo.gpu.values import gathered, weighted
+
+LONGEST = 1024
+"""Sources, at most, whose scores one kernel keeps in registers."""
+
+
+@triton.jit
+def _attend_rows(
+    q_ptr,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    mask_ptr,
+    keep_ptr,
+    out_ptr,
+    weight_ptr,
+    place_ptr,
+    n,
+    m,
+    k,
+    heads,
+    q_example,
+    q_head,
+    q_row,
+    key_example,
+    key_head,
+    key_row,
+    value_example,
+    value_head,
+    value_row,
+    bias_example,
+    bias_head,
+    mask_example,
+    mask_head,
+    mask_row,
+    out_example,
+    out_head,
+    out_row,
+    scale,
+    temperature,
+    d: tl.constexpr,
+    c: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    STORES: tl.constexpr,
+    GATHERS: tl.constexpr,
+):
+    """A tile of targets: all scores, whom to choose, softmax over the chosen, and their sum."""
+    blocks = tl.cdiv(n, BLOCK_N)
+    example = (tl.program_id(0) // blocks).to(tl.int64)
+    outer, head = example // heads, example % heads
+    rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, M)
+    q = q_ptr + outer * q_example + head * q_head
+    key = key_ptr + outer * key_example + head * key_head
+    value = value_ptr + outer * value_example + head * value_head
+    product = products(q, key, q, rows, columns, n, m, q_row, key_row, d, BLOCK_D, False)
+    distance = -scale * product
+    if HAS_BIAS:
+        bias = bias_ptr + outer * bias_example + head * bias_head
+        distance += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+    code = ordered(distance)
+    if HAS_MASK:
+        mask = mask_ptr + outer * mask_example + head * mask_head
+        seen = tl.load(
+            mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
+            mask=(rows < n)[:, None] & (columns < m)[None, :],
+            other=1,
+        )
+        code = tl.where(seen != 0, code, HIDDEN)
+    code = tl.where((columns < m)[None, :], code, PADDING)
+    most = bound(code, k)
+    last = last_tie(code, most, columns, k)
+    least = unordered(tl.min(code, 1))
+    least = tl.where(least == float("inf"), 0.0, least)  # who sees nobody
+    tied = (code == most[:, None]) & (columns[None, :] <= last[:, None])
+    chosen = (code < most[:, None]) | tied
+    # Infinite distances weigh nothing; NaN makes the row NaN, but not what was not chosen.
+    weight = tl.exp2((least[:, None] - unordered(code)) * (1.4426950408889634 / temperature))
+    total = tl.sum(tl.where(chosen, weight, 0.0), 1)
+    weight *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    weight = tl.where(chosen, weight, 0.0)
+    pair, before = rows * k, example * n * k
+    if STORES:
+        weight_ptr, place_ptr = weight_ptr + before, place_ptr + before
+    if HAS_KEEP:
+        keep_ptr += before
+    if STORES or HAS_KEEP:
+        at = pair[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+        stored = chosen & (rows < n)[:, None]
+        if STORES:
+            tl.store(place_ptr + at, tl.broadcast_to(columns[None, :], [BLOCK_N, M]), mask=stored)
+            tl.store(weight_ptr + at, weight, mask=stored)
+        if HAS_KEEP:
+            weight *= tl.load(keep_ptr + at, mask=stored, other=0.0)
+    if GATHERS:
+        tl.debug_barrier()  # what one warp has stored, others read
+    for first in tl.static_range(0, c, BLOCK_C):
+        channels = first + tl.arange(0, BLOCK_C)
+        if GATHERS:
+            out = gathered(
+                value, weight_ptr, place_ptr, keep_ptr, pair, rows < n, k, value_row, channels, c,
+                BLOCK_N, BLOCK_C, HAS_KEEP,
+            )  # fmt: skip
+        else:
+            out = weighted(value, weight, columns, m, value_row, channels, c, BLOCK_N, BLOCK_C)
+        tl.store(
+            out_ptr + outer * out_example + head * out_head + rows[:, None].to(tl.int64) * out_row
+            + channels[None, :],
+            out.to(out_ptr.dtype.element_ty),
+            mask=(rows < n)[:, None] & (channels < c)[None, :],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How much a program works on: what registers and shared memory hold."""
+
+    rows: int
+    columns: int
+    axes: int
+    channels: int
+    warps: int
+
+
+def tile(m: int, d: int, c: int, dtype: torch.dtype, shared: int) -> Tile | None:
+    """The tile for rows of ``m`` scores, given ``shared`` bytes a block; None where none fits.
+
+    A thread holds 64 scores at most, so that registers suffice; float32 is multiplied by threads,
+    which hold parts of both factors as well.
+    """
+    columns = max(16, triton.next_power_of_2(m))
+    half = dtype != torch.float32
+    if m > LONGEST or (not half and (columns > 512 or d > 64)):
+        return None
+    size, wide = dtype.itemsize, max(16, triton.next_power_of_2(c))
+    rows = 32 if half and columns <= 256 else 16
+    warps = 4 if half and columns <= 512 else 8
+    axes, channels = max(16, min(64, triton.next_power_of_2(d))), min(64, wide)
+    weights = rows * columns * size  # on their way to the second product
+    while columns * max(axes, channels) * size + weights > shared:
+        if max(axes, channels) <= 16:
+            return None
+        axes, channels = (
+            min(axes, max(axes, channels) // 2),
+            min(channels, max(axes, channels) // 2),
+        )
+    return Tile(rows, columns, axes, channels, warps)
