@@ -164,8 +164,65 @@ def test_weights_that_are_computed_are_refused_by_name():
         with pytest.raises(
             NotApplicable, match=r"1 \(\w*Conv2d\) can't become 'exact': its weight"
         ):
-            convert.to_convnn(model)
+            convert.to_convnn(model, "exact")
         assert type(model[0]) is nn.Conv2d  # nothing is replaced where anything fails
+
+
+@pytest.mark.parametrize("rules", [None, Rule("exact", optional=True)])
+def test_a_layer_without_an_exact_counterpart_is_left_and_the_report_says_why(monkeypatch, rules):
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1))
+    least = edge_layer(monkeypatch, "min")
+    model = nn.ModuleDict({"plain": nn.Conv2d(2, 2, 1), "normed": normed, "least": least})
+    assert convert.to_convnn(model, rules) is model
+    assert type(model["plain"]) is ConvNN2d
+    assert model["normed"] is normed and model["least"] is least
+    found = convert.report(model)
+    assert found.left.keys() == {"normed", "least"}
+    assert "its weight is computed from other parameters" in found.left["normed"]
+    assert "its aggr is 'min'" in found.left["least"]
+    last = str(found).splitlines()[-2:]
+    assert last == [f"left {name}: {why}" for name, why in found.left.items()]
+    least.aggr = "max"
+    convert.to_convnn(model, rules)
+    assert convert.known.is_ours(model["least"]) and convert.report(model).left.keys() == {"normed"}
+    convert.to_convnn(model, Rule("keep"))
+    assert not convert.report(model).left  # the reasons are the last call's
+
+
+def test_an_error_says_the_rule_that_leaves_layers():
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 3, padding=1))
+    message = r"0 \(Conv2d\) can't become 'kvt'.*; Rule\('kvt', optional=True\) leaves such layers"
+    with pytest.raises(NotApplicable, match=message):
+        convert.to_convnn(model, "kvt")
+    convert.to_convnn(model, Rule("kvt", optional=True))
+    assert [type(layer).__name__ for layer in model] == ["Conv2d", "PixelAttention"]
+    assert "changes the image's size" in convert.report(model).left["0"]
+    with pytest.raises(TypeError, match="optional is True or False"):
+        Rule("kvt", optional=1)
+
+
+def test_an_optional_rule_leaves_tied_weights():
+    model = convert.to_convnn(tied(), Rule("convnn", optional=True))
+    assert type(model[0]) is nn.Conv2d and model[0].weight is model[2].weight
+    assert convert.report(model).left["0"].startswith("it shares its weight with 2")
+
+
+def test_a_model_that_is_itself_the_layer_shares_with_nobody():
+    conv, attention = nn.Conv2d(4, 4, 3, padding=1), nn.MultiheadAttention(8, 2)
+    assert type(convert.to_convnn(conv, "branching")).__name__ == "Branching"
+    assert type(convert.to_convnn(attention, "kvt")) is ConvNNAttention
+    assert type(convert.to_convnn(attention, Rule("convnn_attention"))) is ConvNNAttention
+
+
+def test_a_recipe_is_its_name_and_a_layer_is_none():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    assert Rule(recipes.kvt) == Rule("kvt") and spec(recipes.kvt, k=3) == spec("kvt", k=3)
+    assert type(convert.to_convnn(model, Rule(recipes.vig))[0].kernel).__name__ == "MaxRelative"
+    with pytest.raises(ValueError, match="unknown spec 'grav_net'; expected one of: keep"):
+        Rule(recipes.grav_net)
+    for layer in (ConvNN2d(4, 4, k=3, metric="cosine"), nn.Identity(), ConvNN2d):
+        with pytest.raises(TypeError, match=r"got (a )?\w+, which is made .*spec\('convnn', k=9\)"):
+            Rule(layer)
 
 
 # Attention
@@ -981,7 +1038,7 @@ def test_hooks_of_a_state_are_not_lost_unsaid(register):
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
     handle = getattr(model[0], register)(lambda *_: None)
     with pytest.raises(NotApplicable, match=r"0 \(Conv2d\).*it has hooks of its state_dict"):
-        convert.to_convnn(model)
+        convert.to_convnn(model, "exact")
     handle.remove()
     convert.to_convnn(model)
 
@@ -1140,7 +1197,7 @@ def test_hooks_on_parts_that_go_are_no_silent_loss():
     model[0].proj.register_forward_hook(lambda *_: calls.append("proj"))  # a part that stays
     handle = model[0].qkv.register_forward_hook(lambda *_: calls.append("qkv"))
     with pytest.raises(NotApplicable, match=r"0 \(Attention\) .*: its qkv has hooks, and goes"):
-        convert.to_convnn(model)
+        convert.to_convnn(model, "exact")
     handle.remove()
     convert.to_convnn(model)(torch.zeros(1, 5, 8))
     assert calls == ["proj"]

@@ -41,7 +41,7 @@ class DynamicEdgeConvNN(nn.Module):
 
 def edge(layer: Any, k: int | None = None, metric: Any = "euclidean", **options: Any) -> nn.Module:
     """The same network on the edges to the ``k`` nearest."""
-    if layer.aggr not in _REDUCE:
+    if not isinstance(layer.aggr, str) or layer.aggr not in _REDUCE:
         raise NotApplicable(f"its aggr is {layer.aggr!r}; expected one of: {', '.join(_REDUCE)}")
     kernel = EdgeMLP(layer.nn, reduce=_REDUCE[layer.aggr])
     channels = _sizes(layer.nn, ("in_features", "in_channels"))

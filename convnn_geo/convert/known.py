@@ -15,7 +15,7 @@ from convnn_geo.nn.point_attention import PointAttention
 from convnn_geo.nn.taps import TapLayer
 
 CONVOLUTIONS: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OURS = (TapLayer, ConvNNAttention, Branching, PixelAttention, PointAttention, NeighborConv)
+OURS = (TapLayer, ConvNNAttention, Branching, PixelAttention, PointAttention, NeighborConv)
 _TIMM = ("timm.layers", "timm.models.vision_transformer")
 
 KNOWN = "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, timm's Attention, DynamicEdgeConv"
@@ -60,7 +60,7 @@ def _same(layer: nn.Module, base: type[Any], method: str) -> bool:
 
 def is_ours(layer: nn.Module) -> bool:
     """Whether a layer is one of ours, or stands for one that was converted."""
-    return isinstance(layer, _OURS) or hasattr(layer, "converted_from")
+    return isinstance(layer, OURS) or hasattr(layer, "converted_from")
 
 
 def places(

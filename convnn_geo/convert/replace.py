@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
@@ -18,6 +19,9 @@ _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
 _STATE_HOOKS = ("_state_dict_", "_load_state_dict_")
 """Those of its state, written for parameters by their names."""
 
+_ROOT = "the model itself"
+"""Where a name would be empty."""
+
 _Places = list[tuple[nn.Module, list[str]]]
 _Replacements = list[tuple[nn.Module, list[str], nn.Module]]
 
@@ -29,9 +33,11 @@ def to_convnn(
 
     Known are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, ``nn.MultiheadAttention``, timm's
     ``Attention`` and PyG's ``DynamicEdgeConv``, wherever a model holds them. Each becomes what the
-    first rule that matches says; where none does, it is left. Layers that are ours already stay,
-    and so do those with a forward of their own, such as the windowed attention of timm's Swin:
-    :func:`report` names what was converted or could be, and counts these among the others.
+    first rule that matches says; where none does, it is left. With no rules a layer that has no
+    exact counterpart is left, too, as by any rule that is ``optional``, and :func:`report` says
+    why. Layers that are ours already stay, and so do those with a forward of their own, such as the
+    windowed attention of timm's Swin: :func:`report` names what was converted or could be, and
+    counts these among the others.
     Nothing is replaced where an error is raised. Forward and backward hooks go over, and their
     handles still remove them.
 
@@ -42,14 +48,14 @@ def to_convnn(
     Args:
         model: any torch model.
         rules: in the order in which they are tried; a spec, or its name, for every layer; every
-            layer by the exact recipe by default.
+            layer by the exact recipe by default, where there is one.
 
     Returns:
         The model, or its replacement where the model itself is a known layer.
 
     Raises:
-        NotApplicable: a layer can't become what its rule says, or it shares a parameter with
-            another part of the model and would not any more; names both.
+        NotApplicable: a layer can't become what its rule says, which is not optional, or it shares
+            a parameter with another part of the model and would not any more; names both.
         ValueError: a rule's conditions fit no layer that is known, or a rule without conditions
             stands before others. A rule may fit those layers alone that earlier rules took, so that
             a list of rules serves models that differ.
@@ -62,8 +68,10 @@ def to_convnn(
         ['ConvNN2d', 'Branching']
     """
     check_instance("model", model, nn.Module)
-    if rules is None or isinstance(rules, (str, Spec)):
-        rules = Rule("exact" if rules is None else rules)
+    if rules is None:
+        rules = Rule("exact", optional=True)
+    elif isinstance(rules, (str, Spec)):
+        rules = Rule(rules)
     if not isinstance(rules, (Rule, Iterable)):
         raise TypeError(f"rules: expected rules, or the name of a spec, got {rules!r}")
     rules = [rules] if isinstance(rules, Rule) else [*rules]
@@ -73,12 +81,11 @@ def to_convnn(
     known = [(layer, names) for layer, names in found if not is_ours(layer)]
     chosen = [_first(rules, names, layer, depth) for depth, (layer, names) in enumerate(known)]
     _check_rules(rules, chosen, known, len(found) - len(known))
-    replacements = [
-        (layer, names, _become(rule, names[0], layer))
-        for rule, (layer, names) in zip(chosen, known, strict=True)
-        if rule is not None
-    ]
-    _check_ties(model, replacements)
+    replacements, left = _replacements(model, chosen, known)
+    for layer, _ in known:
+        vars(layer).pop("left_because", None)  # of a call before
+    for layer, reason in left.items():
+        layer.left_because = reason  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # which only torch's own attention takes
@@ -92,39 +99,71 @@ def to_convnn(
     return model
 
 
+def _replacements(
+    model: nn.Module, chosen: list[Rule | None], known: _Places
+) -> tuple[_Replacements, dict[nn.Module, str]]:
+    """What takes the place of what; and the layers that optional rules leave, each with why."""
+    made: _Replacements = []
+    left: dict[nn.Module, str] = {}
+    rules: dict[nn.Module, Rule] = {}
+    for rule, (layer, names) in zip(chosen, known, strict=True):
+        if rule is None:
+            continue
+        rules[layer] = rule
+        try:
+            made.append((layer, names, _become(rule, names[0], layer)))
+        except NotApplicable as error:
+            if not rule.optional:
+                raise NotApplicable(
+                    f"{_where(names[0], layer)} can't become {rule.become.name!r}: {error}; "  # type: ignore[union-attr]
+                    f"{replace(rule, optional=True)} leaves such layers as they are"
+                ) from error
+            left[layer] = str(error)
+    for layer, reason in _ties(model, made).items():
+        if not rules[layer].optional:
+            name = next(names[0] for old, names, _ in made if old is layer)
+            raise NotApplicable(f"{_where(name, layer)} {reason}")
+        left[layer] = f"it {reason}"
+    return [replacement for replacement in made if replacement[0] not in left], left
+
+
+def _where(name: str, layer: nn.Module) -> str:
+    return f"{name or _ROOT} ({type(layer).__name__})"
+
+
 def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
-    where = f"{name or 'the model'} ({type(layer).__name__})"
     try:
         new: nn.Module = rule.become(layer)  # type: ignore[operator]
         _share_hooks(layer, new)
         return new
-    except NotApplicable as error:
-        become = rule.become.name  # type: ignore[union-attr]
-        raise NotApplicable(f"{where} can't become {become!r}: {error}") from error
+    except NotApplicable:
+        raise
     except (TypeError, ValueError) as error:  # of an option, which the spec took unseen
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{_where(name, layer)}: {error}") from error
 
 
-def _check_ties(model: nn.Module, replacements: _Replacements) -> None:
-    """Raise where two parts of the model share a parameter that a conversion would draw apart."""
+def _ties(model: nn.Module, replacements: _Replacements) -> dict[nn.Module, str]:
+    """Layers that share a parameter that a conversion would draw apart, and with whom."""
     within = {id(part): names[0] for old, names, _ in replacements for part in old.modules()}
     holders: dict[int, set[str]] = {}
     for name, part in model.named_modules():
         for parameter in part._parameters.values():
             if parameter is not None:
-                holder = within.get(id(part), name) or "the model itself"
+                holder = within.get(id(part), name) or _ROOT
                 holders.setdefault(id(parameter), set()).add(holder)
+    found: dict[nn.Module, str] = {}
     for old, names, new in replacements:
         kept = {id(parameter) for parameter in new.parameters()}
         for name, parameter in old.named_parameters():
-            others = sorted(holders[id(parameter)] - {names[0]})
+            others = sorted(holders[id(parameter)] - {names[0] or _ROOT})
             if others and kept and id(parameter) not in kept:
-                raise NotApplicable(
-                    f"{names[0]} ({type(old).__name__}) shares its {name} with "
-                    f"{', '.join(others)}, and a {type(new).__name__} in its place would not; keep "
-                    "such layers, convert them by 'exact', or give each a parameter of its own "
-                    f"before: layer.{name} = nn.Parameter(layer.{name}.detach().clone())"
+                found[old] = (
+                    f"shares its {name} with {', '.join(others)}, and a {type(new).__name__} in "
+                    "its place would not; keep such layers, convert them by 'exact', or give each "
+                    "a parameter of its own before: "
+                    f"layer.{name} = nn.Parameter(layer.{name}.detach().clone())"
                 )
+    return found
 
 
 def _first(rules: list[Rule], names: list[str], layer: nn.Module, depth: int) -> Rule | None:

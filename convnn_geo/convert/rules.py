@@ -17,14 +17,16 @@ class Rule:
     """Which layers are to become what; all conditions that are given must hold.
 
     Args:
-        become: a :class:`Spec`, its name, or any function from a layer to a layer.
+        become: a :class:`Spec`, its name, a recipe, or any function from a layer to a layer.
         name: glob of the layer's name, e.g. ``"features.*"``.
         type: class of the layer, or a tuple of classes.
         depth: number of known layers before it in the model's order, or a range of them.
         where: given the layer's name and the layer, whether the rule holds.
+        optional: leave a layer that can't become it as it is, rather than raise an error;
+            :func:`~convnn_geo.convert.report` says why.
 
     Raises:
-        TypeError: a condition of the wrong type.
+        TypeError: a condition of the wrong type, or a layer to become rather than how to make one.
         ValueError: an unknown name to become.
 
     Example:
@@ -40,6 +42,7 @@ class Rule:
     type: type[Any] | tuple[type[Any], ...] | None = None
     depth: int | range | None = None
     where: Callable[[str, nn.Module], bool] | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.become, Spec):
@@ -54,6 +57,8 @@ class Rule:
             raise TypeError(f"Rule: depth is an integer or a range, got {self.depth!r}")
         if self.where is not None and not callable(self.where):
             raise TypeError(f"Rule: where is a function of name and layer, got {self.where!r}")
+        if not isinstance(self.optional, bool):
+            raise TypeError(f"Rule: optional is True or False, got {self.optional!r}")
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -63,6 +68,7 @@ class Rule:
 
     def __str__(self) -> str:
         given = "".join(f", {name}={_short(value)}" for name, value in self.conditions.items())
+        given += ", optional=True" if self.optional else ""
         return f"Rule({self.become.name!r}{given})"  # type: ignore[union-attr]
 
     def matches(self, name: str, layer: nn.Module, depth: int) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from convnn_geo import recipes
 from convnn_geo.checks import check_name
 from convnn_geo.convert.choices import CHOICES, Choice, check_options
-from convnn_geo.convert.known import KNOWN, kind
+from convnn_geo.convert.known import KNOWN, OURS, kind
 from convnn_geo.convert.weights import NotApplicable
 from convnn_geo.selection import KNearest
 
@@ -107,11 +108,13 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     whose keys may be others than its queries, can't become them.
 
     Args:
-        become: a name, or any function from a layer (and the options) to a layer.
+        become: a name, a recipe, which is a name, too, or any function from a layer (and the
+            options) to a layer.
         **options: of the new layer; :func:`spec_options` lists those of a name.
 
     Raises:
         ValueError: an unknown name, or an option that it does not take.
+        TypeError: a layer, or a class of ours, which says not how one is made of another.
 
     Example:
         >>> spec("convnn", k=5)(nn.Conv2d(3, 8, 3, padding=1)).k
@@ -119,11 +122,28 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
         >>> type(spec("kvt", k=4)(nn.MultiheadAttention(8, 2))).__name__
         'ConvNNAttention'
     """
-    if callable(become):
-        return Spec(getattr(become, "__name__", type(become).__name__), options, become)
+    name = getattr(become, "__name__", type(become).__name__)
+    if getattr(recipes, name, None) is become:
+        become = name
+    if not isinstance(become, str):
+        _check_makes(become, name)
+        return Spec(name, options, become)
     required = [option for choice in _choices(become) for option in choice.required]
     check_options(become, options, spec_options(become), required)
     return Spec(become, options)
+
+
+def _check_makes(become: Any, name: str) -> None:
+    """Raise for a layer, and for a class of ours: neither makes a layer out of the old one."""
+    of_ours = isinstance(become, type) and issubclass(become, OURS)
+    if isinstance(become, nn.Module) or of_ours:
+        raise TypeError(
+            "spec: expected a name such as 'convnn', or a function from the old layer to a new "
+            f"one, got {'' if of_ours else 'a '}{name}, which is made without looking at the old; "
+            "write convert.spec('convnn', k=9), say, or lambda old: ..."
+        )
+    if not callable(become):
+        raise TypeError(f"spec: expected a name, or a function of a layer, got {become!r}")
 
 
 def spec_names() -> list[str]:

@@ -31,6 +31,7 @@ class Line:
         parameters: numbers in it.
         flops: of the run; None without inputs.
         lowering: how it ran; None without inputs.
+        left: why the last conversion left it as it is; empty where it did not, or was not asked to.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Line:
     parameters: int
     flops: int | None = None
     lowering: str | None = None
+    left: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Report:
         return self.other_parameters + sum(line.parameters for line in self.lines)
 
     @property
+    def left(self) -> dict[str, str]:
+        """Layers that the last conversion left as they are, by name, and why."""
+        return {line.name: line.left for line in self.lines if line.left}
+
+    @property
     def flops(self) -> int | None:
         """Of the run; None without inputs."""
         if self.other_flops is None:
@@ -77,7 +84,7 @@ class Report:
         rows.append(("total", "", "", f"{self.parameters:,}", _short(self.flops), ""))
         used = range(len(rows[0]) if self.flops is not None else 4)
         widths = [max(len(row[place]) for row in rows) for place in used]
-        return "\n".join(
+        table = [
             "  ".join(
                 row[place].rjust(widths[place])
                 if place in (3, 4)
@@ -85,7 +92,8 @@ class Report:
                 for place in used
             ).rstrip()
             for row in rows
-        )
+        ]
+        return "\n".join([*table, *(f"left {name}: {why}" for name, why in self.left.items())])
 
 
 def report(model: nn.Module, *inputs: Any) -> Report:
@@ -134,6 +142,7 @@ def report(model: nn.Module, *inputs: Any) -> Report:
                 parameters=_numbers(layer, counted),
                 flops=flops,
                 lowering=lowering if inputs else None,
+                left=getattr(layer, "left_because", ""),
             )
         )
     rest = meter.total - sum(line.flops or 0 for line in lines) if inputs else None
