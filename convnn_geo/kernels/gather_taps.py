@@ -146,7 +146,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     to_bias = grad.sum(0) if need_bias else None
     tracing = torch._C._len_torch_dispatch_stack() > 0
     again = torch.is_grad_enabled() and not tracing  # to be differentiated once more
-    if ctx.triton and not again and not torch.are_deterministic_algorithms_enabled():
+    if ctx.triton and not again:
         needed = (need_rows or need_rho, need_taps)
         found = _triton_backward(rows, index, rho, taps, grad, ctx.groups, needed)
         wanted = (need_rows, need_rho, need_taps)
