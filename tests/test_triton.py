@@ -29,6 +29,7 @@ def on(*tensors):
 
 
 WAITING = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero")
+INVALID = "ignore:invalid value encountered"  # numpy's word for what a GPU does without one
 CLOUDS = {
     "grid": lambda n, d: torch.randint(3, (n, d)).float(),
     "coincident": lambda n, d: torch.ones(n, d),
@@ -97,6 +98,18 @@ class TestSearch:
         x = torch.randn(64, 16)
         self.check(x, x, 64, [64], [64])
         self.check(x[:8], torch.randn(270, 16), 256, [8], [270])
+
+    @pytest.mark.parametrize("d", [3, 16])
+    def test_the_engine_finds_256(self, d):
+        x = torch.randn(1, 300, d, device=DEVICE)
+        for k, options in ((255, {"self_point": "excluded"}), (256, {})):
+            y = x if options else x[:, :5]
+            y, here = (x[:, :260], y[:, :260]) if options else (x, y)
+            found, wanted = (
+                knn(y, None if options else here, k, backend=b, **options)
+                for b in ("triton", "dense")
+            )
+            assert torch.equal(found.index, wanted.index)
 
     def test_a_mask_and_rows_that_see_nobody(self):
         from convnn_geo.gpu.search import nearest
@@ -255,6 +268,134 @@ class TestAttention:
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, **(rough or {"rtol": 1e-3, "atol": 1e-4}))
 
+    @pytest.mark.parametrize("d", [128, 256])
+    @pytest.mark.parametrize("dtype", HALVES[:2])
+    def test_wide_heads(self, d, dtype):
+        q, k, v = on(*(torch.randn(1, 2, 19, d).to(dtype) for _ in range(3)))
+        out = knn_attention(q, k, v, 4, backend="triton")
+        exact = plain_attention(q.double(), k.double(), v.double(), 4)
+        rough = 1e-4 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(out.double(), exact, rtol=rough, atol=rough)
+
+    @pytest.mark.filterwarnings(INVALID)
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_nan_comes_after_infinity_and_before_nobody(self, monkeypatch, row):
+        from convnn_geo.gpu import rows
+
+        monkeypatch.setattr(rows, "LONGEST", row)
+        q, k, v = on(torch.rand(1, 20, 16) + 1, torch.randn(1, 20, 16), torch.randn(1, 20, 16))
+        k[0, 5:9], k[0, 11] = torch.nan, -torch.inf  # farther than all others
+        q[0, 3, 0] = torch.nan
+        call = torch.ops.convnn_geo.neighbor_attention
+        for count in (9, 16, 20):
+            arguments = ("products", q, k, v, None, None, None, count, 0.25, 1.0, "triton")
+            place = call(*arguments)[2].long().sort(-1).values
+            assert place.max() < 20
+            score = (q @ k.transpose(-1, -2)).nan_to_num(-1e38, neginf=-1e37)
+            order = score.sort(dim=-1, descending=True, stable=True).indices
+            assert torch.equal(place, order[..., :count].sort(-1).values)
+
+    @pytest.mark.filterwarnings(INVALID)
+    @pytest.mark.parametrize("dtype", HALVES[:2])
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_what_is_not_chosen_never_reaches_a_query(self, monkeypatch, row, dtype):
+        from convnn_geo.gpu import rows
+
+        monkeypatch.setattr(rows, "LONGEST", row)
+        q, k, v = on(*(torch.randn(1, 20, 16).to(dtype) for _ in range(3)))
+        mask = torch.ones(20, 20, dtype=torch.bool, device=DEVICE)
+        mask[:, 15:], mask[4, 2:] = False, False
+        v[0, 15:] = k[0, 15:] = torch.nan
+        v[0, 3], v[0, 6], v[0, 7, 0] = torch.inf, -torch.inf, torch.nan
+        parts = [t.requires_grad_() for t in (q, k, v)]
+        out, wanted = (
+            knn_attention(*parts, 5, attn_mask=mask, backend=b) for b in ("triton", "gather")
+        )
+        finite = wanted.isfinite()
+        assert 0 < finite.sum() < finite.numel()
+        rough = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(out, wanted, equal_nan=True, **rough)
+        good = finite.all(-1)
+        to_q = torch.autograd.grad(out[good].sum(), parts, allow_unused=True)[0]
+        assert to_q[good].isfinite().all()
+
+    @pytest.mark.filterwarnings(INVALID)
+    @pytest.mark.parametrize("row", [512, 8])
+    def test_nan_shows_where_it_is_chosen(self, monkeypatch, row):
+        from convnn_geo.gpu import rows
+
+        monkeypatch.setattr(rows, "LONGEST", row)
+        q, k, v = on(*(torch.randn(1, 20, 16) for _ in range(3)))
+        k[0, 7] = torch.nan
+        assert knn_attention(q, k, v, 20, backend="triton").isnan().all()
+        assert knn_attention(q, k, v, 19, backend="triton").isfinite().all()
+        q[0, 2, 3] = torch.nan
+        assert knn_attention(q, k, v, 5, backend="triton").isnan().any(-1).nonzero().tolist() == [
+            [0, 2]
+        ]
+
+    @pytest.mark.parametrize("shape", [(2, 0, 5), (0, 4, 5), (2, 4, 5)])
+    def test_nothing_to_attend(self, shape):
+        b, n, m = shape
+        c = 0 if b and n else 8
+        parts = on(torch.randn(b, n, 8), torch.randn(b, m, 8), torch.randn(b, m, c))
+        parts = [t.requires_grad_() for t in parts]
+        for row_count in (3, 5):
+            out = knn_attention(*parts, row_count, backend="triton")
+            assert out.shape == (b, n, c)
+            for grad in torch.autograd.grad(out.sum(), parts):
+                assert not grad.any()
+
+    @pytest.mark.parametrize("dtype", HALVES[1:])
+    def test_halves_reach_the_kernel_as_they_are(self, monkeypatch, dtype):
+        from convnn_geo.gpu import attention
+
+        seen, attend = [], attention.attend
+
+        def spy(q, keys, value, bias, mask, keep, *rest):
+            seen.append((q.dtype, keys.dtype, None if keep is None else keep.dtype))
+            return attend(q, keys, value, bias, mask, keep, *rest)
+
+        monkeypatch.setattr(attention, "attend", spy)
+        q, k, v = on(*(torch.randn(1, 2, 10, 16).to(dtype) for _ in range(3)))
+        knn_attention(q, k, v, 3, backend="triton", dropout_p=0.3)
+        assert seen == [(dtype, dtype, torch.float32)]
+        layer = ConvNNAttention(16, 2, k=3, backend="triton").to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            layer(torch.randn(2, 9, 16, device=DEVICE), need_weights=False)
+        assert seen[1][:2] == (torch.bfloat16, torch.bfloat16)
+        layer = ConvNNAttention(16, 2, k=3, metric="cosine", backend="triton", dtype=dtype)
+        layer.to(DEVICE)(torch.randn(2, 9, 16, device=DEVICE, dtype=dtype), need_weights=False)
+        assert seen[2][:2] == (torch.float32, torch.float32)
+
+    def test_nothing_is_kept_where_nothing_learns(self):
+        q, k, v = on(*(torch.randn(1, 2, 10, 16).bfloat16() for _ in range(3)))
+        arguments = ("products", q, k, v, None, None, None, 3, 0.25, 1.0, "triton")
+        call = torch.ops.convnn_geo.neighbor_attention
+        out, weight, place = call(*arguments, False)
+        assert not weight.numel() and not place.numel()
+        assert torch.equal(out, call(*arguments)[0])
+
+    def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch):
+        entered, device_of = [], torch.cuda.device_of
+        monkeypatch.setattr(torch.cuda, "device_of", lambda t: entered.append(t) or device_of(t))
+        q = torch.randn(1, 10, 16, device=DEVICE, requires_grad=True)
+        knn_attention(q, q, q, 3, backend="triton").sum().backward()
+        layer = ConvNN2d(10, 6, k=4, metric="cosine", backend="triton").to(DEVICE)
+        layer(torch.randn(1, 10, 4, 4, device=DEVICE)).sum().backward()
+        assert len(entered) >= 5 and all(isinstance(t, torch.Tensor) for t in entered)
+
+    def test_weights_are_those_of_gather(self):
+        layer, x = ConvNNAttention(32, 2, k=5).to(DEVICE), torch.randn(2, 12, 32, device=DEVICE)
+        found = []
+        for layer.backend in ("triton", "gather"):
+            out, weights = layer(x)
+            weights.square().sum().backward()
+            found.append((out, weights, layer.in_proj_weight.grad))
+            layer.zero_grad()
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_the_layer_is_the_same_by_gather(self):
         x = torch.randn(2, 20, 32, device=DEVICE)
         mixture = interpolate("squared_spatial", "scaled_dot", 0.7)
@@ -270,15 +411,23 @@ class TestAttention:
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
-    def test_the_operators_keep_the_rules_of_torch(self):
+    @pytest.mark.parametrize("options", [{}, {"bias": True, "masked": True, "dropped": True}])
+    def test_the_operators_keep_the_rules_of_torch(self, options):
         q, k, v = on(*(torch.randn(1, 2, 6, 16) for _ in range(3)))
-        for tensor in (q, k, v):
+        bias = torch.randn(1, 2, 6, device=DEVICE) if "bias" in options else None
+        mask = torch.rand(1, 1, 6, 6, device=DEVICE) < 0.8 if "masked" in options else None
+        keep = torch.rand(1, 2, 6, 3, device=DEVICE) if "dropped" in options else None
+        leaves = [t for t in (q, k, v, bias) if t is not None]
+        for tensor in leaves:
             tensor.requires_grad_()
-        arguments = ("products", q, k, v, None, None, None, 3, 1.0, 1.0, "triton")
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(
-            torch.ops.convnn_geo.neighbor_attention.default, arguments, test_utils=utils
-        )
+        arguments = ("products", q, k, v, bias, mask, keep, 3, 1.0, 1.0, "triton")
+        operators = torch.ops.convnn_geo
+        torch.library.opcheck(operators.neighbor_attention.default, arguments)
+        plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+        out, weight, place = operators.neighbor_attention(*plain)
+        back = (*plain[:4], keep, 1.0, 1.0, "triton", torch.ones_like(out), weight, place)
+        for biased in (False, True):
+            torch.library.opcheck(operators.neighbor_attention_backward.default, (*back, biased))
 
 
 class TestTaps:
@@ -325,10 +474,67 @@ class TestTaps:
         forward = (rows, index, rho, taps, None, 2, True)
         grad = torch.ones(7, 6, device=DEVICE)
         backward = (rows.detach(), index, rho, taps.detach(), grad, 2, [True, True])
-        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
         operators = torch.ops.convnn_geo
-        torch.library.opcheck(operators.gather_taps.default, forward, test_utils=utils)
-        torch.library.opcheck(operators.gather_taps_backward.default, backward, test_utils=utils)
+        torch.library.opcheck(operators.gather_taps.default, forward)
+        torch.library.opcheck(operators.gather_taps_backward.default, backward)
+
+    @pytest.mark.parametrize("groups", [1, 2, 8])
+    def test_sums_in_parts_and_in_a_fixed_order(self, monkeypatch, groups):
+        from convnn_geo.gpu import scatter
+        from convnn_geo.gpu import taps as kernels
+
+        monkeypatch.setattr(scatter, "_PART", 32)
+        rows, taps = on(torch.randn(15, 8), torch.randn(2, 16, 8 // groups))
+        index = torch.randint(-1, 15, (2, 150)).to(DEVICE)
+        rho, grad = on(torch.rand(2, 150), torch.randn(150, 16))
+        found = []
+        for deterministic in (False, True, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                parts = (rows, index, rho, taps, grad, groups, (True, True))
+                found.append(kernels.gather_taps_backward(*parts))
+            finally:
+                torch.use_deterministic_algorithms(False)
+        for a, b, again in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert torch.equal(b, again)
+        near = F.pad(rows.double(), (0, 0, 0, 1))[index] * rho.double().unsqueeze(-1)
+        near = near.unflatten(-1, (groups, -1))
+        exact = torch.einsum("jngc,ngd->jgdc", near, grad.double().unflatten(1, (groups, -1)))
+        torch.testing.assert_close(found[0][2].double(), exact.flatten(1, 2), rtol=1e-4, atol=1e-4)
+
+    def test_the_deterministic_backward_is_triton_s_own(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "index_add_", waited)
+        layer = ConvNN2d(8, 12, k=4, metric="cosine", backend="triton").to(DEVICE)
+        x = torch.randn(2, 8, 5, 4, device=DEVICE, requires_grad=True)
+        out = layer(x)
+        torch.use_deterministic_algorithms(True)
+        try:
+            torch.autograd.grad(out.sum(), x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_no_targets(self):
+        rows, taps = on(torch.randn(9, 4), torch.randn(2, 6, 4))
+        for leaf in (rows, taps):
+            leaf.requires_grad_()
+        index = torch.zeros(2, 0, dtype=torch.long, device=DEVICE)
+        out = torch.ops.convnn_geo.gather_taps(rows, index, None, taps, None, 1, True)
+        assert out.shape == (0, 6)
+        assert not any(g.any() for g in torch.autograd.grad(out.sum(), (rows, taps)))
+
+    def test_the_backend_searches_as_well(self, monkeypatch):
+        from convnn_geo.search import ENGINES
+
+        layer = ConvNN2d(10, 6, k=4, metric="cosine", backend="triton").to(DEVICE)
+        x = torch.randn(1, 10, 4, 4, device=DEVICE)
+        assert "search             triton (as backend='triton' has it)" in explain(layer, x)
+        asked, run_ = [], ENGINES["triton"].run
+        monkeypatch.setattr(ENGINES["triton"], "run", lambda q: asked.append(q) or run_(q))
+        layer(x)
+        assert len(asked) == 1
+        layer.search = "dense"
+        assert "dense (asked for)" in explain(layer, x)
 
     @pytest.mark.parametrize("dtype", HALVES[1:])
     def test_half_precision(self, dtype):

@@ -58,13 +58,14 @@ static void softmax(const float *distance, int k, float temperature, float *weig
   for (int j = 0; j < k; j++) weight[j] /= total;
 }
 
-/* out = sum_j weight_j row_j */
+/* out = sum_j weight_j row_j; rows without weight have no part, be they infinite or NaN. */
 static void combine(const float *rows, int64_t stride, const int64_t *place, const float *weight,
                     int k, int64_t width, float *out) {
   int64_t start = 0;
   for (; start + CHUNK <= width; start += CHUNK) {
     Vector sum[4] = {0};
     for (int j = 0; j < k; j++) {
+      if (weight[j] == 0) continue;
       const float *row = rows + place[j] * stride + start;
       for (int part = 0; part < 4; part++)
         sum[part] += weight[j] * *(const Vector *)(row + part * LANES);
@@ -73,7 +74,8 @@ static void combine(const float *rows, int64_t stride, const int64_t *place, con
   }
   for (int64_t c = start; c < width; c++) {
     float sum = 0;
-    for (int j = 0; j < k; j++) sum += weight[j] * rows[place[j] * stride + c];
+    for (int j = 0; j < k; j++)
+      if (weight[j] != 0) sum += weight[j] * rows[place[j] * stride + c];
     out[c] = sum;
   }
 }
@@ -118,7 +120,7 @@ static void add(float *to, const float *from, float factor, int64_t width) {
   for (int64_t c = 0; c < width; c++) to[c] += factor * from[c];
 }
 
-/* One target. A distance's gradient is own q + other key to the target, and the reverse to the
+/* One target; pairs without weight have no part. A distance's gradient is own q + other key to the target, and the reverse to the
    key. */
 static void back(const Attention *a, const float *q, const float *keys, const float *value,
                  const float *grad, const float *weight, const float *keep, const int64_t *place,
@@ -130,11 +132,14 @@ static void back(const Attention *a, const float *q, const float *keys, const fl
   int zero = p->kind == ANGLES && is_zero(q, p->d);
   for (int j = 0; j < p->k; j++) {
     float kept = keep ? keep[j] : 1;
+    slope[j] = 0;
+    if (weight[j] * kept == 0) continue;
     slope[j] = kept * dot(grad, value + place[j] * a->value_row, a->width);
     mean += weight[j] * slope[j];
     add(grad_value + place[j] * a->width, grad, weight[j] * kept, a->width);
   }
   for (int j = 0; j < p->k; j++) {
+    if (weight[j] == 0) continue;
     const float *key = keys + place[j] * p->key_row;
     float *grad_key = grad_keys + place[j] * p->d;
     float s = weight[j] * (mean - slope[j]) / a->temperature; /* of the distance */

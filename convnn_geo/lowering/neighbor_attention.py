@@ -219,7 +219,7 @@ def _attend(
 
 
 def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
-    """``sum_j weight_j row_j``, ``(..., c)``; rows without weight, infinite or not, have no part."""
+    """``sum_j weight_j row_j``, ``(..., c)``; rows without weight have no part, NaN or not."""
     weight = weight.unsqueeze(-1)
     return (weight * rows.masked_fill(weight == 0, 0.0)).sum(-2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from convnn_geo import gpu
 from convnn_geo.kernels import Separable, Taps
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
+from convnn_geo.search import ENGINES
+from convnn_geo.selection import KNearest
 
 
 class Rule(ABC):
@@ -41,10 +44,15 @@ class Aggregation(Rule):
 
     def run_with_weights(self, op: Operation) -> tuple[Tensor, Pairs, Tensor | None]:
         """The result, the chosen pairs and their weights."""
+        op = self.prepared(op)
         pairs = op.pairs()
         weight = op.weighting(pairs)
         out = self.aggregate(op, pairs, weight)
         return show_nan(out, op, pairs), pairs, weight
+
+    def prepared(self, op: Operation) -> Operation:
+        """The operation as this rule searches it."""
+        return op
 
     @abstractmethod
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
@@ -76,7 +84,20 @@ class TritonTaps(Gather):
             return "values are torch.float64"
         return gpu.refuses(op.value.device)
 
+    def prepared(self, op: Operation) -> Operation:
+        """Triton searches as well, unless another engine is asked for."""
+        return searched_by_triton(op)
+
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """One kernel forward, two backward."""
         kernel: Taps | Separable = op.kernel  # type: ignore[assignment]
         return kernel.gather(pairs, weight, triton=True)
+
+
+def searched_by_triton(op: Operation) -> Operation:
+    """The same operation with Triton's search, where that serves and no other is asked for."""
+    selection = op.selection
+    if op.search != "auto" or op.whole or not isinstance(selection, KNearest):
+        return op
+    query = replace(op.query(), k=selection.k * selection.dilation)
+    return op if ENGINES["triton"].refuses(query) else replace(op, search="triton")

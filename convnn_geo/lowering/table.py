@@ -8,12 +8,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 
+from convnn_geo import gpu
 from convnn_geo.checks import check_name
 from convnn_geo.lowering.attention import Attention
 from convnn_geo.lowering.convolution import Convolution, Pooling
 from convnn_geo.lowering.message_passing import MessagePassingRule
 from convnn_geo.lowering.neighbor_attention import NeighborAttention, TritonAttention
-from convnn_geo.lowering.rules import Aggregation, Gather, Rule, TritonTaps
+from convnn_geo.lowering.rules import (
+    Aggregation,
+    Gather,
+    Rule,
+    TritonTaps,
+    searched_by_triton,
+)
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import Pairs
 from convnn_geo.typing import BACKENDS
@@ -59,7 +66,19 @@ def run(op: Operation, backend: str = "auto") -> Tensor:
 
 
 def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pairs, Tensor | None]:
-    """The same by a rule that has the weights at hand: the result, the pairs, their weights."""
+    """The same by a rule that has the weights at hand: the result, the pairs, their weights.
+
+    Fused attention has none with a gradient: ``"triton"`` then searches by Triton, and weighs and
+    sums by gather.
+    """
+    if backend == "triton":
+        reason = gpu.refuses(op.value.device)
+        if reason is not None:
+            raise ValueError(f"backend='triton' can't run this layer: {reason}")
+        taps = TritonTaps()
+        if taps.refuses(op) is None:
+            return taps.run_with_weights(op)
+        op = searched_by_triton(op)
     wanted = "message_passing" if backend == "message_passing" else "gather"
     rule = next(r for r in RULES if isinstance(r, Aggregation) and r.backend == wanted)
     return rule.run_with_weights(op)
@@ -113,6 +132,9 @@ def _search_line(op: Operation, rule: Rule) -> list[str]:
         return []
     if op.search != "auto":
         return [f"  {'search':<{_WIDTH}} {op.search} (asked for)"]
+    op = rule.prepared(op)
+    if op.search != "auto":
+        return [f"  {'search':<{_WIDTH}} {op.search} (as backend={rule.backend!r} has it)"]
     *passed, (chosen, _) = explain_search(op.query())
     names: dict[str, list[str]] = {}
     for name, reason in passed:

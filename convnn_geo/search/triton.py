@@ -12,7 +12,6 @@ from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.shapes import broadcast_shapes
 
-
 SPARE = 2
 """A neighbour after the k-th, and the target itself."""
 
