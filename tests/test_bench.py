@@ -300,3 +300,18 @@ def test_tables_have_ratios_to_torch_cluster_and_say_what_was_ended(capsys):
 def test_scripts_of_claims_stand_on_this_package():
     for script in (Path(__file__).parents[1] / "benchmarks").glob("*_*.py"):
         assert "from convnn_geo.bench import" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--calibrate", "--budget", "nan"], "expected seconds above 0"),
+        (["--calibrate", "--budget", "0"], "expected seconds above 0"),
+        (["--device", "tpu"], "expected cpu or cuda"),
+        (["--n", "64", "--dim", "5", "--input", "photograph"], "nothing to measure"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, match, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["bench", "graph", *options, "--out", str(tmp_path)])
+    assert match in capsys.readouterr().err + str(error.value)

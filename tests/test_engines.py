@@ -295,10 +295,29 @@ def test_auto_takes_what_was_fastest_in_the_case_most_like_this(cache):
     assert choice(5000, 60)[0] == "dense"
 
 
-def test_a_table_that_cannot_be_read_is_none(cache):
+@pytest.mark.parametrize("text", ["{", "null", "[1]", '[{"engine": "dense"}]', "[]"])
+def test_a_table_that_cannot_be_read_is_none(cache, text):
     (cache / "convnn_geo").mkdir()
-    costs.user_table().write_text("{")
+    costs.user_table().write_text(text)
     assert knn(torch.rand(50, 3), k=4).index.shape == (50, 4)
+
+
+def test_costs_of_another_device_stay(cache):
+    costs.save([cost("dense", 100, 1.0)])
+    costs.save([{**cost("cells", 100, 2.0), "device": "cuda"}])
+    costs.save([cost("dense", 100, 3.0)])
+    kept = json.loads(costs.user_table().read_text())
+    assert [(cell["device"], cell["seconds"]) for cell in kept] == [("cuda", 2.0), ("cpu", 3.0)]
+
+
+def test_few_coordinates_in_float64_go_to_a_tree():
+    points = Points(torch.rand(1500, 3), torch.rand(1500, 2))
+    rows = explain_search(
+        Query(points, points, 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine"), 9)
+    )
+    if ENGINES["kd_tree"].missing() is None:
+        assert rows[-1] == ("kd_tree", None)
+        assert dict(rows)["dense"] == "a tree is faster for few coordinates in float64"
 
 
 def test_the_shipped_table_is_sound():
@@ -382,7 +401,38 @@ def test_a_million_points_in_bounded_memory():
     assert torch.equal(found.index[some], knn(x, x[some], 16, backend="dense").index)
 
 
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("distance", [1e3, 1e5])
+def test_targets_far_from_the_sources_find_the_same(monkeypatch, compile, distance):
+    """Their distances round to float32 so coarsely that many tie."""
+    if not compile:
+        monkeypatch.setattr(compiled.build, "library", lambda: None)
+    torch.manual_seed(0)
+    x = torch.randint(-9, 9, (3000, 16)).float()
+    y = torch.randint(-9, 9, (8, 16)).float() + distance
+    index, _ = naive(x, y, 200)
+    for name in [n for n in EXACT if n != "cells"]:
+        assert torch.equal(knn(x, y, 200, backend=name).index, index), name
+
+
+@pytest.mark.parametrize("name", [n for n in EXACT if n != "cells"])
+def test_searches_with_their_checks_are_traced_whole(name):
+    x = torch.randn(40, 12)
+    found = torch.compile(lambda p: knn(p, k=4, backend=name).index, fullgraph=True)(x)
+    assert torch.equal(found, knn(x, k=4, backend=name).index)
+
+
 # -- knn_graph ----------------------------------------------------------------------------------
+
+
+def test_distances_of_edges_are_those_of_their_cloud():
+    torch.manual_seed(0)
+    x, batch = torch.rand(60, 3) * torch.arange(1, 61)[:, None], torch.tensor([0] * 20 + [1] * 40)
+    edges, distance = knn_graph(x, 4, batch, metric="paper_mix", return_distance=True)
+    for cloud in (0, 1):
+        own = batch == cloud
+        _, alone = knn_graph(x[own], 4, metric="paper_mix", return_distance=True)
+        torch.testing.assert_close(distance[own[edges[1]]], alone)
 
 
 @pytest.mark.parametrize("loop", [False, True])

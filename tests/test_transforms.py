@@ -437,3 +437,11 @@ def test_example_builds_and_draws_the_graph_of_a_cloud(tmp_path, monkeypatch, ca
     with Image.open(picture) as drawn:
         colors = drawn.convert("RGB").resize((132, 59)).getcolors(10**5)
     assert len(colors) > 1000
+
+
+def test_two_masks_are_told_apart_by_what_a_data_set_compares():
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    other = mask.clone()
+    other[50, 50] = True
+    assert repr(ImageToPoints(mask=mask)) != repr(ImageToPoints(mask=other))
+    assert repr(ImageToPoints(mask=mask)) == repr(ImageToPoints(mask=mask.numpy().copy()))

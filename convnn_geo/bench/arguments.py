@@ -35,7 +35,7 @@ def counts(text: str) -> list[int]:
         [1, 32]
     """
     try:
-        return [check_int("count", int(number)) for number in text.split(",")]
+        return list(dict.fromkeys(check_int("count", int(number)) for number in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected counts such as 1,32, got {text!r}") from None
 
@@ -47,7 +47,9 @@ def device(text: str) -> str:
         >>> device("cpu")
         'cpu'
     """
-    if text.startswith("cuda") and not torch.cuda.is_available():
+    if text != "cpu" and text.partition(":")[0] != "cuda":
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if text != "cpu" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("torch sees no GPU here; take --device cpu")
     return text
 

@@ -113,7 +113,7 @@ def _add_calibrate(parser: argparse.ArgumentParser, default: Any) -> None:
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=duration,
         default=default or 480.0,
         metavar="SECONDS",
         help="of --calibrate (480)",
@@ -245,6 +245,8 @@ def _measure(
 ) -> list[Any]:
     """All cells in turn, with a bar; the folder and what draws are looked for before."""
     require("matplotlib.figure", extra="viz")
+    if not todo:
+        raise SystemExit("nothing to measure: no input has so many points of that dimension")
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(machine(arguments.device))
     budget, preparing = math.inf, 180.0

@@ -14,6 +14,7 @@ import convnn_geo
 
 _PACKAGES = (
     *("torch", "torch_geometric", "torch_cluster", "pyg_lib", "numpy", "scipy", "scikit-learn"),
+    *("scikit-image", "pykdtree"),
     *("faiss-cpu", "faiss-gpu", "pykeops", "pynndescent", "triton", "flashlib", "torchbvh"),
 )
 

@@ -56,6 +56,9 @@ class Metric(nn.Module, ABC):
         torch.Size([1, 16, 16])
     """
 
+    by_set = False
+    """Whether a distance depends on all points of a set, as where features are normalised."""
+
     @abstractmethod
     def distances(self, target: Points, source: Points) -> Distances:
         """Bind the metric to points: project, normalise, whatever is done once a point."""

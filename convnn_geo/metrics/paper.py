@@ -26,6 +26,8 @@ class PaperMix(Metric):
         lam: 0 for positions, 1 for features.
     """
 
+    by_set = True
+
     def __init__(self, lam: float = 0.5) -> None:
         super().__init__()
         self.lam = check_number("lam", lam)

@@ -18,6 +18,7 @@ from convnn_geo.search.query import Query
 
 SHIPPED = Path(__file__).with_name("costs.json")
 
+_NUMBERS = ("dimension", "n", "m", "k", "batch")
 Case = tuple[int, int, int, int]
 """dimension, sources, neighbours, examples."""
 
@@ -29,7 +30,7 @@ def user_table() -> Path:
 
 
 def save(cells: list[dict[str, Any]]) -> Path:
-    """Store what was measured as this user's table.
+    """Store what was measured in this user's table, in the place of what it had of that device.
 
     Args:
         cells: dictionaries with ``engine``, ``device`` (``"cpu"`` or ``"cuda"``), ``dimension``,
@@ -37,6 +38,8 @@ def save(cells: list[dict[str, Any]]) -> Path:
     """
     path = user_table()
     path.parent.mkdir(parents=True, exist_ok=True)
+    devices = {cell["device"] for cell in cells}
+    cells = [cell for cell in _read(path) if cell["device"] not in devices] + cells
     lines = ",\n".join(json.dumps(cell) for cell in cells)
     path.write_text(f"[\n{lines}\n]\n")
     table.cache_clear()
@@ -48,18 +51,27 @@ def save(cells: list[dict[str, Any]]) -> Path:
 def table(device: str) -> dict[Case, dict[str, float]]:
     """Seconds by case and engine on a kind of device: the user's where there are any."""
     for path in (user_table(), SHIPPED):
-        try:
-            cells = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue
         found: dict[Case, dict[str, float]] = {}
-        for cell in cells:
+        for cell in _read(path):
             if cell["device"] == device:
                 case = (cell["dimension"], cell["m"], cell["k"], cell["batch"])
                 found.setdefault(case, {})[cell["engine"]] = cell["seconds"]
         if found:
             return found
     return {}
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table; none where there is no such file, or it holds something else."""
+    try:
+        cells = json.loads(path.read_text())
+        return [
+            {**cell, **{name: int(cell[name]) for name in _NUMBERS}, "seconds": float(seconds)}
+            for cell in cells
+            if (seconds := cell["seconds"]) > 0 and {"engine", "device"} <= {*cell}
+        ]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def expected(query: Query) -> dict[str, float]:

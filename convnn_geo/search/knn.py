@@ -65,7 +65,7 @@ def knn(
         short: what becomes of a k over the number of candidates: ``"error"``; ``"truncate"``: all
             examples get as many neighbours as the smallest can; ``"pad"``: slots stay empty.
         memory: bytes that a slab of distances may take; by default what suits the device.
-        check: refuse non-finite values.
+        check: refuse non-finite values; under ``torch.compile`` and ``torch.export`` nobody does.
 
     Returns:
         A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, k)`` or ``(b, n, k)``,
@@ -103,7 +103,7 @@ def knn(
     _check_pair(source, target)
     if memory is not None:
         memory = check_int("memory", memory)
-    if check:
+    if check and not torch.compiler.is_compiling():  # what is traced has no values yet
         for name, points in (("x", source),) if same else (("x", source), ("y", target)):
             check_finite(name, points.x, None if points.pos is points.x else points.pos)
     search = _Search(metric, backend, self_point, short, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
@@ -98,5 +99,20 @@ def knn_graph(
     )
     if not return_distance:
         return edge_index
-    distance = metric.pairs(points, points, found.index)
+    distance = _distances(metric, points, batch, found.index)
     return edge_index, distance.flatten().index_select(0, slot)
+
+
+def _distances(metric: Metric, points: Points, batch: Tensor | None, index: Tensor) -> Tensor:
+    """Distances of pairs ``(n, k)``; cloud by cloud where all points of a cloud have a say."""
+    if batch is None or not any(getattr(part, "by_set", False) for part in metric.modules()):
+        return metric.pairs(points, points, index)
+    found, start = [], 0
+    for size in torch.bincount(batch).tolist():
+        rows = slice(start, start + size)
+        x, pos = (None if t is None else t[rows] for t in (points.x, points.pos))
+        cloud = Points(x, pos)
+        inside = (index[rows] - start).clamp_min(0)  # empty slots name source 0
+        found.append(metric.pairs(cloud, cloud, inside))
+        start += size
+    return torch.cat(found) if found else metric.pairs(points, points, index)

@@ -211,6 +211,9 @@ def _by_product(
     asked = min(k + 1, problem.keys.shape[-2])
     values, places = smallest_in_rows(rough, asked, hidden, slab, problem.dtype)
     margin = 2 * rough.rounding()
+    if problem.kind == "points":  # what decides holds the target's square, too, and is rounded
+        size = rough.q.square().sum(-1, keepdim=True)
+        margin = margin + 6 * torch.finfo(problem.dtype).eps * size
     unsure = _undecided(problem, values, places, margin)
     if 1 < asked < problem.keys.shape[-2]:
         unsure = unsure | _open_ended(problem, values, places, hidden.own)

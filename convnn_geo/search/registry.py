@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from convnn_geo.checks import check_name
+from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.search.approximate import NNDescent, RandomProjections
 from convnn_geo.search.cells import Cells
@@ -70,9 +71,10 @@ def fastest(query: Query) -> str:
         return Dense.name
     # What is measured counts; but sizes that are traced must not be looked at one by one.
     seconds = {} if torch.compiler.is_compiling() else expected(query)
+    passed = (grid.name, Dense.name) if _double(query) else (grid.name,)
     for name in sorted(seconds, key=seconds.__getitem__):
-        engine = ENGINES.get(name, grid)
-        if engine is not grid and not engine.approximate and engine.refuses(query) is None:
+        engine = None if name in passed else ENGINES.get(name)
+        if engine is not None and not engine.approximate and engine.refuses(query) is None:
             return name
     many = query.source.num_points >= 4096
     cells = many and ENGINES[Cells.name].refuses(query) is None
@@ -105,11 +107,23 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
     return lambda name: (
         "what it finds is too much to be kept for the next call"
         if name == GridSearch.name
+        else "a tree is faster for few coordinates in float64"
+        if name == Dense.name and _double(query)
         else f"slower in the case most like this: {1e3 * seconds[name]:.3g} ms, "
         f"{best} {1e3 * seconds[best]:.3g} ms"
         if name in seconds
         else "too slow to measure, or not measured"
     )
+
+
+def _double(query: Query) -> bool:
+    """Whether few coordinates are in float64, as mixtures have them, which dense has no C for.
+
+    The costs measured are those of float32; a tree takes a tenth of dense's time here.
+    """
+    problem = query.problem
+    double = problem is not None and problem.q.dtype == torch.float64
+    return double and problem.q.shape[-1] <= DIRECT_DIMENSIONS  # type: ignore[union-attr]
 
 
 def _two_directions(query: Query) -> bool:

@@ -123,11 +123,11 @@ def in_slabs(distances: Distances, index: Tensor, slab: int, dtype: torch.dtype)
     step = max(1, slab // max(1, 8 * distances.width * math.prod(lead) * k))
     if step >= n:
         return distances.at(index).to(dtype)
-    parts = []
+    found = torch.empty(*lead, n, k, dtype=dtype, device=index.device)
     for start in range(0, n, step):
         some = index[..., start : start + step, :]
-        parts.append(distances.at(some, start).to(dtype))
-    return torch.cat(parts, -2)
+        found[..., start : start + step, :] = distances.at(some, start)
+    return found
 
 
 def _by_rows(
@@ -143,6 +143,12 @@ def _by_rows(
 
     if step >= n:  # asked by itself, for sizes that are traced must not end up in a loop
         return between(0, n)
-    parts = [between(start, min(start + step, n)) for start in range(0, n, step)]
-    values, places = zip(*parts, strict=True)
-    return torch.cat(values, -2), torch.cat(places, -2)
+    # Written into one piece: small results kept between slabs would keep the heap from shrinking.
+    found: tuple[Tensor, Tensor] | None = None
+    for start in range(0, n, step):
+        part = between(start, min(start + step, n))
+        if found is None:
+            found = part[0].new_empty(*lead, n, k), part[1].new_empty(*lead, n, k)
+        for whole, some in zip(found, part, strict=True):
+            whole[..., start : start + step, :] = some
+    return found  # type: ignore[return-value]
