@@ -218,5 +218,8 @@ def test_without_autocast_features_and_positions_have_one_dtype():
     x, pos = torch.randn(9, 8).bfloat16(), torch.randn(9, 3)
     with pytest.raises(TypeError, match=r"x is torch.bfloat16 but pos torch.float32"):
         layer(x, pos)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="pos torch.float64"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"pos torch\.float64"),
+    ):
         layer(x, pos.double())

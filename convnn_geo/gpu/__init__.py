@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,4 +54,5 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _shared_memory(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(index)  # whose stub lacks the field
+    return properties.shared_memory_per_block_optin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ def leading(
     )
 
 
+@overload
+def laid_out(tensor: Tensor, lead: torch.Size, axes: int) -> tuple[Tensor, tuple[int, ...]]: ...
+@overload
+def laid_out(
+    tensor: Tensor | None, lead: torch.Size, axes: int
+) -> tuple[Tensor | None, tuple[int, ...]]: ...
 def laid_out(
     tensor: Tensor | None, lead: torch.Size, axes: int
 ) -> tuple[Tensor | None, tuple[int, ...]]:

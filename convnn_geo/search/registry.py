@@ -123,7 +123,7 @@ def _double(query: Query) -> bool:
     """
     problem = query.problem
     double = problem is not None and problem.q.dtype == torch.float64
-    return double and problem.q.shape[-1] <= DIRECT_DIMENSIONS  # type: ignore[union-attr]
+    return double and problem.q.shape[-1] <= DIRECT_DIMENSIONS
 
 
 def _two_directions(query: Query) -> bool:
