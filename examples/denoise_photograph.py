@@ -4,13 +4,15 @@ python examples/denoise_photograph.py [picture.png]
 
 Trains a small DnCNN of convolution, of branching and of ConvNN layers on noisy patches of
 photographs, cleans a part of another photograph, prints PSNRs and draws what came out. One run of
-each, with steps, rate and ratio chosen by looking at this very picture: it illustrates, and which
-layer is better it can't say. `convnn-geo experiment denoising` compares over seeds.
+each: it illustrates, and which layer is better it can't say. Networks, layers and the learning
+rate, which was chosen for convolution, are those of `convnn-geo experiment denoising`, which
+compares over seeds; what it found is printed, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,16 +24,20 @@ from torch import Tensor, nn
 from convnn_geo.datasets import photograph, photographs
 from convnn_geo.extras import require
 from convnn_geo.models import create_model
+from convnn_geo.viz import mean_deviation
 
 HELD_OUT, TOP, LEFT = "chelsea", 90, 130
-TILE, TILES = 16, 6  # networks see tiles, since who is near by feature depends on who is there
+TILE, SIDE = 16, 96  # networks see tiles, since who is near by feature depends on who is there
+STEP = TILE // 2  # tiles overlap, so that their edges are not seen
 SIGMA = 0.1
-STEPS, BATCH = 700, 8
+STEPS, BATCH, RATE = 700, 8, 2e-2
 LAYERS = {
     "convolution": ("conv", {}),
-    "branching": ("branching", {"ratio": 0.25, "k": 9, "metric": "euclidean"}),
-    "ConvNN": ("convnn", {"k": 9, "metric": "euclidean"}),
+    "branching": ("branching", {"ratio": 0.5, "k": 9, "metric": "paper_mix"}),
+    "ConvNN": ("convnn", {"k": 9, "metric": "paper_mix"}),
 }
+RESULTS = Path(__file__).parent / "results" / "denoising.csv"
+_CAPTION = "Above one run each, at a learning rate chosen for convolution;"
 
 
 def batches(seed: int = 0) -> Iterator[Tensor]:
@@ -56,7 +62,7 @@ def train(model: nn.Module) -> None:
     """Mean squared error, on new noise in every step."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters())
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=STEPS)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=STEPS)
     for clean in batches():
         noisy = clean + SIGMA * torch.randn(clean.shape, generator=generator)
         optimizer.zero_grad()
@@ -71,25 +77,47 @@ def psnr(image: Tensor, clean: Tensor) -> float:
 
 
 def tiles(image: Tensor) -> Tensor:
-    """``(3, h, w)`` in squares, ``(b, 3, TILE, TILE)``."""
-    squares = image.unfold(1, TILE, TILE).unfold(2, TILE, TILE)
+    """``(3, h, w)`` in squares that overlap, ``(b, 3, TILE, TILE)``."""
+    squares = image.unfold(1, TILE, STEP).unfold(2, TILE, STEP)
     return squares.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
 def joined(squares: Tensor) -> Tensor:
-    """Back from tiles."""
-    rows = squares.unflatten(0, (TILES, TILES)).permute(2, 0, 3, 1, 4)
-    return rows.flatten(3).flatten(1, 2)
+    """Back from tiles: a mean that weighs the middle of a tile most."""
+    slope = torch.arange(TILE).add(0.5)
+    slope = slope.minimum(TILE - slope)
+    weight = (slope[:, None] * slope).expand_as(squares)
+
+    def summed(parts: Tensor) -> Tensor:
+        return F.fold(parts.flatten(1).T[None], (SIDE, SIDE), TILE, stride=STEP)[0]
+
+    return summed(squares * weight) / summed(weight)
 
 
-def draw(path: Path, images: dict[str, Tensor]) -> None:
+def over_seeds() -> Iterator[str]:
+    """What `convnn-geo experiment denoising` found for the same networks, as sentences."""
+    with RESULTS.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["series"].startswith("DnCNN")]
+    for series in dict.fromkeys(row["series"] for row in rows):
+        told = []
+        for layer in LAYERS:
+            scores = [
+                float(row["test"]) for row in rows if (row["series"], row["at"]) == (series, layer)
+            ]
+            mean, deviation = mean_deviation(scores)
+            told.append(f"{layer} {mean:.2f} ± {deviation:.2f} dB")
+        yield f"{series}, {len(scores)} seeds, test patches: {', '.join(told)}"
+
+
+def draw(path: Path, images: dict[str, Tensor], caption: str) -> None:
     figure = require("matplotlib.figure", extra="viz").Figure(
-        figsize=(2.6 * len(images), 3.3), dpi=110, layout="constrained"
+        figsize=(2.6 * len(images), 4), dpi=110, layout="constrained"
     )
     for axis, (title, image) in zip(figure.subplots(1, len(images)), images.items(), strict=True):
         axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
+    figure.supxlabel(caption, fontsize=10)
     figure.savefig(path)
 
 
@@ -97,8 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("picture", nargs="?", type=Path, default=Path("denoise.png"))
     path = parser.parse_args().picture
-    side = TILE * TILES
-    clean = photograph(HELD_OUT, width=320)[:, TOP : TOP + side, LEFT : LEFT + side]
+    clean = photograph(HELD_OUT, width=320)[:, TOP : TOP + SIDE, LEFT : LEFT + SIDE]
     noisy = clean + SIGMA * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
     images = {f"noisy\n{psnr(noisy, clean):.2f} dB": noisy}
     print("layer        parameters  PSNR (dB)  seconds")
@@ -114,7 +141,9 @@ def main() -> None:
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{name:<13}{parameters:>10}{score:>11.2f}{seconds:>9.1f}", flush=True)
         images[f"{name}\n{score:.2f} dB"] = cleaned
-    draw(path, {**images, "clean\n": clean})
+    found = [f"{RESULTS.stem}.md: {said}" for said in over_seeds()]
+    draw(path, {**images, "clean\n": clean}, "\n".join([f"{_CAPTION} over seeds:", *found]))
+    print(f"{_CAPTION} over seeds:", *found, sep="\n")
     print(f"The picture is at {path}")
 
 

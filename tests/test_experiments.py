@@ -107,11 +107,25 @@ class TestGrids:
         experiment = EXPERIMENTS[name]
         full, quick = experiment.settings(False), experiment.settings(True)
         assert len({setting.label for setting in full}) == len(full) >= len(quick)
-        assert {s.series for s in quick} == {s.series for s in full}
+        assert {s.series for s in quick} == {s.series for s in full if s.longer_than is None}
         assert all(s.config.epochs == 1 for s in quick)
         assert all(s.config.epochs > 1 for s in full)
         series = {s.series for s in full}
         assert {one for pair in experiment.pairs for one in pair} <= series
+
+    @pytest.mark.parametrize("name", EXPERIMENTS)
+    def test_of_what_is_trained_longer_nothing_else_is_changed(self, name):
+        full = EXPERIMENTS[name].settings(False)
+        assert len({s.key() for s in full if s.longer_than}) == sum(
+            bool(s.longer_than) for s in full
+        )
+        short = {(s.series, s.at): s for s in full if s.longer_than is None}
+        for setting in full:
+            if setting.longer_than is not None:
+                base = short[setting.longer_than, setting.at]
+                assert setting.config == replace(base.config, epochs=4 * base.config.epochs)
+                assert setting.change == base.change
+                assert setting.series == f"{base.series}, {setting.config.epochs} epochs"
 
     def test_what_is_asked_for_is_there(self):
         assert set(EXPERIMENTS) == {
@@ -132,6 +146,9 @@ class TestGrids:
         curves = EXPERIMENTS["denoising"].published.curves
         assert dict(curves["UNet"]) == {"convolution": 28.22, "branching": 28.46, "ConvNN": 26.92}
         assert dict(curves["DnCNN"]) == {"convolution": 26.63, "branching": 27.78, "ConvNN": 23.84}
+        curves = EXPERIMENTS["k_sweep"].published.curves
+        assert curves["attention (ViT-Base)"] == [(None, 80.95)]
+        assert curves["convolution (ResNet-50)"] == [(None, 79.16)]
 
 
 class TestFullSize:
@@ -144,7 +161,9 @@ class TestFullSize:
     @pytest.mark.parametrize("name", ["branching_ratio", "k_sweep", "attention_variants"])
     def test_every_question_is_asked_of_mnist_and_of_patches(self, name):
         small, full = EXPERIMENTS[name], at_full_size(EXPERIMENTS[name], "data")
-        asked = [s for s in small.settings(False) if s.config.data == "digits"]
+        asked = [
+            s for s in small.settings(False) if s.config.data == "digits" and s.longer_than is None
+        ]
         found = full.settings(False)
         assert [s.config.data for s in found] == [d for d in ("mnist", "patches") for _ in asked]
         assert len({s.label for s in found}) == len({s.key() for s in found}) == len(found)
@@ -447,16 +466,49 @@ class TestSentences:
         assert "m at y is 5.10 dB above m at x, more than both deviations together (0.14)." in said
         assert "200 test images" in said and "percentage" not in said
 
-    def test_where_lambda_settled_and_what_is_published(self):
+    def test_how_long_all_were_trained_is_said_first(self):
+        first, *_ = paragraphs(tiny(), rows_of({("a", 0.0): [0.5, 0.5], ("a", 1.0): [0.6, 0.6]}))
+        assert "all is after 2 epochs, which are few" in first
+        assert "none were trained longer here" in first
+
+    def test_longer_training_stands_beside_the_shorter(self):
+        table = {("a", 0.0): [0.5, 0.5], ("a", 1.0): [0.6, 0.7], ("b", None): [0.6, 0.6]}
+        long = {("a, 8", 0.0): [0.8, 0.8], ("a, 8", 1.0): [0.6, 0.7], ("b, 8", None): [0.9, 0.9]}
+        rows = rows_of(table)
+        for row in rows_of(long):
+            name = row.setting.series
+            config = replace(TINY, epochs=8)
+            setting = replace(row.setting, config=config, longer_than=name.partition(",")[0])
+            rows.append(replace(row, setting=setting))
+        said = paragraphs(tiny(pairs=[("a", "b")]), rows)
+        assert said[0].endswith("3 of 3 settings were trained longer, too.")
+        assert (
+            "Trained longer: a at 0 rises by 30.00 points, to 80.00 ± 0.00 % (8 epochs in the "
+            "place of 2); a at 1 stays at 65.00 ± 7.07 % (8 epochs in the place of 2); b rises by "
+            "30.00 points, to 90.00 ± 0.00 % (8 epochs in the place of 2). 2 of 3 change by more "
+            "than both deviations together: there the shorter training was too short"
+        ) in said[3]
+        assert "a, 8 at 0 is 15.00 points above a, 8 at 1, more than" in said[4]
+        assert "a at 1 is 5.00 points above b" in said[2] and "b, 8 is 10.00 points" in said[5]
+        ours = draw(tiny(), rows).axes[0]
+        first, longer = ours.containers
+        assert first.lines[0].get_color() == longer.lines[0].get_color()
+        assert longer.lines[0].get_markerfacecolor() == "white"
+
+    def test_where_lambda_ended_and_what_is_published(self):
         results = [
             Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0": low, "3": high})
             for low, high in ((0.1, 0.8), (0.3, 0.8))
         ]
-        published = Published("them", "%", {"C": [(0.0, 1.5), (0.5, 2.5)]})
+        published = Published("them", "%", {"C": [(0.0, 1.5), (0.5, 2.5)], "D": [(None, 2.0)]})
         row = Row(Setting("l", 0.5, replace(TINY, epochs=2)), results)
         said = " ".join(paragraphs(tiny(published=published), [row]))
-        assert "l at 0.5: λ settled at 0.20 ± 0.14, 0.80 ± 0.00" in said
-        assert "C at 0.5 (2.5)" in said
+        assert (
+            "l at 0.5: when training ended, after 2 epochs, λ was at 0.20 ± 0.14, 0.80 ± 0.00, "
+            "first to last, 0.30 from where it began on average." in said
+        )
+        assert "settle" not in said
+        assert "highest for C at 0.5 (2.5); D 2." in said
 
 
 class TestReport:
@@ -474,8 +526,8 @@ class TestReport:
         path = write_report(experiment, rows_of(self.TABLE), tmp_path, "convnn-geo experiment tiny")
         page = path.read_text()
         assert path.name == "tiny.md" and "![Tiny](tiny.png)" in page
-        assert "| a | 1 | 91.00 ± 1.41 | 91.00 | 10 | 0.50 |" in page
-        assert "| plain |  | 86.00 ± 1.41 | 86.00 | 10 | 0.50 |" in page
+        assert "| a | 1 | 2 | 91.00 ± 1.41 | 91.00 | 10 | 0.50 |" in page
+        assert "| plain |  | 2 | 86.00 ± 1.41 | 86.00 | 10 | 0.50 |" in page
         assert "VGG-11, CIFAR-10" in page and "`convnn-geo experiment tiny`" in page
         assert "\n\n".join(paragraphs(experiment, rows_of(self.TABLE))) in page
         with (tmp_path / "tiny.csv").open() as file:
@@ -495,18 +547,53 @@ class TestReport:
         assert theirs.lines[0].get_xydata().tolist() == [[0.0, 81.1], [1.0, 68.8]]
         assert len(draw(tiny(), rows_of(self.TABLE)).axes) == 1
 
+    def test_what_is_named_alike_is_coloured_alike_and_baselines_go_across(self):
+        curves = {"b (big)": [(0.0, 1.0)], "a (big)": [(0.0, 2.0)], "plain (big)": [(None, 3.0)]}
+        published = Published("them", "%", curves)
+        table = {
+            ("a (small)", 0.0): [0.8],
+            ("b (small)", 0.0): [0.9],
+            ("plain (small)", None): [0.7],
+        }
+        ours, theirs = draw(tiny(published=published), rows_of(table)).axes
+
+        def colors(axis):
+            handles, labels = axis.get_legend_handles_labels()
+            lines = [getattr(handle, "lines", [handle])[0] for handle in handles]
+            return {label[0]: line.get_color() for label, line in zip(labels, lines, strict=True)}
+
+        assert colors(ours) == colors(theirs) and len(set(colors(ours).values())) == 3
+        assert list(theirs.lines[2].get_ydata()) == [3.0, 3.0]
+
+    def test_curves_that_meet_are_moved_apart(self):
+        rows = rows_of({(name, at): [0.5] for name in "ab" for at in (0.0, 1.0)})
+        first, second = draw(tiny(), rows).axes[0].containers
+        moved = second.lines[0].get_xdata() - first.lines[0].get_xdata()
+        assert (moved > 0).all() and (moved < 0.05).all()
+
+    def test_a_series_may_have_a_panel_of_its_own(self):
+        rows = rows_of({(name, at): [0.5] for name in "ab" for at in (0.0, 0.01)})
+        together, alone = draw(replace(tiny(), apart={"b": 0.01}), rows).axes
+        assert len(together.containers) == len(alone.containers) == 1
+        assert alone.get_xscale() == "symlog"
+
     def test_names_stand_along_the_axis(self):
         rows = rows_of({("m", "x"): [20.0], ("m", "y"): [25.0]}, "psnr")
         (axis,) = draw(tiny(), rows).axes
         assert [label.get_text() for label in axis.get_xticklabels()] == ["x", "y"]
         assert axis.get_ylabel() == "PSNR (dB)"
 
-    def test_where_lambda_settled_is_drawn_and_tabled(self, tmp_path):
+    def test_where_lambda_ended_is_drawn_and_tabled(self, tmp_path):
         results = [Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0": 0.25, "3": 0.75})]
         rows = [Row(Setting("l", 0.5, replace(TINY, epochs=2)), results)]
         figure = draw(tiny(), rows)
         assert figure.axes[1].containers[0].lines[0].get_ydata().tolist() == [0.25, 0.75]
         page = write_report(tiny(), rows, tmp_path, "x").read_text()
+        heads = [Result("accuracy", 0.5, 0.5, 1, 0.1, 100, {"0, head 0": 0.25, "0, head 1": 0.75})]
+        rows.append(replace(rows[0], results=heads))
+        _, layers, apart = draw(tiny(), rows).axes
+        assert layers.containers[0].lines[0].get_linestyle() == "-"
+        assert apart.containers[0].lines[0].get_linestyle() == "None"
         assert "| setting | 0 | 3 |" in page and "| l at 0.5 | 0.25 | 0.75 |" in page
 
 
@@ -541,6 +628,20 @@ class TestCommand:
         words = ("--full", "--quick", "--data-root", tmp_path / "data", "--out", tmp_path)
         assert self.call("k_sweep", *words, "--workers", 1) == 2
         assert str(tmp_path / "data") in capsys.readouterr().err
+
+    def test_full_size_without_a_gpu_is_warned_of(self, tmp_path, capsys, monkeypatch):
+        words = ("--full", "--quick", "--out", tmp_path)
+
+        def refusing(*_):
+            raise ConfigError("no need to run")
+
+        monkeypatch.setattr("convnn_geo.experiments.run", refusing)
+        for there in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            assert self.call("k_sweep", *words) == 2
+            warned = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+            assert len(warned) == (not there)
+            assert all("sized for a GPU" in line for line in warned)
 
     def test_from_end_to_end(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(EXPERIMENTS, "tiny", tiny(*TestRun.SETTINGS))
@@ -596,9 +697,9 @@ def example():
 
 def test_the_example_trains_draws_and_puts_tiles_back(tmp_path, monkeypatch, capsys):
     denoise = example()
-    image = torch.rand(3, denoise.TILE * denoise.TILES, denoise.TILE * denoise.TILES)
-    assert torch.equal(denoise.joined(denoise.tiles(image)), image)
-    assert torch.equal(denoise.tiles(image)[1], image[:, :16, 16:32])
+    image = torch.rand(3, denoise.SIDE, denoise.SIDE)
+    assert torch.allclose(denoise.joined(denoise.tiles(image)), image, atol=1e-6)
+    assert torch.equal(denoise.tiles(image)[1], image[:, :16, 8:24])
     assert denoise.psnr(image + 0.1, image) == pytest.approx(20, abs=1)
     monkeypatch.setattr(denoise, "STEPS", 2)
     path = tmp_path / "denoise.png"
@@ -608,3 +709,13 @@ def test_the_example_trains_draws_and_puts_tiles_back(tmp_path, monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     scores = [float(line.split()[2]) for line in lines[2:5]]
     assert len(scores) == 3 and all(math.isfinite(score) for score in scores)
+    results = path.parents[0] / "results.csv"
+    results.write_text(
+        "series,at,test\nUNet,convolution,9\n"
+        + "".join(f"DnCNN,{layer},{score}\n" for layer in denoise.LAYERS for score in (20, 21))
+    )
+    monkeypatch.setattr(denoise, "RESULTS", results)
+    assert list(denoise.over_seeds()) == [
+        "DnCNN, 2 seeds, test patches: convolution 20.50 ± 0.71 dB, branching 20.50 ± 0.71 dB, "
+        "ConvNN 20.50 ± 0.71 dB"
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ class Setting:
         config: of the training; its ``seeds`` and ``out`` have no say.
         change: what is done to the new model before it learns, for what no option of a layer
             says; a frozen dataclass, as its ``repr`` tells settings apart.
+        longer_than: the series that has the same setting, trained for fewer epochs.
 
     Example:
         >>> Setting("cosine", 0.5, Config(epochs=2)).label
@@ -36,6 +37,7 @@ class Setting:
     at: Place
     config: Config
     change: Callable[[nn.Module], object] | None = None
+    longer_than: str | None = None
 
     @property
     def label(self) -> str:
@@ -58,12 +60,12 @@ class Published:
     Args:
         source: what was trained on what, and the paper.
         unit: of the numbers.
-        curves: places and numbers by name.
+        curves: places and numbers by name; a single number at None is a baseline.
     """
 
     source: str
     unit: str
-    curves: Mapping[str, Sequence[tuple[float | str, float]]]
+    curves: Mapping[str, Sequence[tuple[Place, float]]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Experiment:
         notes: what a reader must know of the settings.
         published: to be drawn beside; None where nothing is published.
         pairs: series that are compared, each by the point that the validation part chooses.
+        apart: series that are drawn in a panel of their own, as most of their places lie near 0,
+            with the place up to which its axis is linear; beyond, it is logarithmic.
     """
 
     name: str
@@ -89,6 +93,7 @@ class Experiment:
     notes: str
     published: Published | None = None
     pairs: Sequence[tuple[str, str]] = ()
+    apart: Mapping[str, float] = field(default_factory=dict)
 
 
 def place(at: Any) -> str:

@@ -68,6 +68,8 @@ def _experiment(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    import torch
+
     from convnn_geo.experiments import EXPERIMENTS, report, run
     from convnn_geo.experiments.full_size import at_full_size
     from convnn_geo.experiments.summary import Row, paragraphs
@@ -79,6 +81,12 @@ def _run(arguments: argparse.Namespace) -> None:
         experiment = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
         if arguments.full:
             experiment = at_full_size(experiment, arguments.data_root, quick, arguments.download)
+            if not torch.cuda.is_available():
+                print(
+                    "convnn-geo experiment: warning: --full is sized for a GPU and this machine "
+                    "has none: expect it to be very slow",
+                    file=sys.stderr,
+                )
         seeds = (1 if quick else 3) if arguments.seeds is None else arguments.seeds
         check_int("--seeds", seeds)
         workers = check_int("--workers", arguments.workers)

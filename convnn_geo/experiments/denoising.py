@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from convnn_geo.experiments.base import Experiment, Published, Setting
+from convnn_geo.experiments.settings import longer
 from convnn_geo.train import Config
 
 _MODELS: dict[str, dict[str, Any]] = {
@@ -19,12 +20,13 @@ _LAYERS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 def settings(quick: bool) -> list[Setting]:
-    """Three layers in two networks."""
-    return [
+    """Three layers in two networks, and in one of them longer."""
+    found = [
         Setting(name, label, _config(quick, layer, options, **model))
         for name, model in _MODELS.items()
         for label, (layer, options) in _LAYERS.items()
     ]
+    return found if quick else [*found, *longer(found, [("DnCNN", label) for label in _LAYERS])]
 
 
 def _config(quick: bool, layer: str | None, options: dict[str, Any], **model: Any) -> Config:

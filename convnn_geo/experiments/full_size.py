@@ -33,7 +33,11 @@ def at_full_size(
     Raises:
         ConfigError: the experiment has other networks, and a single size.
     """
-    small = [each for each in experiment.settings(quick) if each.config.data == "digits"]
+    small = [
+        each
+        for each in experiment.settings(quick)
+        if each.config.data == "digits" and each.longer_than is None
+    ]
     if not small or not {each.config.model for each in small} <= set(_MODELS):
         raise ConfigError(
             f"{experiment.name} comes in one size; --full is for experiments with "

@@ -43,7 +43,7 @@ def head(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """Names of the table's columns."""
     unit = rows[0].unit
     scores = [f"test ({unit})", f"validation ({unit})"]
-    return ["series", experiment.axis, *scores, "parameters", "seconds an epoch"]
+    return ["series", experiment.axis, "epochs", *scores, "parameters", "seconds an epoch"]
 
 
 def cells(row: Row) -> list[str]:
@@ -51,6 +51,7 @@ def cells(row: Row) -> list[str]:
     return [
         row.setting.series,
         place(row.setting.at),
+        f"{row.setting.config.epochs}",
         row.shown,
         f"{row.validation:.2f}",
         f"{row.results[0].parameters}",
@@ -75,13 +76,11 @@ def page(experiment: Experiment, rows: Sequence[Row], command: str) -> str:
     lines.append(_table(head(experiment, rows), [cells(row) for row in rows]))
     places = [row for row in rows if row.learned]
     if places:
-        lines += ["Where λ settled, mean over seeds:", *_places(places)]
-    epochs = sorted({row.setting.config.epochs for row in rows})
+        lines += ["Where λ was when training ended, mean over seeds:", *_places(places)]
     lines.append(
-        f"Made by `{command}` with convnn_geo {__version__} and torch {torch.__version__}. Epochs: "
-        f"{', '.join(map(str, epochs))}; within a series all are trained alike. The test part is "
-        "read once, after the last epoch. Seconds are of a thread beside "
-        "whatever else the machine did. Every run is in "
+        f"Made by `{command}` with convnn_geo {__version__} and torch {torch.__version__}. Within "
+        "a series all are trained alike. The test part is read once, after the last epoch. Seconds "
+        "are of a thread beside whatever else the machine did. Every run is in "
         f"[{experiment.name}.csv]({experiment.name}.csv)."
     )
     return "\n\n".join(lines) + "\n"
@@ -105,7 +104,7 @@ def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["series", "at", "seed", "test", "validation", "parameters", "seconds", "learned"]
+        ["series", "at", "epochs", "seed", "test", "validation", "parameters", "seconds", "learned"]
     )
     for row in rows:
         for seed, result in enumerate(row.results):
@@ -114,6 +113,7 @@ def _csv(rows: Sequence[Row]) -> str:
                 [
                     row.setting.series,
                     place(row.setting.at),
+                    row.setting.config.epochs,
                     seed,
                     f"{result.test:.6g}",
                     f"{result.validation:.6g}",

@@ -35,7 +35,7 @@ class Result:
         parameters: numbers in the model.
         seconds: of training, an epoch.
         test_size: examples that were scored.
-        learned: where layers that learn their place on the spectrum have settled, by name.
+        learned: where layers that learn their place on the spectrum were at the end, by name.
     """
 
     score: str

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+from convnn_geo.experiments.base import Setting
 from convnn_geo.train import Config
 
 _PATCHES = {"count": 150}
+_LONGER = 4
 
 
 def _images(data: str, size: int) -> dict[str, Any]:
@@ -57,4 +61,30 @@ def vit(quick: bool, layer: str | None, data: str = "digits", **options: Any) ->
         warmup_epochs=0 if quick else 3,
         clip_norm=1.0,
         **_images(data, 12),
+    )
+
+
+def longer(settings: Iterable[Setting], chosen: Iterable[tuple[str, Any]]) -> list[Setting]:
+    """Some settings trained four times as long, each series under a name of its own.
+
+    Args:
+        settings: to choose from.
+        chosen: series and places.
+
+    Example:
+        >>> short = Setting("convolution", None, Config(epochs=6))
+        >>> longer([short], [("convolution", None)])[0].label
+        'convolution, 24 epochs'
+    """
+    known = {(each.series, each.at): each for each in settings}
+    return [_longer(known[each]) for each in chosen]
+
+
+def _longer(setting: Setting) -> Setting:
+    epochs = _LONGER * setting.config.epochs
+    return replace(
+        setting,
+        series=f"{setting.series}, {epochs} epochs",
+        config=replace(setting.config, epochs=epochs),
+        longer_than=setting.series,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from convnn_geo.experiments.base import Experiment, Published, Setting, place
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def learned(self) -> dict[str, tuple[float, float]]:
-        """Where each layer settled: mean and deviation over seeds, by name."""
+        """Where each layer was when training ended: mean and deviation over seeds, by name."""
         return {
             name: mean_deviation([result.learned[name] for result in self.results])
             for name in self.results[0].learned
@@ -103,18 +103,77 @@ def paragraphs(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """
     if all(row.setting.config.epochs == 1 for row in rows):
         return ["A single epoch: this shows that it runs. Nothing can be compared."]
-    groups = series(rows)
+    short = [row for row in rows if row.setting.longer_than is None]
+    long = [row for row in rows if row.setting.longer_than is not None]
+    said = [_budget(short, long), *_seen(series(short), experiment.pairs)]
+    if long:
+        names = {row.setting.longer_than: row.setting.series for row in long}
+        pairs = [
+            (names[one], names[other])
+            for one, other in experiment.pairs
+            if one in names and other in names
+        ]
+        said += [_longer(short, long), *_seen(series(long), pairs)]
+    said += [_ended(row) for row in rows if row.learned]
+    if experiment.published is not None:
+        said.append(_published(experiment.published))
+    return [*said, _caution(rows)]
+
+
+def _seen(groups: Mapping[str, Sequence[Row]], pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A paragraph a series, and one on pairs of them."""
     said = [" ".join(_along(name, group)) for name, group in groups.items() if len(group) > 1]
-    told = [_pair(groups[one], groups[other]) for one, other in experiment.pairs]
+    told = [_pair(groups[one], groups[other]) for one, other in pairs]
     if told:
         said.append(
             "Each series taken at the point that the validation part would choose: "
             + " ".join(told)
         )
-    said += [_settled(row) for row in rows if row.learned]
-    if experiment.published is not None:
-        said.append(_published(experiment.published))
-    return [*said, _caution(rows)]
+    return said
+
+
+def budget(rows: Sequence[Row]) -> str:
+    """How long all were trained that were not trained longer, as text."""
+    found = {row.setting.config.epochs for row in rows if row.setting.longer_than is None}
+    return f"{' or '.join(map(str, sorted(found)))} epochs"
+
+
+def _budget(short: Sequence[Row], long: Sequence[Row]) -> str:
+    """A caution, as no curve here was followed until it was level."""
+    said = (
+        f"Where nothing else is said, all is after {budget(short)}, which are few: settings are "
+        "compared at that budget, and longer training may order them otherwise"
+    )
+    if not long:
+        return f"{said}; none were trained longer here."
+    return f"{said}. {len(long)} of {len(short)} settings were trained longer, too."
+
+
+def _longer(short: Sequence[Row], long: Sequence[Row]) -> str:
+    """What more epochs change, and how often by more than the deviations."""
+    before = {(row.setting.series, row.setting.at): row for row in short}
+    pairs = [(before[str(row.setting.longer_than), row.setting.at], row) for row in long]
+    told, changed = [], 0
+    for first, then in pairs:
+        difference = round(then.mean - first.mean, 2)
+        changed += abs(difference) > round(first.deviation + then.deviation, 2)
+        verb = "rises" if difference > 0 else "falls"
+        by = f"{verb} by {abs(difference):.2f} {points(then)}, to" if difference else "stays at"
+        epochs = first.setting.config.epochs, then.setting.config.epochs
+        told.append(
+            f"{first.setting.label} {by} {then.shown} {then.unit} "
+            f"({epochs[1]} epochs in the place of {epochs[0]})"
+        )
+    said = f"Trained longer: {'; '.join(told)}."
+    if len(long[0].results) < 2:
+        return said
+    if not changed:
+        return f"{said} None changes by more than both deviations together."
+    verb = "changes" if changed == 1 else "change"
+    return (
+        f"{said} {changed} of {len(pairs)} {verb} by more than both deviations together: there "
+        "the shorter training was too short, and compares how fast settings learn."
+    )
 
 
 def _along(name: str, group: Sequence[Row]) -> list[str]:
@@ -172,20 +231,32 @@ def points(row: Row) -> str:
     return "dB" if row.unit == "dB" else "points"
 
 
-def _settled(row: Row) -> str:
+def _ended(row: Row) -> str:
+    """Where λ was at the end, which need not be where it would come to rest."""
     layers = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in row.learned.values()]
+    means = [mean for mean, _ in row.learned.values()]
     if len(row.results) < 2:
-        layers = [f"{mean:.2f}" for mean, _ in row.learned.values()]
-    return f"{row.setting.label}: λ settled at {', '.join(layers)}, first layer to last."
+        layers = [f"{mean:.2f}" for mean in means]
+    said = (
+        f"{row.setting.label}: when training ended, after {row.setting.config.epochs} epochs, λ "
+        f"was at {', '.join(layers)}, first to last"
+    )
+    if not isinstance(row.setting.at, float):
+        return f"{said}."
+    moved = sum(abs(mean - row.setting.at) for mean in means) / len(means)
+    return f"{said}, {moved:.2f} from where it began on average."
 
 
 def _published(published: Published) -> str:
-    """Where the published curves are highest."""
+    """Where the published curves are highest, and the baselines."""
     tops = {
         name: max(curve, key=lambda point: point[1]) for name, curve in published.curves.items()
     }
-    told = ", ".join(f"{name} at {place(at)} ({value:g})" for name, (at, value) in tops.items())
-    return f"The published numbers are highest for {told}."
+    told = ", ".join(
+        f"{name} at {place(at)} ({value:g})" for name, (at, value) in tops.items() if at is not None
+    )
+    baselines = ", ".join(f"{name} {value:g}" for name, (at, value) in tops.items() if at is None)
+    return f"The published numbers are highest for {told}{f'; {baselines}' if baselines else ''}."
 
 
 def _caution(rows: Sequence[Row]) -> str:
