@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from convnn_geo import convert, lowering
+from convnn_geo.candidates import Random, Window
 from convnn_geo.convert import NotApplicable, PatchPositions, TimmTokens, spec
 from convnn_geo.nn import ConvNN1d
 
@@ -189,8 +190,9 @@ def test_models_are_copied_saved_and_reported(name):
     assert (line.was, line.now) == ("Attention", "TimmTokens")
     attn = model.blocks[1].attn
     assert line.parameters == sum(p.numel() for p in attn.parameters())
-    taps = attn.layer.neighbors if name == "branching" else attn.layer
-    assert line.flops >= 2 * 2 * 9 * taps.weight.numel()
+    parts = {"branching": "neighbors", "conv": "convolution", "convnn": ""}
+    taps, tokens = attn.layer.get_submodule(parts[name]), 6 if name == "conv" else 9
+    assert line.flops >= 2 * 2 * tokens * taps.weight.numel()
     expected = {"conv": "convolution", "convnn": "gather", "branching": "gather + attention"}
     assert line.lowering == expected[name]
 
@@ -226,3 +228,88 @@ def test_a_convolution_of_tokens_moves_from_its_window():
         assert not torch.allclose(model(x), before)
         convert.set_interpolation(model, 0.0)
         torch.testing.assert_close(model(x), before)
+
+
+def rectangle(**options):
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": (12, 16), "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    return VisionTransformer(**sizes, **options).double().eval()
+
+
+def placed(become, **options):
+    """The layer in the place of a vision transformer's only attention."""
+    rule = convert.Rule(become, name="blocks.*")
+    return convert.to_convnn(rectangle(**options), rule).blocks[0].attn
+
+
+def offsets():
+    """Of the patches of 3 x 4 from each other, ``(12, 12, 2)``."""
+    place = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), -1)
+    place = place.flatten(0, 1)
+    return place[None] - place[:, None]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("become", "near"),
+    [
+        (spec("sliding_window_attention", kernel_size=3), lambda d: d.abs().amax(-1) <= 1),
+        (
+            spec("sliding_window_attention", kernel_size=(1, 5)),
+            lambda d: (d[..., 0] == 0) & (d[..., 1].abs() <= 2),
+        ),
+        (
+            spec("dilated_attention", kernel_size=(3, 3)),
+            lambda d: ((d % 2 == 0) & (d.abs() <= 2)).all(-1),
+        ),
+        (spec("strided_attention", stride=2), lambda d: (d % 2 == 0).all(-1)),
+    ],
+)
+def test_windows_of_patches_are_on_their_grid_and_tokens_before_see_all(become, near, prefix):
+    tokens = {"class_token": prefix > 0, "global_pool": "avg", "reg_tokens": max(prefix - 1, 0)}
+    new, x = placed(become, **tokens), random(2, prefix + 12, 8)
+    mask = torch.ones(prefix + 12, prefix + 12, dtype=torch.bool)
+    mask[prefix:, prefix:] = near(offsets())
+    plain = placed("attention", **tokens)
+    plain.load_state_dict(new.state_dict())
+    equal(new(x), plain(x, attn_mask=mask))
+    with pytest.raises(ValueError, match=rf"expected {prefix + 12} tokens .*, got {prefix + 11}"):
+        new(x[:, 1:])
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_conv_of_patches_is_a_convolution_beside_tokens_that_see_all(prefix):
+    tokens = {"class_token": prefix > 0, "global_pool": "avg", "reg_tokens": max(prefix - 1, 0)}
+    new, x = placed(spec("conv", kernel_size=(3, 1)), **tokens), random(2, prefix + 12, 8)
+    layer = new.layer
+    peer = nn.Conv2d(8, 8, (3, 1), padding=(1, 0)).double()
+    peer.load_state_dict(layer.convolution.state_dict())
+    patches = peer(x[:, prefix:].mT.unflatten(-1, (3, 4))).flatten(2).mT
+    if prefix:
+        before = x[:, :prefix].flatten(1)
+        patches = patches + layer.seen(before)[:, None]
+        own = layer.summary(torch.cat([before, patches.mean(1)], 1)).unflatten(1, (prefix, 8))
+        patches = torch.cat([own, patches], 1)
+    equal(new(x), patches)
+    assert lowering.explain(new, x).startswith("TimmTokens runs by: convolution")
+
+
+def test_the_nearest_in_a_window_are_patches_around_and_the_class_token():
+    new = placed(spec("convnn", k=4, candidates=Window(3, padding=1)))
+    found = new.operation(random(1, 13, 8)).neighborhood().index[0, 1:] - 1
+    away = offsets().abs().amax(-1)
+    assert all(bool(((j < 0) | (away[i][j.clamp_min(0)] <= 1)).all()) for i, j in enumerate(found))
+    everywhere = placed(spec("convnn", k=4, candidates=Random(5)))
+    assert type(everywhere.layer.candidates) is Random  # which knows no grid
+
+
+def test_windows_refuse_a_grid_that_is_unknown():
+    with pytest.raises(ValueError, match=r"grid is unknown to windows; .*images of one size"):
+        placed("conv", dynamic_img_size=True)(random(1, 13, 8))
+    alone = spec("conv", kernel_size=(3, 3))(attention())
+    with pytest.raises(ValueError, match="the layer is in no vision transformer that is known"):
+        alone(random(1, 13, 8))
+    with pytest.raises(ValueError, match=r"a window around the query has odd sides, got \(3, 4\)"):
+        placed(spec("dilated_attention", kernel_size=(3, 4)))

@@ -13,7 +13,7 @@ from torch import nn
 
 from convnn_geo import convert
 from convnn_geo.candidates import Random
-from convnn_geo.convert import TimmAttention, TimmTokens
+from convnn_geo.convert import PatchConv, TimmAttention, TimmTokens
 from convnn_geo.extras import MissingExtraError, require
 from convnn_geo.kernels import EdgeMLP, VectorAttention
 from convnn_geo.models import create_model, list_layers, list_models
@@ -53,7 +53,7 @@ ATTENTIONS = {
     "strided_attention": {"stride": 2},
 }
 TOKENS = {
-    "conv": (ConvNN1d, {"kernel_size": 5}),
+    "conv": (PatchConv, {"kernel_size": 5}),
     "convnn": (ConvNN1d, {"k": 5, "metric": "euclidean"}),
     "branching": (Branching, {"ratio": 0.25, "k": 4}),
 }
@@ -247,8 +247,46 @@ def test_every_attention_becomes_a_layer_of_tokens(name, layer):
             assert inner.neighbors.k == 4
             assert inner.other.attention.num_heads == model.embed_dim // 8
         else:
-            assert inner.k == 5 and inner.out_channels == model.embed_dim
-            assert inner.kernel_size == ((5,) if layer == "conv" else None)
+            inner = inner.convolution if layer == "conv" else inner
+            assert inner.out_channels == model.embed_dim
+            assert inner.k == (25 if layer == "conv" else 5)
+            assert inner.kernel_size == ((5, 5) if layer == "conv" else None)
+
+
+@pytest.mark.parametrize("sides", [3, (3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "layer", ["conv", "neighborhood_attention", "sliding_window_attention", "dilated_attention"]
+)
+def test_classes_depend_on_every_patch(layer, sides):
+    assert_every_patch_counts(layer, kernel_size=sides)
+
+
+@pytest.mark.parametrize(
+    "layer, options",
+    [
+        ("block_attention", {"size": 2}),
+        ("block_attention", {"size": (2, 4), "shift": 1}),
+        ("strided_attention", {"stride": 2}),
+        ("strided_attention", {"stride": 3, "is_causal": True}),
+        ("neighborhood_attention", {"kernel_size": 3, "is_causal": True}),
+        ("sliding_window_attention", {"kernel_size": (3, 5), "is_causal": True}),
+        ("branching", {"other": "convolution", "k": 2}),
+    ],
+)
+def test_classes_depend_on_every_patch_of_blocks_and_strides(layer, options):
+    assert_every_patch_counts(layer, **options)
+
+
+def assert_every_patch_counts(layer, **options):
+    """The class token alone is classified; it must have seen the whole image."""
+    torch.manual_seed(0)
+    model = create_model("vit_tiny", layer, image_size=32, patch_size=4, width=0.25, **options)
+    model = nn.Sequential(model).double().eval()
+    nn.init.normal_(model[0].head.weight)
+    x = image(1, 3, 32, 32).double().requires_grad_()
+    model(x).square().sum().backward()
+    seen = x.grad.abs().amax(1).unflatten(-1, (8, 4)).unflatten(-3, (8, 4)).amax((-1, -3))
+    assert seen.shape == (1, 8, 8) and int((seen > 0).sum()) >= 60
 
 
 @pytest.mark.parametrize("layer", ["kvt", "convnn_attention", "convnn", "branching"])

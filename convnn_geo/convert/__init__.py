@@ -15,6 +15,7 @@ Example:
 
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.edge import DynamicEdgeConvNN
+from convnn_geo.convert.patches import PatchCandidates, PatchConv
 from convnn_geo.convert.positions import PatchPositions
 from convnn_geo.convert.replace import to_convnn
 from convnn_geo.convert.rules import Rule
@@ -29,6 +30,8 @@ __all__ = [
     "Line",
     "MeanOneSoftmax",
     "NotApplicable",
+    "PatchCandidates",
+    "PatchConv",
     "PatchPositions",
     "Report",
     "Rule",

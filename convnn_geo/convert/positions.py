@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_int, check_tuple
-from convnn_geo.metrics import BilinearForm, Distances, Interpolation, Metric, Spatial
-from convnn_geo.nn import ConvNNAttention
+from convnn_geo.metrics import BilinearForm, Distances, Metric, Spatial
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.points import Grid, Points
 
@@ -45,16 +44,25 @@ class PatchPositions(Metric):
         query = torch.cat([-away, -r, 2 * q[..., 1:]], -1)
         return BilinearForm(query, torch.cat([s, there, k[..., 1:]], -1))
 
-    def _placed(self, points: Points) -> Tensor:
-        """``(r, r p)`` of each token, ``(n, 1 + axes)``."""
+    def grid(self, tokens: int) -> Grid:
+        """The patches' grid, for so many tokens.
+
+        Raises:
+            ValueError: there are more or fewer than the prefix and the patches.
+        """
         grid = Grid(self.size)
         expected = self.prefix + grid.num_points
-        if points.num_points != expected:
+        if tokens != expected:
             raise ValueError(
                 f"PatchPositions: expected {expected} tokens ({self.prefix} before patches of "
-                f"{' x '.join(map(str, self.size))}), got {points.num_points}; give images of the "
+                f"{' x '.join(map(str, self.size))}), got {tokens}; give images of the "
                 "size that the model was made for, and drop no patches (patch_drop_rate=0)"
             )
+        return grid
+
+    def _placed(self, points: Points) -> Tensor:
+        """``(r, r p)`` of each token, ``(n, 1 + axes)``."""
+        grid = self.grid(points.num_points)
         double = points.x is not None and points.x.dtype == torch.float64
         dtype = torch.float64 if double else torch.float32
         place = grid.positions(points.device, dtype)
@@ -72,9 +80,18 @@ class UnknownPositions(Metric):
         reason: why nobody knows where the patches lie.
     """
 
+    prefix = 0
+
     def __init__(self, reason: str) -> None:
         super().__init__()
         self.reason = reason
+
+    def grid(self, tokens: int) -> Grid:
+        """Raise, for a window on a grid that is guessed would look elsewhere in silence."""
+        raise ValueError(
+            f"positions of patches: {self.reason}, so that their grid is unknown to windows; "
+            "build the model for images of one size, or take a layer that looks at all tokens"
+        )
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Raise, for a grid that is guessed would give wrong distances in silence."""
@@ -84,7 +101,7 @@ class UnknownPositions(Metric):
         )
 
 
-def token_positions(model: nn.Module, name: str) -> Metric:
+def token_positions(model: nn.Module, name: str) -> Spatial | PatchPositions | UnknownPositions:
     """The metric of positions for an attention in a model.
 
     An attention among pixels has them on their grid. Inside timm's or torchvision's
@@ -101,31 +118,12 @@ def token_positions(model: nn.Module, name: str) -> Metric:
     return Spatial(squared=True)
 
 
-def place_tokens(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Tell an attention that was put into a vision transformer where its tokens lie.
-
-    A recipe between positions and features knows nothing of the model around it, and takes tokens
-    for a sequence. Any other stands at the features' end, where positions do not count yet.
-    """
-    place = token_positions(model, name)
-    if isinstance(place, Spatial):
-        return
-    for part in layer.modules():
-        if not isinstance(part, ConvNNAttention):
-            continue
-        metric = part.metric
-        if not isinstance(metric, (Interpolation, Spatial)):
-            part.metric = Interpolation(place, metric, 1.0)
-        elif isinstance(metric, Interpolation) and _is_of_sequence(metric.first):
-            metric.first = place
-
-
-def _is_of_sequence(metric: Metric) -> bool:
+def is_of_sequence(metric: Metric) -> bool:
     """Whether a metric is the one that recipes of attention take for positions."""
     return isinstance(metric, Spatial) and metric.squared and metric.scale is None
 
 
-def _patches(module: Any) -> Metric | None:
+def _patches(module: Any) -> PatchPositions | UnknownPositions | None:
     prefix = getattr(module, "num_prefix_tokens", None)
     if prefix is not None:  # timm's
         size = getattr(getattr(module, "patch_embed", None), "grid_size", None)

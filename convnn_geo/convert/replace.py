@@ -9,7 +9,7 @@ from torch import nn
 
 from convnn_geo.checks import check_instance
 from convnn_geo.convert.known import KNOWN, is_ours, kind, places
-from convnn_geo.convert.positions import place_tokens
+from convnn_geo.convert.placing import place_tokens
 from convnn_geo.convert.rules import Rule
 from convnn_geo.convert.specs import Spec
 from convnn_geo.convert.weights import NotApplicable

@@ -90,7 +90,7 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     ``exact``               the layer of ours that equals it, with its weights
     ``keep``                itself
     ``conv``                of a convolution: the same as ``exact``; of timm's attention: a
-                            convolution of ``kernel_size`` 3 along the sequence of tokens
+                            convolution of ``kernel_size`` 3 over the patches
     ``convnn``              ConvNN over the ``k`` nearest by ``metric``, pixels or timm's tokens
     ``branching``           ConvNN beside the convolution, or beside timm's attention, which keeps
                             its projections: ``ratio``, ``other``, ...
@@ -99,6 +99,10 @@ def spec(become: str | Callable[..., nn.Module], **options: Any) -> Spec:
     ``convnn_attention``    attention over the ``k`` nearest with taps inside the heads
     any recipe              of a convolution, an attention or DynamicEdgeConv
     ======================  ==================================================================
+
+    Windows, blocks and strides among the tokens of a vision transformer are those of its patches on
+    their grid, a number for both axes or one for each; tokens before the patches, such as the class
+    token, see all and are seen by all. Tokens of other models are a sequence.
 
     Where a layer of k neighbours sees fewer than k pixels or tokens, its last taps are empty, as
     some taps of a convolution are at borders; ``selection=KNearest(k)`` makes it an error.

@@ -13,7 +13,8 @@ from convnn_geo.checks import check_number
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
 from convnn_geo.convert.known import KNOWN, is_ours, places
-from convnn_geo.convert.positions import PatchPositions, place_tokens, token_positions
+from convnn_geo.convert.placing import place_tokens
+from convnn_geo.convert.positions import PatchPositions, token_positions
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention

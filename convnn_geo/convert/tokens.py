@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from convnn_geo.checks import check_tensor
 from convnn_geo.convert.attention import exact
 from convnn_geo.convert.known import is_timm_attention
+from convnn_geo.convert.patches import PatchConv
+from convnn_geo.convert.positions import UnknownPositions
 from convnn_geo.convert.weights import NotApplicable
 from convnn_geo.nn import Branching, ConvNN1d
 from convnn_geo.nn.branching import PixelAttention
@@ -39,7 +41,7 @@ class TimmTokens(nn.Module):
         torch.Size([1, 5, 8])
     """
 
-    def __init__(self, layer: ConvNN1d | Branching, proj_drop: nn.Module) -> None:
+    def __init__(self, layer: ConvNN1d | Branching | PatchConv, proj_drop: nn.Module) -> None:
         super().__init__()
         self.layer, self.proj_drop = layer, proj_drop
 
@@ -74,14 +76,19 @@ class TimmTokens(nn.Module):
         return check_tensor("tokens", x, 3).transpose(1, 2)
 
 
-def conv(layer: Any, kernel_size: int = 3) -> nn.Module:
-    """A convolution along the sequence of tokens, which keeps its length.
+def conv(layer: Any, kernel_size: int | tuple[int, ...] = 3) -> nn.Module:
+    """A convolution of patches on their grid, or along a sequence, which keeps its length.
 
-    Neighbours are those of the sequence: of patches in raster order those of the row, and its ends
-    meet the rows above and below.
+    Inside a vision transformer :func:`~convnn_geo.convert.to_convnn` makes it one of patches, with
+    the tokens before them in sight of all. Elsewhere tokens are a sequence.
     """
     c, d = _channels(layer)
-    new = ConvNN1d(c, d, kernel_size, padding="same", **_factory(layer))
+    new: ConvNN1d | PatchConv
+    if isinstance(kernel_size, int) or len(kernel_size) == 1:
+        new = ConvNN1d(c, d, kernel_size, padding="same", **_factory(layer))
+    else:
+        unknown = UnknownPositions("the layer is in no vision transformer that is known")
+        new = PatchConv(c, d, kernel_size, unknown, **_factory(layer))
     return TimmTokens(new, layer.proj_drop)
 
 

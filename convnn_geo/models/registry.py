@@ -87,6 +87,9 @@ def list_models(filter: str = "") -> list[str]:
 def list_layers(name: str) -> list[str]:
     """Names that ``layer=`` of a model takes.
 
+    In vision transformers ``"conv"`` and the attentions of windows, blocks and strides are over
+    patches on their grid, and the class token sees, and is seen by, all.
+
     Args:
         name: of the model.
 
@@ -118,7 +121,8 @@ def create_model(
             ``"attention"``, ``"convnn"``, ``"convnn_attention"``, ``"kvt"`` and ``"branching"``,
             among pixels, tokens or points, and each the recipes that fit into it: convolutional
             models those of 2-d convolutions from any channels to any, and ``"vig"``; vision
-            transformers those of attention, but for the causal one; models of points
+            transformers those of attention, but for the causal one, with windows, blocks and
+            strides over the grid of patches (``kernel_size`` 3 is ``(3, 3)``); models of points
             ``"dynamic_edge_conv"``, ``"edge_conv"``, ``"grav_net"``, ``"point_conv"``,
             ``"point_transformer"`` and ``"set_abstraction"``. By default torch's own layers; in
             models of points ``"convnn"``.

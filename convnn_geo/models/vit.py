@@ -29,9 +29,9 @@ def vit(
 ) -> nn.Module:
     """Timm's vision transformer (https://arxiv.org/abs/2010.11929), with its state_dict.
 
-    Every attention becomes the layer. Layers of windows, among them ``"conv"``, look along the
-    sequence of tokens: the class token, then the patches row by row. From there the class token,
-    which alone is classified, sees but those patches that ``depth`` windows reach.
+    Every attention becomes the layer. Windows, blocks and strides, and ``"conv"``, are over the
+    patches on their grid: a number is for both axes, ``(3, 5)`` has one for each. The class token,
+    which alone is classified, sees all patches, and all patches see it.
 
     Args:
         layer: to put in.
