@@ -37,7 +37,6 @@ LAYERS = {
     "ConvNN": ("convnn", {"k": 9, "metric": "paper_mix"}),
 }
 RESULTS = Path(__file__).parent / "results" / "denoising.csv"
-_CAPTION = "Above one run each, at a learning rate chosen for convolution;"
 
 
 def batches(seed: int = 0) -> Iterator[Tensor]:
@@ -142,8 +141,9 @@ def main() -> None:
         print(f"{name:<13}{parameters:>10}{score:>11.2f}{seconds:>9.1f}", flush=True)
         images[f"{name}\n{score:.2f} dB"] = cleaned
     found = [f"{RESULTS.stem}.md: {said}" for said in over_seeds()]
-    draw(path, {**images, "clean\n": clean}, "\n".join([f"{_CAPTION} over seeds:", *found]))
-    print(f"{_CAPTION} over seeds:", *found, sep="\n")
+    caption = f"Above one run each, {STEPS} steps at a rate chosen for convolution. Over seeds:"
+    draw(path, {**images, "clean\n": clean}, "\n".join([caption, *found]))
+    print(caption, *found, sep="\n")
     print(f"The picture is at {path}")
 
 

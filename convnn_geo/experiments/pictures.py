@@ -24,7 +24,7 @@ _LINES = 7
 
 @dataclass(frozen=True)
 class _Look:
-    """Of a series; what is trained longer has the colour of what is not, hollow and dashed."""
+    """Of a series; what is trained longer has the colour of what is not, and is hollow."""
 
     number: int
     longer: bool = False
@@ -119,7 +119,7 @@ def _ours(
             color=look.color,
             marker=look.marker,
             markerfacecolor=look.fill,
-            linestyle="none" if names else "--" if look.longer else "-",
+            linestyle="none" if names or look.longer else "-",
             capsize=4,
             label=name,
         )
@@ -130,7 +130,8 @@ def _ours(
     seeds = len(rows[0].results)
     each = f"mean ± deviation of {seeds} runs, and each" if seeds > 1 else "one run each"
     here = "here: " if experiment.published is not None else ""
-    axis.set_title(f"{here}{each}, after {budget(rows)}", fontsize=10)
+    longer = " or as named" if any(looks[name].longer for name in groups) else ""
+    axis.set_title(f"{here}{each}, after {budget(rows)}{longer}", fontsize=10)
     _finish(axis, experiment.axis, names, "PSNR (dB)" if rows[0].unit == "dB" else "accuracy (%)")
 
 

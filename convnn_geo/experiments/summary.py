@@ -172,7 +172,8 @@ def _longer(short: Sequence[Row], long: Sequence[Row]) -> str:
     verb = "changes" if changed == 1 else "change"
     return (
         f"{said} {changed} of {len(pairs)} {verb} by more than both deviations together: there "
-        "the shorter training was too short, and compares how fast settings learn."
+        "the shorter training was too short, and compares how fast settings learn. Whether the "
+        "longer is long enough is not known."
     )
 
 
