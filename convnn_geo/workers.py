@@ -7,6 +7,8 @@ thread a job the numbers are the same however many jobs run at a time.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ def run_jobs(
 
     Args:
         jobs: by a key that comes back with the result; to be pickled, if there is a process more.
-        workers: processes; 1 to run here.
+        workers: processes; 1 to run here. They end when this one does, even if it is killed.
 
     Raises:
         ValueError: less than one process.
@@ -44,7 +46,9 @@ def run_jobs(
         return
     # Spawned, because a process forked after torch has used threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent
+    ) as pool:
         left = {pool.submit(in_one_thread, job): key for key, job in jobs.items()}
         try:
             for future in as_completed(list(left)):
@@ -59,6 +63,19 @@ def run_jobs(
         except BaseException:  # Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, by whatever signal.
+
+    A process that is killed tells its workers nothing, and they would wait for work for ever.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)  # at once, whatever the other thread is doing
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_one_thread(job: Callable[[], Result]) -> Result:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +45,43 @@ def test_what_runs_beside_a_job_that_fails_is_not_lost():
         for key, _ in run_jobs(jobs, workers=2):
             found.append(key)
     assert "good" in found and len(found) < len(jobs) - 1
+
+
+def wait_long(folder, name):
+    Path(folder, name).write_text(str(os.getpid()))
+    time.sleep(120)
+
+
+def lives(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # one that nobody waited for yet is done, too
+
+
+def within(seconds, condition):
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return met
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes by /proc")
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGKILL"])
+def test_workers_end_with_the_process_that_started_them(tmp_path, by):
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
+    jobs = f"{{name: partial(wait_long, {str(tmp_path)!r}, name) for name in 'abc'}}"
+    file = tmp_path / "main.py"
+    file.write_text(
+        f"{here}\nfrom functools import partial\nfrom test_workers import run_jobs, wait_long\n"
+        f"if __name__ == '__main__':\n    list(run_jobs({jobs}, workers=2))\n"
+    )
+    parent = subprocess.Popen([sys.executable, file])
+    begun = [tmp_path / "a", tmp_path / "b"]
+    assert within(60, lambda: all(each.exists() and each.read_text() for each in begun))
+    pids = [int(each.read_text()) for each in begun]
+    assert all(map(lives, pids))
+    parent.send_signal(getattr(signal, by))
+    parent.wait()
+    assert within(10, lambda: not any(map(lives, pids)))
