@@ -242,6 +242,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
                     raise ConfigError(f"{path}: {key!r} is there twice; leave one")
             return node
 
+        def flatten_mapping(self, node: Any) -> None:
+            """Merge what ``<<`` names; of equal keys the last counts, also where it is merged on.
+
+            PyYAML 6.0.4 takes the first of those that happen to be one object.
+            """
+            super().flatten_mapping(node)
+            last = {(key.tag, str(key.value)): (key, value) for key, value in node.value}
+            node.value = list(last.values())
+
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
