@@ -17,6 +17,9 @@ import torch
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
 
+from convnn_geo import gpu  # noqa: E402
+from convnn_geo.metrics import interpolate  # noqa: E402
+
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 pytestmark = [
     pytest.mark.skipif(
@@ -34,12 +37,13 @@ TYPES = {
     torch.uint8: "*u8",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-SHARED = 227 * 1024  # bytes that a block can have on Hopper
+SHARED = {90: 227 * 1024, 80: 163 * 1024, 89: 99 * 1024}  # bytes that a block can have, by GPU
 SPILLED = 512  # bytes of a thread's stack from which on a kernel waits for memory
 
 
-def compiled(kernel, arguments):
+def compiled(kernel, arguments, generation=90):
     """A launch as machine code, specialised as Triton would do it for these arguments."""
+    arguments = dict(arguments)
     signature, constants, divisible = {}, {}, {}
     options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
     for place, parameter in enumerate(kernel.params):
@@ -54,7 +58,7 @@ def compiled(kernel, arguments):
         if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
             divisible[(place,)] = [["tt.divisibility", 16]]
     source = compiler.ASTSource(kernel, signature, constants, divisible)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    target = triton.backends.compiler.GPUTarget("cuda", generation, 32)
     return compiler.compile(source, target=target, options=options)
 
 
@@ -66,6 +70,7 @@ def launches(monkeypatch):
     def record(kernel, *args, grid=None, warmup=None, **kwargs):
         names = kernel.arg_names
         found.append((kernel, {**dict(zip(names, args, strict=False)), **kwargs}))
+        assert all(size < 2**16 for size in grid[1:]), "only the first axis of a grid is long"
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", record)
     return found
@@ -75,7 +80,7 @@ def check(launches, folder, kernels):
     assert {kernel.__name__ for kernel, _ in launches} == kernels
     for kernel, arguments in launches:
         code = compiled(kernel, arguments)
-        assert code.metadata.shared <= SHARED
+        assert code.metadata.shared <= SHARED[90]
         file = folder / "code.cubin"
         file.write_bytes(code.asm["cubin"])
         usage = subprocess.run(
@@ -140,7 +145,7 @@ def test_attention(launches, tmp_path, n, k, dtype, deterministic):
         attend_backward(q, q, q, keep, 0.125, 1.0, q, weight, place.zero_())
     finally:
         torch.use_deterministic_algorithms(False)
-    forward = {"_attend_rows"} if n <= 512 else {"_nearest", "_combine"}
+    forward = {"_attend_rows"}
     backward = {"_backward", "_backward_of_sources"} if deterministic else {"_backward"}
     check(launches, tmp_path, forward | backward)
 
@@ -162,4 +167,105 @@ def test_taps(launches, tmp_path, channels, groups, dtype):
     taps = torch.randn(9, channels, channels // groups, dtype=dtype)
     gather_taps(rows, index, rho, taps, torch.zeros(channels, dtype=dtype), groups)
     gather_taps_backward(rows, index, rho, taps, rows, groups, (True, True))
-    check(launches, tmp_path, {"_forward", "_backward_of_rows", "_backward_of_taps"})
+    names = {"_forward", "_backward_of_rows", "_backward_of_taps"}
+    if groups == channels:
+        names = {"_forward_depthwise", "_backward_depthwise_rows", "_backward_depthwise_taps"}
+    check(launches, tmp_path, names)
+
+
+def called(name, *shape, dtype=torch.bfloat16, **options):
+    """Attention by a layer's own rule, as a GPU would run it."""
+    from convnn_geo.nn import ConvNNAttention
+
+    layer = ConvNNAttention(128, 2, k=9, backend="triton", dtype=dtype, **LAYERS[name])
+    layer(torch.randn(*shape, 128, dtype=dtype), need_weights=False, **options)
+
+
+LAYERS = {
+    "plain": {},
+    "dropped": {"dropout": 0.1},
+    "mixed": {"metric": interpolate("squared_spatial", "scaled_dot", 0.5)},
+}
+
+
+@pytest.mark.parametrize("mode", ["inferred", pytest.param("trained", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(launches, tmp_path, monkeypatch, name, mode):
+    monkeypatch.setattr(gpu, "refuses", lambda device: None)
+    with torch.set_grad_enabled(mode == "trained"):
+        called(name, 2, 197, is_causal=name != "mixed")
+    ((_, arguments),) = launches
+    half = name != "mixed"  # its products are of positions, too, which halves can't hold
+    assert arguments["q_ptr"].dtype == (torch.bfloat16 if half else torch.float32)
+    assert arguments["HAS_MASK"] == half and arguments["HAS_KEEP"] == (name == "dropped")
+    stored = mode == "trained" or not half  # float32 gathers what it has stored
+    assert (arguments["weight_ptr"] is not None) == stored
+    check(launches, tmp_path, {"_attend_rows"})
+
+
+@pytest.mark.parametrize(
+    ("m", "d", "dtype"),
+    [
+        (197, 64, torch.bfloat16),
+        (512, 256, torch.bfloat16),
+        (1024, 128, torch.float16),
+        (300, 64, torch.float32),
+    ],
+)
+def test_tiles_fit_into_shared_memory(launches, m, d, dtype, monkeypatch):
+    from convnn_geo.gpu import attention
+
+    q = torch.randn(1, 1, m, d, dtype=dtype)
+    for generation in (80, 89):
+        monkeypatch.setattr(gpu, "shared_memory", lambda device, g=generation: SHARED[g])
+        attention.attend(q, q, q, None, None, None, 9, 0.125, 1.0, False)
+        kernel, arguments = launches[-1]
+        if kernel.__name__ == "_attend_rows" and generation == 89:
+            code = compiled(kernel, arguments, generation)
+            assert code.metadata.shared <= SHARED[generation]
+
+
+def test_where_nothing_fits_rows_are_searched():
+    from convnn_geo.gpu.rows import tile
+
+    assert tile(1024, 64, 64, torch.bfloat16, SHARED[90]).columns == 1024
+    assert tile(1025, 64, 64, torch.bfloat16, SHARED[90]) is None
+    assert tile(1024, 64, 64, torch.bfloat16, 48 * 1024) is None
+    wide, narrow = (tile(512, 256, 256, torch.bfloat16, SHARED[g]) for g in (90, 89))
+    assert wide.axes == wide.channels == 64 and narrow.axes <= 64
+
+
+def test_many_examples(launches):
+    from convnn_geo.gpu.attention import attend, attend_backward
+
+    q = torch.zeros(70000, 1, 1, 16)
+    _, weight, place = attend(q, q, q, None, None, None, 1, 1.0, 1.0)
+    attend_backward(q, q, q, None, 1.0, 1.0, q, weight, place)
+    assert len(launches) == 2  # whose grids have one long axis
+
+
+def test_offsets_are_counted_in_64_bits(launches):
+    from convnn_geo.gpu.attention import attend
+    from convnn_geo.gpu.search import nearest
+    from convnn_geo.gpu.taps import gather_taps
+
+    q = torch.randn(2, 3, 32, 16, dtype=torch.bfloat16)
+    mask = torch.ones(2, 3, 32, 32, dtype=torch.bool)
+    nearest(q, q, 9, None, 32, mask=mask)
+    attend(q, q, q, None, mask, None, 9, 1.0, 1.0, False)
+    gather_taps(q[0, 0], torch.zeros(9, 32, dtype=torch.int32), None, q[0, :, :9].mT, None, 1)
+    for kernel, arguments in launches:
+        text = compiled(kernel, {**arguments, "n": 33}).asm["ttir"]
+        large = "mask_example|mask_head|mask_row" if "mask_row" in arguments else "n"
+        assert not re.search(rf"muli [^:]*%({large})\b[^:]*: (tensor<[^>]*xi32>|i32)", text)
+
+
+def test_what_one_warp_stores_others_wait_for(launches):
+    from convnn_geo.gpu.attention import attend_backward
+
+    q, weight = torch.randn(1, 1, 32, 16), torch.ones(1, 1, 32, 1)
+    attend_backward(q, q, q, None, 1.0, 1.0, q, weight, weight.int())
+    ((kernel, arguments),) = launches
+    text = compiled(kernel, arguments).asm["ttir"]
+    of_distance = [line for line in text.splitlines() if "tt.store" in line or "barrier" in line]
+    assert "tt.store" in of_distance[0] and "barrier" in of_distance[1]

@@ -47,8 +47,9 @@ def attend(
     (n, d), (m, c) = q.shape[-2:], value.shape[-2:]
     out = empty_result(value, lead, n)
     shape = (*lead, n, k)
-    chosen = tile(m, d, c, q.dtype, gpu.shared_memory(q.device)) if q.dtype == value.dtype else None
     gathers = q.dtype == torch.float32  # no tensor core multiplies it
+    alike = gathers or q.dtype == value.dtype
+    chosen = tile(m, d, c, q.dtype, gpu.shared_memory(q.device)) if alike else None
     stores = wanted or chosen is None or gathers
     weight = value.new_empty(shape if stores else 0, dtype=torch.float32)
     place = torch.empty_like(weight, dtype=torch.int32)

@@ -148,12 +148,13 @@ def tile(m: int, d: int, c: int, dtype: torch.dtype, shared: int) -> Tile | None
     """
     columns = max(16, triton.next_power_of_2(m))
     half = dtype != torch.float32
-    if m > LONGEST or (not half and (columns > 512 or d > 64)):
+    if m > LONGEST or (not half and columns * max(d, 64) > 512 * 64):
         return None
     size, wide = dtype.itemsize, max(16, triton.next_power_of_2(c))
     rows = 32 if half and columns <= 256 else 16
     warps = 4 if half and columns <= 512 else 8
-    axes, channels = max(16, min(64, triton.next_power_of_2(d))), min(64, wide)
+    axes = max(16, min(64 if half else 32, triton.next_power_of_2(d)))
+    channels = min(64, wide)
     weights = rows * columns * size  # on their way to the second product
     while columns * max(axes, channels) * size + weights > shared:
         if max(axes, channels) <= 16:

@@ -150,8 +150,8 @@ def _settled(
                 seen = lost[:, None] & (columns < m)[None, :]
                 if HAS_OWN:
                     seen = seen & (columns[None, :] != own[:, None])
-                code = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
-                every, where, kth = _keep_nearest(every, where, kth, code, columns)
+                tile = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
+                every, where, kth = _keep_nearest(every, where, kth, tile, columns)
             again = tl.where(lost[:, None], _sorted(every, where, k, K), again)
         best = tl.where(unclear[:, None], again, best)
         value = tl.where(unclear[:, None], _value(again), value)
@@ -215,8 +215,8 @@ def _nearest(
         bias += outer * bias_example + head * bias_head
     if RAGGED:
         first, start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
-        n = tl.load(q_start_ptr + example + 1) - first
-        m = tl.load(key_start_ptr + example + 1) - start
+        n = (tl.load(q_start_ptr + example + 1) - first).to(tl.int32)
+        m = (tl.load(key_start_ptr + example + 1) - start).to(tl.int32)
         q, key = q_ptr + first * q_row, key_ptr + start * key_row
         if HAS_BIAS:
             bias = bias_ptr + start
@@ -359,8 +359,8 @@ def nearest(
         d=d,
         K=width,
         BLOCK_N=block,
-        BLOCK_M=max(64, min(256, width)),
-        BLOCK_D=max(16, min(64, triton.next_power_of_2(d))),
+        BLOCK_M=64,
+        BLOCK_D=max(16, min(64 if q.dtype != torch.float32 else 32, triton.next_power_of_2(d))),
         RAGGED=starts is not None,
         DIRECT=direct,
         ANGLES=angles,
@@ -369,7 +369,7 @@ def nearest(
         HAS_BIAS=bias is not None,
         HAS_MASK=mask is not None,
         HAS_OWN=own is not None,
-        num_warps=4 if rounding is None or not wide else 8,
+        num_warps=8 if width >= (256 if rounding is None else 64) else 4,
         enable_fp_fusion=not direct,  # sums of squares round as torch's do
     )
     return values, places

@@ -63,7 +63,7 @@ def products(
     ``CENTERED``: ``<q - center, key - center>``.
     """
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for start in tl.static_range(0, d, BLOCK_D):
+    for start in tl.range(0, d, BLOCK_D, num_stages=1):
         axes = start + tl.arange(0, BLOCK_D)
         q = tl.load(
             q_ptr + rows[:, None].to(tl.int64) * q_row + axes[None, :],
