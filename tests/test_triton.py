@@ -670,3 +670,46 @@ def test_a_cuda_graph_replays_a_layer(name):
     graph.replay()
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.triton
+@triton[1]
+@pytest.mark.parametrize("name", ["convolution by differences", "attention"])
+def test_one_graph_holds_a_layer(name):
+    layer = LAYERS[name]().to(DEVICE)
+    image = isinstance(layer, ConvNN2d)
+    shape = (1, layer.in_channels, 3, 4) if image else (1, 9, layer.embed_dim)
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+
+    def call(x):
+        return layer(x) if image else layer(x, need_weights=False)[0]
+
+    torch._dynamo.reset()
+    once = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(x).sum(), x) for f in (once, call)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def learn(rank, folder):
+    """One of two processes that share a layer: its gradient is the mean of both."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    layer = ConvNNAttention(8, 2, k=3, backend="triton")
+    x = torch.randn(2, 1, 7, 8)
+    shared = torch.nn.parallel.DistributedDataParallel(layer)
+    shared(x[rank], need_weights=False)[0].square().sum().backward()
+    found = layer.in_proj_weight.grad.clone()
+    layer.zero_grad()
+    for part in x:
+        (layer(part, need_weights=False)[0].square().sum() / 2).backward()
+    torch.testing.assert_close(found, layer.in_proj_weight.grad)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not gpu.interpreted(), reason="processes on the CPU, without a GPU each")
+def test_processes_learn_together(tmp_path):
+    torch.multiprocessing.spawn(learn, (tmp_path,), nprocs=2)
