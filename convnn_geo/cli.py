@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     asked = next((word for word in given if not word.startswith("-")), "")
     try:
-        return _run(_parser(asked).parse_args(given))
+        return _run(_parsed(asked, given))
     except (InputError, MissingExtraError, OSError) as error:
         print(f"convnn-geo {asked}: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -50,6 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class InputError(ValueError):
     """What the user gave can't be used; the message says why."""
+
+
+def _parsed(asked: str, given: Sequence[str]) -> argparse.Namespace:
+    """The arguments; for those that are unknown the usage of the command, and what is like them."""
+    parser, commands = _parsers(asked)
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        command = commands.choices[arguments.name]
+        flags = re.findall(r"--[\w-]+", command.format_usage())
+        names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        close = [flag for name in names for flag in difflib.get_close_matches(name, flags, 1)]
+        hint = f"; did you mean {' and '.join(close)}?" if close else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return arguments
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -66,10 +82,15 @@ def _one_line(error: Exception) -> str:
 
 
 def _parser(asked: str = "") -> argparse.ArgumentParser:
-    """The command line; of commands in modules of their own, the one asked for is complete.
+    """The command line."""
+    return _parsers(asked)[0]
 
-    The others are names with a line of help, so that none needs, or waits for, what another
-    imports.
+
+def _parsers(asked: str) -> tuple[argparse.ArgumentParser, _Commands]:
+    """The command line and its commands.
+
+    Of commands in modules of their own, the one asked for is complete. The others are names with a
+    line of help, so that none needs, or waits for, what another imports.
     """
     parser = argparse.ArgumentParser(
         prog="convnn-geo",
@@ -89,7 +110,7 @@ def _parser(asked: str = "") -> argparse.ArgumentParser:
             add(commands)
         else:
             commands.add_parser(name, help=text)
-    return parser
+    return parser, commands
 
 
 def _add_train(commands: _Commands) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import convnn_geo
 from convnn_geo import encodings, kernels, lowering, metrics, recipes, search, weighting
 from convnn_geo.candidates import Block, Congruent, Random, Strided, Window
+from convnn_geo.datasets.mnist import mnist_task
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import (
     Branching,
@@ -1150,3 +1151,9 @@ def test_every_engine_is_named_by_the_error():
     with pytest.raises(ValueError) as caught:
         near(search="none")
     assert all(name in str(caught.value) for name in search.ENGINES)
+
+
+def test_missing_digits_are_told_both_ways_to_come(tmp_path):
+    pytest.importorskip("torchvision")
+    with pytest.raises(FileNotFoundError, match=r"--download.*mnist\.npz with x_train, .* will do"):
+        mnist_task(tmp_path)

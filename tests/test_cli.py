@@ -256,3 +256,17 @@ def test_module_runs_as_a_program():
         [sys.executable, "-m", "convnn_geo", "--version"], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("convnn-geo ")
+
+
+def test_an_unknown_flag_gets_its_commands_usage_and_a_hint(capsys):
+    pytest.importorskip("lightning_fabric")
+    for given, told in (
+        (["--epohcs", "3"], "unrecognized arguments: --epohcs 3; did you mean --epochs?"),
+        (["--raito=0.5", "--k", "9"], "unrecognized arguments: --raito=0.5; did you mean --ratio?"),
+        (["--qqqqqq"], "unrecognized arguments: --qqqqqq\n"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", "--model", "vgg11", *given])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and told in error
+        assert error.startswith("usage: convnn-geo train ") and "--batch-size" in error

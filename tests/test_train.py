@@ -24,6 +24,7 @@ from torch import nn
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
 
+from convnn_geo.extras import MissingExtraError
 from convnn_geo.train import (
     Config,
     ConfigError,
@@ -88,6 +89,7 @@ def small(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(setup, "create_model", create)
+    monkeypatch.setattr(setup, "check_options", lambda *_: None)  # which knows the real ones
     monkeypatch.setattr(setup, "load", load)
     return made
 
@@ -211,7 +213,7 @@ def test_mixup_is_the_loss_of_mixed_labels(small):
 
 
 def test_a_run_learns_and_leaves_its_files(small, tmp_path, digits):
-    config = Config(epochs=5, learning_rate=0.01, out=str(tmp_path), **SIZE)
+    config = Config(epochs=5, learning_rate=0.01, tensorboard=False, out=str(tmp_path), **SIZE)
     run = fit(config, 3)
     folder = tmp_path / "seed-3"
     assert {p.name for p in folder.iterdir()} == {
@@ -626,6 +628,7 @@ def test_the_command_passes_options_of_the_layer(tmp_path, monkeypatch):
         return Small(options["name"], **{k: options[k] for k in ("num_classes", "image_size")})
 
     monkeypatch.setattr(setup, "create_model", create)
+    monkeypatch.setattr(setup, "check_options", lambda *_: None)
     flags = "--model vgg11 --layer branching --ratio 0.5 --metric cosine --k 9 --lam 1 --epochs 1"
     more = ["--set", "layer_options.shuffle=2", "--set", "layer_options.encoding=coordinates"]
     assert run_command(*flags.split(), *more, "--image-size", 8, "--out", tmp_path) == 0
@@ -667,6 +670,50 @@ def test_a_terminal_gets_a_bar(small, tmp_path, monkeypatch, capsys):
     assert "epoch 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_tensorboard_is_written_where_it_is_installed(small, tmp_path, monkeypatch, there):
+    """By default; what is asked for and not there is an error, what is not asked for is not."""
+    pytest.importorskip("tensorboard")
+    if not there:
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert (
+        fit(Config(epochs=1, out=str(tmp_path / "a"), **SIZE)).folder / "tensorboard"
+    ).is_dir() == there
+    flags = ["--epochs", 1, "--image-size", 8, "--no-tensorboard", "--out", tmp_path / "b"]
+    assert run_command(*flags) == 0 and not list((tmp_path / "b").rglob("tensorboard"))
+    if not there:
+        with pytest.raises(MissingExtraError, match="tensorboard"):
+            fit(Config(epochs=1, tensorboard=True, out=str(tmp_path / "c"), **SIZE))
+
+
+def test_unknown_options_are_told_before_what_the_folder_holds(tmp_path, capsys):
+    config = Config("all_conv_net", image_size=8, epochs=1, out=str(tmp_path))
+    fit(config)
+    for run in (fit, train):
+        with pytest.raises(ConfigError, match="unknown option 'rate' of all_conv_net"):
+            run(replace(config, layer="convnn", layer_options={"rate": 3}))
+        with pytest.raises(ConfigError, match="unknown layer of all_conv_net 'convn'"):
+            run(replace(config, layer="convn"))
+
+
+class Deaf(Small):
+    """With a parameter that nothing depends on."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.lam = nn.Parameter(torch.tensor(0.5))
+
+
+def test_what_gets_no_gradient_is_left_out_of_training(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "create_model", Deaf)
+    with pytest.warns(UserWarning, match="lam: no gradient comes here"):
+        run = fit(Config(epochs=1, optimizer="sgd", weight_decay=0.1, out=str(tmp_path), **SIZE))
+    assert run.model().lam == 0.5
+    model = Small("")
+    setup.freeze_unused(model, model(torch.zeros(1, 1, 8, 8)))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
 def test_tensorboard_gets_the_metrics(small, tmp_path):
     pytest.importorskip("tensorboard")
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -682,7 +729,7 @@ SCRIPT = """
     import torch
     sys.path.insert(0, {tests!r})
     import test_train as here
-    here.setup.create_model = here.Small
+    here.setup.create_model, here.setup.check_options = here.Small, lambda *_: None
     options = dict(epochs=2, batch_size=21, learning_rate=0.1, accumulate=2, out={out!r})
     here.train(here.Config(**here.PLAIN, **here.SIZE, **options, ema=0.5, clip_norm=0.5))
     assert torch.distributed.get_world_size() == 2
@@ -694,6 +741,9 @@ SCRIPT = """
         (before.folder / "result.json").unlink()
     torch.distributed.barrier()
     assert here.fit(config, resume=True).test == before.test  # from the checkpoint
+
+    here.setup.create_model = here.Deaf  # whose gradient no process may wait for
+    here.fit(here.Config(**here.SIZE, epochs=2, out={out!r} + "-deaf"))
 """
 
 

@@ -26,7 +26,9 @@ def configured(*flags):
     [
         ({"epoch": 3}, r"unknown key 'epoch'; did you mean 'epochs'"),
         ({"qqq": 3}, r"unknown key 'qqq'; known: model, layer"),
-        ({"k": 3}, r"unknown key 'k'; it is the layer's: layer_options: \{k: \.\.\.\}"),
+        ({"k": 3, "layer_options": {"k": 4}}, r"'k' is there twice, alone and in layer_options"),
+        ({"k": 3, "layer_options": [4]}, r"layer_options: expected a mapping"),
+        ({"tensorboard": 1}, r"tensorboard: expected true or false, got 1"),
         ({"epochs": 0}, r"epochs: expected an integer of at least 1, got 0"),
         ({"epochs": 2.5}, r"epochs: expected an integer, got 2\.5"),
         ({"learning_rate": 0}, r"learning_rate: .*greater than 0"),
@@ -52,6 +54,23 @@ def test_a_configuration_is_checked_by_name(values, told):
 def test_names_of_others_are_understood(key, field):
     with pytest.raises(ConfigError, match=f"unknown key '{key}'; did you mean '{field}'"):
         Config.from_dict({key: 1})
+
+
+def test_options_that_have_a_flag_stand_among_the_fields_as_well(tmp_path):
+    pytest.importorskip("yaml")
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: vit_tiny\nlayer: branching\nratio: 0.25\nmetric: cosine\nk: 9\ndrop_path: 0.1\n"
+        "layer_options: {self_point: first}\n"
+    )
+    layer = {"ratio": 0.25, "metric": "cosine", "k": 9, "self_point": "first"}
+    model = {"drop_path": 0.1}
+    wanted = Config("vit_tiny", "branching", layer_options=layer, model_options=model)
+    assert Config.from_yaml(file) == wanted
+    flags = "--model vit_tiny --layer branching --ratio 0.25 --metric cosine --k 9 --drop-path 0.1"
+    assert configured(*flags.split(), "--set", "layer_options.self_point=first") == wanted
+    changed = configured("--config", file, "--k", 4, "--drop-path", 0.2)  # flags stand above
+    assert changed.layer_options == {**layer, "k": 4} and changed.model_options["drop_path"] == 0.2
 
 
 def test_a_configuration_is_read_from_yaml(tmp_path):

@@ -36,10 +36,13 @@ def mnist_task(
     if file.is_file():
         (x, y), test = _read(file)
     else:
-        (x, y), test = (
-            (images.unsqueeze(1), labels)
-            for images, labels in torchvision_arrays("MNIST", root, download)
-        )
+        try:
+            arrays = torchvision_arrays("MNIST", root, download)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error}; {file} with {', '.join(_KEYS)} will do, too"
+            ) from error
+        (x, y), test = ((images.unsqueeze(1), labels) for images, labels in arrays)
     parts = [*((x[index], y[index]) for index in hold_out(len(y), seed)), test]
     return image_task("mnist", parts, 10, image_size)
 

@@ -145,10 +145,7 @@ def create_model(
         >>> model(torch.zeros(1, 1, 16, 24)).shape
         torch.Size([1, 1, 16, 24])
     """
-    entry = _entry(name)
-    if layer is not None:
-        check_name(f"layer of {name}", layer, entry.vocabulary.names())
-    _check_options(name, entry, layer, options)
+    entry = check_options(name, layer, options)
     given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     shared = {key: check_int(key, given[key]) for key in entry.asked}
     own = {key: value for key, value in options.items() if key in entry.options}
@@ -163,14 +160,26 @@ def _entry(name: str) -> Entry:
     raise ValueError(f"unknown model {name!r}; {hint}")
 
 
-def _check_options(name: str, entry: Entry, layer: str | None, options: Iterable[str]) -> None:
-    """Raise for options that neither the model nor its layer takes."""
+def check_options(name: str, layer: str | None, options: Iterable[str]) -> Entry:
+    """The model's entry; an error for a layer or options that it does not take.
+
+    Args:
+        name: of the model.
+        layer: to build it of, or None.
+        options: of the model and the layer, by name.
+
+    Raises:
+        ValueError: a name that is unknown.
+    """
+    entry = _entry(name)
+    if layer is not None:
+        check_name(f"layer of {name}", layer, entry.vocabulary.names())
     which = entry.vocabulary.native if layer is None else layer
     of_layer = [] if which is None else entry.vocabulary.options(which)
     known = [*entry.options, *of_layer]
     unknown = [option for option in options if option not in known]
     if not unknown:
-        return
+        return entry
     if "pretrained" in unknown:
         raise ValueError(
             "pretrained: models have random weights; load yours, or convert one of timm's or "

@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from convnn_geo.train.config import OPTIONS, Config, ConfigError, read_yaml
+from convnn_geo.train.config import OPTIONS, SHORT, Config, ConfigError, read_yaml, unfold
 
 _TYPES = {"int": int, "float": float, "str": str}
-_LAYER = {
+_SHORT = {
     "k": (int, "neighbours"),
     "metric": (str, "how near two points are, e.g. cosine"),
     "ratio": (float, "share of ConvNN channels of the layer branching"),
     "lam": (float, "place on the spectrum, 0 position to 1 feature"),
+    "drop_path": (float, "probability of leaving out the model's last block"),
 }
 _EXAMPLES = """\
 examples:
@@ -53,11 +54,10 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     for field in dataclasses.fields(Config):
         if field.name not in OPTIONS:
             _add_flag(fields, field)
-    layer = parser.add_argument_group("options of the layer, where it has them")
-    for name, (kind, text) in _LAYER.items():
-        layer.add_argument(
-            f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="VALUE", help=text
-        )
+    short = parser.add_argument_group("options of the layer and the model, where they have them")
+    for name, (kind, text) in _SHORT.items():
+        flag = "--" + name.replace("_", "-")
+        short.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar="VALUE", help=text)
     parser.add_argument(
         "--set",
         action="append",
@@ -73,7 +73,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
     text = field.metadata["help"]
     if field.default not in (None, "", False):
         text += f" ({field.default})"
-    if field.type == "bool":
+    if str(field.type).removesuffix(" | None") == "bool":
         group.add_argument(
             flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
         )
@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> Config:
     """What the file says, and what flags say instead."""
-    values = {} if arguments.config is None else read_yaml(arguments.config)
+    values = {} if arguments.config is None else unfold(read_yaml(arguments.config))
     # Mappings are refused here where they are none; all else may be put right by a flag.
     Config.from_dict({name: values[name] for name in OPTIONS if name in values})
     given = vars(arguments)
@@ -125,7 +125,9 @@ def _config(arguments: argparse.Namespace) -> Config:
         if field.name in given:
             values[field.name] = given[field.name]
     options: dict[str, dict[str, Any]] = {name: dict(values.get(name, {})) for name in OPTIONS}
-    options["layer_options"].update({name: given[name] for name in _LAYER if name in given})
+    for name, owner in SHORT.items():
+        if name in given:
+            options[owner][name] = given[name]
     for text in arguments.set:
         name, key, value = _setting(text)
         options[name][key] = value

@@ -28,8 +28,11 @@ ONLY_WITH = {
     "step_epochs": ("schedule", "step"),
     "step_factor": ("schedule", "step"),
 }
-#: Options of layers that have a flag of their own.
-OF_LAYER = ("ratio", "metric", "k", "lam")
+#: Options that may stand among the fields, as they have a flag of their own, and whose they are.
+SHORT = {
+    **dict.fromkeys(("ratio", "metric", "k", "lam"), "layer_options"),
+    "drop_path": "model_options",
+}
 #: What others call a field.
 _KNOWN_AS = {
     **{"lr": "learning_rate", "wd": "weight_decay", "opt": "optimizer", "sched": "schedule"},
@@ -89,7 +92,7 @@ class Config:
         accelerator: ``"auto"``, ``"cpu"`` or ``"cuda"``; a process takes one GPU.
         workers: processes that load data, of each process that trains.
         seeds: runs, with seeds 0, 1, ...
-        tensorboard: whether to write TensorBoard's files, too.
+        tensorboard: whether to write TensorBoard's files, too; None for where it is installed.
         out: folder for what is written; empty for runs/train/MODEL-LAYER-DATA.
 
     Raises:
@@ -132,7 +135,7 @@ class Config:
     accelerator: str = _field("auto", ", ".join(ACCELERATORS))
     workers: int = _field(0, "processes that load data")
     seeds: int = _field(1, "runs, with seeds 0, 1, ...")
-    tensorboard: bool = _field(False, "write TensorBoard's files, too")
+    tensorboard: bool | None = _field(None, "write TensorBoard's files; if installed by default")
     out: str = _field("", "folder to write to; runs/train/MODEL-LAYER-DATA")
 
     def __post_init__(self) -> None:
@@ -146,7 +149,8 @@ class Config:
         """A configuration from a mapping, as a file holds it.
 
         Args:
-            values: fields by name; those left out keep their defaults.
+            values: fields by name; those left out keep their defaults. ``ratio``, ``metric``, ``k``
+                and ``lam`` are the layer's options, ``drop_path`` is the model's.
 
         Raises:
             ConfigError: an unknown key, or a value that can't be.
@@ -159,14 +163,13 @@ class Config:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"expected a mapping of keys to values, got {values!r}")
+        values = unfold(values)
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, 1)
                 close = [_KNOWN_AS[key]] if key in _KNOWN_AS else close
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                if key in OF_LAYER:
-                    hint = f"it is the layer's: layer_options: {{{key}: ...}}"
                 raise ConfigError(f"unknown key {key!r}; {hint}")
         return cls(**values)
 
@@ -216,6 +219,30 @@ class Config:
                 f"{where} was begun with another configuration ({told}); continue with that one, "
                 "or choose another folder by out"
             )
+
+
+def unfold(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields, with the options that stand among them put where they belong.
+
+    Raises:
+        ConfigError: an option is there and among those of its owner, too.
+
+    Example:
+        >>> unfold({"epochs": 3, "k": 9, "layer_options": {"ratio": 0.25}})
+        {'epochs': 3, 'layer_options': {'ratio': 0.25, 'k': 9}}
+    """
+    found = {key: value for key, value in values.items() if key not in SHORT}
+    for key in values:
+        if key not in SHORT:
+            continue
+        owner = SHORT[key]
+        options = found.get(owner, {})
+        if not isinstance(options, Mapping):
+            continue  # which is refused with all that is no mapping
+        if key in options:
+            raise ConfigError(f"{key!r} is there twice, alone and in {owner}; leave one")
+        found[owner] = {**options, key: values[key]}
+    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -297,7 +324,8 @@ def _check(config: Config) -> None:
         if (getattr(config, name) or 0) >= 1:
             raise ValueError(f"{name}: expected less than 1, got {getattr(config, name)}")
     for name in ("download", "channels_last", "compile", "tensorboard"):
-        if not isinstance(getattr(config, name), bool):
+        value = getattr(config, name)
+        if not isinstance(value, bool) and (name != "tensorboard" or value is not None):
             raise TypeError(f"{name}: expected true or false, got {getattr(config, name)!r}")
     for name in ("data_root", "out"):
         if not isinstance(getattr(config, name), str):

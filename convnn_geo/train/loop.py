@@ -18,7 +18,7 @@ from convnn_geo.train.checkpoint import (
 from convnn_geo.train.config import Config, ConfigError
 from convnn_geo.train.processes import start
 from convnn_geo.train.record import Board, Run, write_metrics
-from convnn_geo.train.setup import load_task, new_model, save_model
+from convnn_geo.train.setup import check_names, load_task, new_model, save_model
 from convnn_geo.train.training import Training
 from convnn_geo.train.watch import Watch
 
@@ -53,6 +53,7 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
         >>> sorted(fit(config, seed=0).test)
         ['accuracy', 'loss']
     """
+    check_names(config)
     fabric = start(config)
     folder = _folder(config, seed)
     found = stored(config, seed, resume) if fabric.is_global_zero else {}
@@ -85,7 +86,7 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
 
 def _epochs(training: Training, folder: Path, watch: Watch) -> None:
     config, first = training.config, training.fabric.is_global_zero
-    with Board(folder, config.tensorboard and first, training.epoch) as board:
+    with Board(folder, config.tensorboard if first else False, training.epoch) as board:
         if first:
             write_metrics(folder, training.history)  # rows after the checkpoint are forgotten
         while training.epoch < config.epochs:

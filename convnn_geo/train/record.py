@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from convnn_geo.extras import require
+from convnn_geo.extras import MissingExtraError, require
 from convnn_geo.train.checkpoint import WEIGHTS, write_atomically
 
 
@@ -88,20 +88,20 @@ def write_metrics(folder: Path, history: Sequence[dict[str, Any]]) -> None:
 
 
 class Board:
-    """TensorBoard's files, where they are asked for.
+    """TensorBoard's files, where they are asked for, or can be written.
 
     Args:
         folder: of the run; the files are in ``tensorboard`` there.
-        enabled: whether to write any.
+        enabled: whether to write any; None for where TensorBoard is installed.
         epoch: epochs that are done; later ones that the files hold are forgotten.
 
     Raises:
         MissingExtraError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, enabled: bool, epoch: int = 0) -> None:
+    def __init__(self, folder: Path, enabled: bool | None, epoch: int = 0) -> None:
         self._writer: Any = None
-        if enabled:
+        if _is_there() if enabled is None else enabled:
             require("tensorboard", extra="tensorboard")
             board = require("torch.utils.tensorboard", extra="tensorboard")
             self._writer = board.SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
@@ -125,3 +125,11 @@ class Board:
             for name in row.keys() - {"seed", "epoch"}:
                 self._writer.add_scalar(name, row[name], row["epoch"])
             self._writer.flush()
+
+
+def _is_there() -> bool:
+    try:
+        require("tensorboard", extra="tensorboard")
+    except MissingExtraError:
+        return False
+    return True

@@ -13,6 +13,7 @@ from convnn_geo.train.config import Config
 from convnn_geo.train.loop import fit, stored
 from convnn_geo.train.processes import start
 from convnn_geo.train.record import Run
+from convnn_geo.train.setup import check_names
 from convnn_geo.train.watch import Watch
 
 
@@ -93,6 +94,7 @@ def train(config: Config, *, resume: bool = False, watch: Watch | None = None) -
     require("matplotlib.figure", extra="train")  # before hours of work
     from convnn_geo.train.plots import plot_curves
 
+    check_names(config)
     fabric = start(config)
     if fabric.is_global_zero:
         for seed in range(config.seeds):  # before hours of work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from convnn_geo.datasets import Task, load
 from convnn_geo.models import create_model
+from convnn_geo.models.registry import SHARED, check_options
 from convnn_geo.train.checkpoint import WEIGHTS, CheckpointError, load_tensors, save_tensors
 from convnn_geo.train.config import Config, ConfigError
 from convnn_geo.train.order import seed_model, smallest_piece
@@ -24,6 +26,29 @@ _SAID = {
 }
 _DATA = "it follows from the data"
 _SMALL = 32  # the least that networks which halve an image five times make something of
+
+
+def check_names(config: Config) -> None:
+    """Raise ``ConfigError`` for a layer, or for options, that the model does not know by name.
+
+    This needs neither data nor a model, and so comes before all that does.
+    """
+    options = _options(config)
+    try:
+        check_options(config.model, config.layer, options)
+    except ValueError as error:
+        raise ConfigError(f"model {config.model}: {error}") from error
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """Of the model and its layer; an error where other keys, or the data, have a say."""
+    options = {**config.model_options, **config.layer_options}
+    for name in options:
+        if name in ("name", "layer", *SHARED):
+            raise ConfigError(
+                f"option {name!r} is not the model's to set: {_SAID.get(name, _DATA)}"
+            )
+    return options
 
 
 def load_task(config: Config) -> Task:
@@ -73,7 +98,7 @@ def new_model(
     module = build(arguments)
     if change is not None:
         change(module)
-    check_fits(task, module, config.precision)
+    freeze_unused(module, check_fits(task, module, config.precision))
     check_norms(task, module, smallest_piece(len(task.train), config.batch_size, pieces))
     return arguments, module
 
@@ -86,13 +111,7 @@ def model_arguments(config: Config, task: Task) -> dict[str, Any]:
     arguments["in_channels"] = task.in_channels
     if task.image_size is not None:
         arguments["image_size"] = task.image_size
-    options = {**config.model_options, **config.layer_options}
-    for name in options:
-        if name in (*arguments, "num_classes", "image_size"):
-            raise ConfigError(
-                f"option {name!r} is not the model's to set: {_SAID.get(name, _DATA)}"
-            )
-    return {**arguments, **options}
+    return {**arguments, **_options(config)}
 
 
 def build(arguments: dict[str, Any]) -> nn.Module:
@@ -110,14 +129,16 @@ def build(arguments: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"model {arguments['name']}: {error}") from error
 
 
-@torch.no_grad()
-def check_fits(task: Task, module: nn.Module, precision: str = "32-true") -> None:
+def check_fits(task: Task, module: nn.Module, precision: str = "32-true") -> Tensor:
     """Raise ``ConfigError`` unless the model takes the task's inputs and gives what is scored.
 
     Args:
         task: the data, two examples of which are tried.
         module: on the CPU.
         precision: that the model will train in; bfloat16 stands for any half precision.
+
+    Returns:
+        What the model gives, with its graph.
     """
     inputs, target = task.collate([task.train[number] for number in range(min(2, len(task.train)))])
     try:
@@ -130,6 +151,32 @@ def check_fits(task: Task, module: nn.Module, precision: str = "32-true") -> Non
         raise ConfigError(
             f"{task.name}, {task.kind}, needs outputs of shape {tuple(wanted)}; the model gives "
             f"{tuple(output.shape)}: choose another model or other data"
+        )
+    return output
+
+
+def freeze_unused(module: nn.Module, output: Tensor) -> None:
+    """Take parameters that get no gradient out of training, with a warning.
+
+    They would not learn anyway, and processes that train together would wait for their gradients.
+
+    Args:
+        module: the model.
+        output: of its forward.
+    """
+    learning = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not output.requires_grad or not learning:
+        return
+    found = torch.autograd.grad(output.float().sum(), [*learning.values()], allow_unused=True)
+    unused = [name for name, grad in zip(learning, found, strict=True) if grad is None]
+    for name in unused:
+        learning[name].requires_grad_(False)
+    if unused:
+        warnings.warn(
+            f"{', '.join(unused)}: no gradient comes here, so that nothing is learned: kept as "
+            "first set. A learnable lam needs weights of distances: pass weighting='softmax', say",
+            UserWarning,
+            stacklevel=2,
         )
 
 
