@@ -99,7 +99,9 @@ class TestSearch:
         self.check(x, x, 64, [64], [64])
         self.check(x[:8], torch.randn(270, 16), 256, [8], [270])
 
-    @pytest.mark.parametrize("d", [3, 16])
+    slow = pytest.mark.skipif(gpu.interpreted(), reason="takes a minute when interpreted")
+
+    @pytest.mark.parametrize("d", [3, pytest.param(16, marks=slow)])
     def test_the_engine_finds_256(self, d):
         x = torch.randn(1, 262, d, device=DEVICE)
         found, wanted = (knn(x, x[:, :4], 256, backend=b) for b in ("triton", "dense"))
