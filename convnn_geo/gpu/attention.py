@@ -49,7 +49,8 @@ def attend(
     shape = (*lead, n, k)
     gathers = q.dtype == torch.float32  # no tensor core multiplies it
     alike = gathers or q.dtype == value.dtype
-    chosen = tile(m, d, c, q.dtype, gpu.shared_memory(q.device)) if alike else None
+    crowded, shared = wanted and mask is not None, gpu.shared_memory(q.device)
+    chosen = tile(m, d, c, q.dtype, shared, crowded) if alike else None
     stores = wanted or chosen is None or gathers
     weight = value.new_empty(shape if stores else 0, dtype=torch.float32)
     place = torch.empty_like(weight, dtype=torch.int32)

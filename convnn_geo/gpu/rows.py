@@ -140,10 +140,13 @@ class Tile:
     warps: int
 
 
-def tile(m: int, d: int, c: int, dtype: torch.dtype, shared: int) -> Tile | None:
+def tile(
+    m: int, d: int, c: int, dtype: torch.dtype, shared: int, crowded: bool = False
+) -> Tile | None:
     """The tile for rows of ``m`` scores, given ``shared`` bytes a block; None where none fits.
 
-    A thread holds 64 scores at most, so that registers suffice; float32 is multiplied by threads,
+    A thread holds 64 scores at most, so that registers suffice, or 32 where they are ``crowded``
+    by a mask and by weights to be stored; float32 is multiplied by threads,
     which hold parts of both factors as well.
     """
     columns = max(16, triton.next_power_of_2(m))
@@ -151,8 +154,10 @@ def tile(m: int, d: int, c: int, dtype: torch.dtype, shared: int) -> Tile | None
     if m > LONGEST or (not half and columns * max(d, 64) > 512 * 64):
         return None
     size, wide = dtype.itemsize, max(16, triton.next_power_of_2(c))
-    rows = 32 if half and columns <= 256 else 16
+    rows = 32 if half and columns <= 256 and not crowded else 16
     warps = 4 if half and columns <= 512 else 8
+    if half and crowded:
+        warps = max(4, columns // 64)
     axes = max(16, min(64 if half else 32, triton.next_power_of_2(d)))
     channels = min(64, wide)
     weights = rows * columns * size  # on their way to the second product
