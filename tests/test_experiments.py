@@ -24,7 +24,8 @@ pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
 from convnn_geo import convert
-from convnn_geo.convert import PatchPositions
+from convnn_geo.candidates import Window
+from convnn_geo.convert import PatchCandidates, PatchPositions
 from convnn_geo.experiments import (
     EXPERIMENTS,
     Experiment,
@@ -48,7 +49,7 @@ from convnn_geo.experiments.changes import (
 )
 from convnn_geo.experiments.commands import add_experiment
 from convnn_geo.experiments.full_size import at_full_size
-from convnn_geo.experiments.parts import HeadInterpolation, PatchWindow, Sample
+from convnn_geo.experiments.parts import HeadInterpolation, Sample
 from convnn_geo.experiments.pictures import draw
 from convnn_geo.metrics import interpolate
 from convnn_geo.models import create_model
@@ -338,7 +339,8 @@ class TestChanges:
     @pytest.mark.parametrize("shift", [False, True])
     def test_a_square_of_patches(self, shift):
         size, side = (4, 5), 3
-        window = PatchWindow(PatchPositions(size, prefix=1), side, shift)
+        border = {"border": "shift"} if shift else {"padding": "same"}
+        window = PatchCandidates(Window(side, **border), PatchPositions(size, prefix=1))
         tokens = Points.from_tokens(torch.zeros(1, 21, 1))
         mask = window(tokens, tokens).mask
         assert mask[0].all() and mask[:, 0].all()

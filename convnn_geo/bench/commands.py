@@ -246,7 +246,9 @@ def _measure(
     """All cells in turn, with a bar; the folder and what draws are looked for before."""
     require("matplotlib.figure", extra="viz")
     if not todo:
-        raise SystemExit("nothing to measure: no input has so many points of that dimension")
+        raise SystemExit(
+            "nothing to measure: no input has so many points of that dimension, or k is over n"
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(machine(arguments.device))
     budget, preparing = math.inf, 180.0

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo import recipes
-from convnn_geo.candidates import Window
 from convnn_geo.convert.known import is_timm_attention
 from convnn_geo.convert.weights import NotApplicable, carry, check_plain
 from convnn_geo.metrics import Feature
@@ -87,34 +86,6 @@ class TimmAttention(nn.Module):
         b, n = x.shape[:2]
         mask = ~mask if mask.dtype == torch.bool else mask
         return mask.expand(b, self.attention.num_heads, n, n).flatten(0, 1)
-
-
-def dilated(
-    embed_dim: int,
-    num_heads: int,
-    kernel_size: int | tuple[int, ...],
-    dilation: int | tuple[int, ...] = 2,
-    is_causal: bool = False,
-    **options: Any,
-) -> ConvNNAttention:
-    """:func:`convnn_geo.recipes.dilated_attention`, whose window may have a side an axis."""
-    border: dict[str, Any] = {"border": "causal"} if is_causal else {"padding": "same"}
-    window = Window(kernel_size, dilation=dilation, **border)
-    sides = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
-    if not is_causal and any(side % 2 == 0 for side in sides):
-        raise ValueError(f"kernel_size: a window around the query has odd sides, got {kernel_size}")
-    return ConvNNAttention(embed_dim, num_heads, candidates=window, **options)
-
-
-def sliding_window(
-    embed_dim: int,
-    num_heads: int,
-    kernel_size: int | tuple[int, ...],
-    is_causal: bool = False,
-    **options: Any,
-) -> ConvNNAttention:
-    """:func:`convnn_geo.recipes.sliding_window_attention`, likewise."""
-    return dilated(embed_dim, num_heads, kernel_size, 1, is_causal, **options)
 
 
 def by_recipe(recipe: Callable[..., ConvNNAttention], **defaults: Any) -> Callable[..., nn.Module]:

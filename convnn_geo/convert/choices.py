@@ -19,11 +19,6 @@ _OF_CONVOLUTIONS = (
 )
 _OF_ATTENTIONS = ("embed_dim", "num_heads", "device", "dtype")
 """Arguments that the old layer brings."""
-_ON_AXES: dict[str, Callable[..., ConvNNAttention]] = {
-    "dilated_attention": attention.dilated,
-    "sliding_window_attention": attention.sliding_window,
-}
-"""What stands for recipes of sequences, so that windows of patches may have a side an axis."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def _attentions() -> dict[str, Choice]:
     }
     for name, recipe in _recipes(ConvNNAttention, _OF_ATTENTIONS).items():
         defaults = {"k": 9} if name == "kvt" else {}
-        build = attention.by_recipe(_ON_AXES.get(name, recipe), **defaults)
+        build = attention.by_recipe(recipe, **defaults)
         choices[name] = _recipe(recipe, build, ConvNNAttention, _OF_ATTENTIONS, **defaults)
     return choices
 

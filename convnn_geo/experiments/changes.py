@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from convnn_geo.convert import set_interpolation
+from convnn_geo.candidates import Window
+from convnn_geo.convert import PatchCandidates, set_interpolation
 from convnn_geo.convert.positions import token_positions
-from convnn_geo.experiments.parts import HeadInterpolation, PatchWindow, Sample
+from convnn_geo.experiments.parts import HeadInterpolation, Sample
 from convnn_geo.metrics import Feature, PaperMix
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.selection import KNearest
@@ -103,8 +104,10 @@ class LookAround:
 
     def __call__(self, model: nn.Module) -> None:
         """Replace the candidates of every attention."""
+        cut = Window(self.size, padding="same")
+        window = Window(self.size, border="shift") if self.shift else cut
         for name, layer in attentions(model):
-            layer.candidates = PatchWindow(_patches(model, name, layer), self.size, self.shift)
+            layer.candidates = PatchCandidates(window, _patches(model, name, layer))
 
 
 def choosing(model: nn.Module) -> Iterator[tuple[str, Any]]:

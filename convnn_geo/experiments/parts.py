@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.candidates import All, Candidates, Random, Strided, Subset
-from convnn_geo.checks import check_int
 from convnn_geo.convert import PatchPositions
 from convnn_geo.metrics import BilinearForm, Combination, Distances, Feature, Metric
 from convnn_geo.metrics.base import between_ends
@@ -47,40 +46,6 @@ class Sample(Candidates):
         prefix = torch.arange(self.patches.prefix).unsqueeze(0)
         index = torch.cat([prefix, lattice + self.patches.prefix], 1)
         return Subset(index.to(source.device))
-
-
-class PatchWindow(Candidates):
-    """A square of patches around each patch, and the tokens before the patches, which see all.
-
-    Args:
-        patches: how many there are along each axis, and how many tokens before them.
-        size: odd side of the square.
-        shift: move squares inward at the border, rather than cut them.
-
-    Example:
-        >>> tokens = Points.from_tokens(torch.zeros(1, 10, 4))
-        >>> window = PatchWindow(PatchPositions((3, 3), prefix=1), 3)
-        >>> window(tokens, tokens).mask[1].int().tolist()
-        [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
-    """
-
-    def __init__(self, patches: PatchPositions, size: int, shift: bool = False) -> None:
-        super().__init__()
-        self.patches, self.size, self.shift = patches, check_int("size", size), shift
-
-    def forward(self, target: Points, source: Points) -> Subset:
-        """A mask ``(n, n)``."""
-        reach = self.size // 2
-        place = Grid(self.patches.size).positions(source.device, torch.float32)
-        centre = place
-        if self.shift:
-            last = torch.tensor(self.patches.size, device=source.device) - 1 - reach
-            centre = place.clamp_min(reach).minimum(last.to(place.dtype))
-        near = (centre.unsqueeze(1) - place).abs().amax(-1) <= reach
-        before = self.patches.prefix
-        mask = near.new_ones(before + len(near), before + len(near))
-        mask[before:, before:] = near
-        return Subset(mask=mask)
 
 
 class HeadInterpolation(Metric):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from convnn_geo.gpu.choice import bound, last_tie
-from convnn_geo.gpu.tiles import HIDDEN, PADDING, ordered, products, unordered
+from convnn_geo.gpu.tiles import PADDING, hidden, ordered, products, unordered
 from convnn_geo.gpu.values import gathered, weighted
 
 LONGEST = 1024
@@ -79,12 +79,7 @@ def _attend_rows(
     code = ordered(distance)
     if HAS_MASK:
         mask = mask_ptr + outer * mask_example + head * mask_head
-        seen = tl.load(
-            mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
-            mask=(rows < n)[:, None] & (columns < m)[None, :],
-            other=1,
-        )
-        code = tl.where(seen != 0, code, HIDDEN)
+        code = hidden(code, mask, rows, columns, n, m, mask_row)
     code = tl.where((columns < m)[None, :], code, PADDING)
     most = bound(code, k)
     last = last_tie(code, most, columns, k)

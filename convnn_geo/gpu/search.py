@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.tiles import (
-    HIDDEN,
     PADDING,
+    hidden,
     ordered,
     products,
     squared_differences,
@@ -244,12 +244,7 @@ def _nearest(
         code = ordered(value)
         if HAS_MASK:
             mask = mask_ptr + outer * mask_example + head * mask_head
-            seen = tl.load(
-                mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
-                mask=(rows < n)[:, None] & (columns < m)[None, :],
-                other=1,
-            )
-            code = tl.where(seen != 0, code, HIDDEN)
+            code = hidden(code, mask, rows, columns, n, m, mask_row)
         real = tl.broadcast_to((columns < m)[None, :], [BLOCK_N, BLOCK_M])
         if HAS_OWN:
             real = real & (columns[None, :] != own[:, None])

@@ -156,3 +156,14 @@ def squared_differences_of_pairs(
     if ANGLES:
         total = tl.where((q_length < 0.25) | (key_length < 0.25), 2.0, total)
     return total
+
+
+@triton.jit
+def hidden(code, mask_ptr, rows, columns, n, m, mask_row):
+    """Codes of a tile, those that a mask does not allow behind all that it does."""
+    seen = tl.load(
+        mask_ptr + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
+        mask=(rows < n)[:, None] & (columns < m)[None, :],
+        other=1,
+    )
+    return tl.where(seen != 0, code, HIDDEN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from convnn_geo.candidates import Block, Causal, Congruent, Window
-from convnn_geo.checks import check_int
 from convnn_geo.metrics import Feature, Metric, Spatial, interpolate
 from convnn_geo.nn import ConvNNAttention
 from convnn_geo.recipes.registry import recipe
@@ -67,7 +66,7 @@ def neighborhood_attention(
 
 @recipe
 def sliding_window_attention(
-    embed_dim: int, num_heads: int, kernel_size: int, is_causal: bool = False, **kwargs: Any
+    embed_dim: int, num_heads: int, kernel_size: Size, is_causal: bool = False, **kwargs: Any
 ) -> ConvNNAttention:
     """Attention in a window cut at borders, as in Longformer (https://arxiv.org/abs/2004.05150)."""
     return dilated_attention(embed_dim, num_heads, kernel_size, 1, is_causal, **kwargs)
@@ -77,20 +76,17 @@ def sliding_window_attention(
 def dilated_attention(
     embed_dim: int,
     num_heads: int,
-    kernel_size: int,
-    dilation: int = 2,
+    kernel_size: Size,
+    dilation: Size = 2,
     is_causal: bool = False,
     **kwargs: Any,
 ) -> ConvNNAttention:
     """Attention in a window with gaps (https://arxiv.org/abs/2004.05150)."""
-    if is_causal:
-        window = Window(kernel_size, dilation=dilation, border="causal")
-    else:
-        if check_int("kernel_size", kernel_size) % 2 == 0:
-            raise ValueError(
-                f"kernel_size: a window around the query has an odd side, got {kernel_size}"
-            )
-        window = Window(kernel_size, padding=kernel_size // 2 * dilation, dilation=dilation)
+    border: dict[str, Any] = {"border": "causal"} if is_causal else {"padding": "same"}
+    window = Window(kernel_size, dilation=dilation, **border)
+    sides = (kernel_size,) if isinstance(kernel_size, int) else kernel_size
+    if not is_causal and any(side % 2 == 0 for side in sides):
+        raise ValueError(f"kernel_size: a window around the query has odd sides, got {kernel_size}")
     return ConvNNAttention(embed_dim, num_heads, candidates=window, **kwargs)
 
 

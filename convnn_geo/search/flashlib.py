@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from convnn_geo.extras import installed, require
-from convnn_geo.search.points import PointEngine
+from convnn_geo.search.points import PointEngine, unlike_a_gpu
 from convnn_geo.search.query import Query
-from convnn_geo.search.torchbvh import unlike_a_gpu
 
 _MORE = 8
 """Proposals beside those asked for: TF32 often takes the next few for one another."""

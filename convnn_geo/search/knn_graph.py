@@ -10,6 +10,7 @@ from convnn_geo.checks import check_floating, check_name, check_tensor
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.points import Points
 from convnn_geo.search.knn import knn
+from convnn_geo.search.ragged import part_of
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -109,10 +110,8 @@ def _distances(metric: Metric, points: Points, batch: Tensor | None, index: Tens
         return metric.pairs(points, points, index)
     found, start = [], 0
     for size in torch.bincount(batch).tolist():
-        rows = slice(start, start + size)
-        x, pos = (None if t is None else t[rows] for t in (points.x, points.pos))
-        cloud = Points(x, pos)
-        inside = (index[rows] - start).clamp_min(0)  # empty slots name source 0
+        cloud = part_of(points, start, size)
+        inside = (index[start : start + size] - start).clamp_min(0)  # empty slots name source 0
         found.append(metric.pairs(cloud, cloud, inside))
         start += size
     return torch.cat(found) if found else metric.pairs(points, points, index)

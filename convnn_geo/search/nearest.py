@@ -276,7 +276,8 @@ def _open_ended(problem: Problem, values: Tensor, places: Tensor, own: Tensor | 
     tied = (values[..., -1] == values[..., -2]) & (values[..., -1] < torch.inf)
     if problem.kind == "products" or not bool(tied.any()):
         return tied
-    name, rank = _ranked(_fingerprint(problem.keys))
+    name = _fingerprint(problem.keys)
+    rank = _ranks(name)
     last, listed = places[..., -1:], places[..., :-1]
 
     def at(values: Tensor, place: Tensor) -> Tensor:
@@ -291,14 +292,14 @@ def _open_ended(problem: Problem, values: Tensor, places: Tensor, own: Tensor | 
     return tied & ~(itself & (highest < listed.shape[-1]))
 
 
-def _ranked(name: Tensor) -> tuple[Tensor, Tensor]:
-    """Names ``(..., m)``, and how many before each in its row have the same."""
+def _ranks(name: Tensor) -> Tensor:
+    """How many before each in its row ``(..., m)`` are the same."""
     order = name.argsort(dim=-1, stable=True)
     ordered = name.gather(-1, order)
     number = torch.arange(name.shape[-1], device=name.device).expand(name.shape)
     starts = torch.nn.functional.pad(ordered[..., 1:] != ordered[..., :-1], (1, 0), value=True)
     rank = number - number.where(starts, 0).cummax(-1).values
-    return name, torch.empty_like(order).scatter(-1, order, rank)
+    return torch.empty_like(order).scatter(-1, order, rank)
 
 
 def _fingerprint(keys: Tensor) -> Tensor:

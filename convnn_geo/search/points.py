@@ -230,3 +230,12 @@ def together(found: Sequence[tuple[Tensor, Tensor]], problem: Problem) -> tuple[
         for t in zip(*found, strict=True)
     )
     return values, places
+
+
+def unlike_a_gpu(engine: str, query: Query) -> str | None:
+    """Why a query is not one of float32 on a GPU; None if it is."""
+    if query.target.device.type != "cuda":
+        return f"{engine} is for GPUs, the points are on {query.target.device}"
+    if query.problem is not None and query.problem.q.dtype != torch.float32:
+        return f"{engine} has float32 only, and these distances need float64"
+    return None

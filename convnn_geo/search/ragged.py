@@ -90,8 +90,8 @@ class Ragged:
         found: list[Neighborhood] = []
         first_source = first_target = 0
         for m, n in zip(sources, targets, strict=True):
-            source = _part(self.source, first_source, m)
-            target = source if self.same else _part(self.target, first_target, n)
+            source = part_of(self.source, first_source, m)
+            target = source if self.same else part_of(self.target, first_target, n)
             if n:
                 found.append(_counted(search(target, source, k), first_source))
             first_source, first_target = first_source + m, first_target + n
@@ -110,7 +110,8 @@ def _examples(points: Points, clouds: int) -> Points:
     return Points(x, pos)
 
 
-def _part(points: Points, start: int, size: int) -> Points:
+def part_of(points: Points, start: int, size: int) -> Points:
+    """The ``size`` rows from ``start`` on."""
     x, pos = (None if t is None else t[start : start + size] for t in (points.x, points.pos))
     return Points(x, pos)
 

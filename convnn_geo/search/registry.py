@@ -64,14 +64,13 @@ def fastest(query: Query) -> str:
     Args:
         query: what is asked.
     """
-    grid = _GRID
-    if grid.refuses(query) is None and grid.keeps(query):  # searched once for each size
-        return grid.name
+    if _GRID.refuses(query) is None and _GRID.keeps(query):  # searched once for each size
+        return _GRID.name
     if _two_directions(query):
         return Dense.name
     # What is measured counts; but sizes that are traced must not be looked at one by one.
     seconds = {} if torch.compiler.is_compiling() else expected(query)
-    passed = (grid.name, Dense.name) if _double(query) else (grid.name,)
+    passed = (_GRID.name, Dense.name) if _double(query) else (_GRID.name,)
     for name in sorted(seconds, key=seconds.__getitem__):
         engine = None if name in passed else ENGINES.get(name)
         if engine is not None and not engine.approximate and engine.refuses(query) is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.extras import installed, require
-from convnn_geo.search.points import PointEngine
+from convnn_geo.search.points import PointEngine, unlike_a_gpu
 from convnn_geo.search.query import Query
 
 _COUNTS = (4, 8, 16)
@@ -54,12 +54,3 @@ class TorchBVH(PointEngine):
     def propose(self, prepared: Any, q: Tensor, asked: int) -> Tensor:
         """As many as the next of its counts; -1 where there are fewer points."""
         return prepared.knn(q.contiguous(), k=_COUNTS[bisect_left(_COUNTS, asked)])[0]
-
-
-def unlike_a_gpu(engine: str, query: Query) -> str | None:
-    """Why a query is not one of float32 on a GPU; None if it is."""
-    if query.target.device.type != "cuda":
-        return f"{engine} is for GPUs, the points are on {query.target.device}"
-    if query.problem is not None and query.problem.q.dtype != torch.float32:
-        return f"{engine} has float32 only, and these distances need float64"
-    return None
