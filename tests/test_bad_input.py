@@ -1098,7 +1098,7 @@ TABLE: list[Row] = [
         "recipe-even-attention",
         lambda: recipes.sliding_window_attention(8, 2, 4),
         V,
-        "kernel_size: a window around the query has an odd side, got 4",
+        "kernel_size: a window around the query has odd sides, got 4",
     ),
     (
         "recipe-kvt",
