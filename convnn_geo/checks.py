@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -142,18 +143,18 @@ def check_layer(name: str, x: Tensor, weight: Tensor) -> None:
 
 def check_int(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)):
         raise TypeError(
             f"{name}: expected an integer, got {value!r} of type {type(value).__name__}"
         )
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
-    return value
+    return value if isinstance(value, int) else int(value)
 
 
 def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
     """Return ``value`` if it is a finite real number not under ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
     if not -math.inf < value < math.inf or value < minimum or (exclusive and value == minimum):
         bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"

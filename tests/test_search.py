@@ -6,6 +6,7 @@ import math
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -865,3 +866,14 @@ def test_a_scale_of_the_axes_breaks_no_ties():
         assert torch.equal(
             index[1:-1, 1:-1] - middle[..., None], (index[1, 1] - 12).expand(7, 9, 3)
         )
+
+
+def test_numbers_may_be_numpys():
+    """As they come out of ``np.arange`` and the like."""
+    x = torch.randn(20, 4)
+    found = knn(x, k=np.int64(3), max_distance=np.float32(1.5), memory=np.int32(2**20))
+    expected = knn(x, k=3, max_distance=1.5, memory=2**20)
+    assert torch.equal(found.index, expected.index) and torch.equal(found.mask, expected.mask)
+    assert type(found.k) is int
+    with pytest.raises(TypeError, match="k: expected an integer, got"):
+        knn(x, k=np.bool_(True))

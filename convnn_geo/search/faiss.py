@@ -1,4 +1,4 @@
-"""Search by faiss on the CPU: exact by brute force, approximate by inverted lists."""
+"""Exact search by faiss on the CPU: brute force."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from convnn_geo.extras import installed, require
-from convnn_geo.search.approximate import ApproximateEngine
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
 
@@ -27,7 +26,7 @@ class Faiss(PointEngine):
 
     def refuses(self, query: Query) -> str | None:
         """As every engine for points, of float32 on the CPU."""
-        reason = _unlike(query)
+        reason = unlike(query)
         return super().refuses(query) if reason is None else reason
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
@@ -37,48 +36,15 @@ class Faiss(PointEngine):
 
     def prepare(self, keys: Tensor) -> list[Any]:
         """An index for each example."""
-        return [_filled(require("faiss", extra="search").IndexFlatL2, k) for k in keys]
+        return [filled(require("faiss", extra="search").IndexFlatL2, k) for k in keys]
 
     def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
         """Ask the indices, one after the other."""
-        return _ask(prepared, q, asked)
+        return ask(prepared, q, asked)
 
 
-class FaissIVF(ApproximateEngine):
-    """``faiss.IndexIVFFlat``: keys in clusters, the nearest few of which are looked through.
-
-    As many clusters as four roots of the number of keys; each query looks into 16.
-    """
-
-    name = "faiss_ivf"
-
-    def missing(self) -> str | None:
-        """Faiss must be installed."""
-        return Faiss.missing(self)  # type: ignore[arg-type]
-
-    def refuses(self, query: Query) -> str | None:
-        """As every engine for points, of float32 on the CPU."""
-        reason = _unlike(query)
-        return super().refuses(query) if reason is None else reason
-
-    def prepare(self, keys: Tensor) -> list[Any]:
-        """Cluster the keys of each example."""
-        faiss = require("faiss", extra="search")
-
-        def clustered(dimension: int) -> Any:
-            lists = max(1, min(int(4 * keys.shape[-2] ** 0.5), keys.shape[-2] // 39))
-            index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dimension), dimension, lists)
-            index.nprobe = 16
-            return index
-
-        return [_filled(clustered, points) for points in keys]
-
-    def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
-        """Ask the indices, one after the other."""
-        return _ask(prepared, q, asked)
-
-
-def _unlike(query: Query) -> str | None:
+def unlike(query: Query) -> str | None:
+    """Why faiss can't serve these points; None where it can."""
     if query.target.device.type != "cpu":
         return f"faiss-cpu, and the points are on {query.target.device}"
     if query.problem is not None and query.problem.q.dtype != torch.float32:
@@ -86,7 +52,8 @@ def _unlike(query: Query) -> str | None:
     return None
 
 
-def _filled(make: Any, points: Tensor) -> Any:
+def filled(make: Any, points: Tensor) -> Any:
+    """An index by ``make(dimension)``, trained where it learns, that holds ``points (m, d)``."""
     faiss = require("faiss", extra="search")
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = make(points.shape[-1])
@@ -97,7 +64,8 @@ def _filled(make: Any, points: Tensor) -> Any:
     return index
 
 
-def _ask(prepared: list[Any], q: Tensor, asked: int) -> Tensor:
+def ask(prepared: list[Any], q: Tensor, asked: int) -> Tensor:
+    """Rows ``(b, n, asked)`` that an index for each example finds, -1 where it finds too few."""
     found = [
         index.search(np.ascontiguousarray(points.numpy()), asked)[1]
         for index, points in zip(prepared, q, strict=True)

@@ -10,17 +10,20 @@ import torch
 from convnn_geo.checks import check_name
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.search.approximate import NNDescent, RandomProjections
 from convnn_geo.search.cells import Cells
 from convnn_geo.search.costs import expected
 from convnn_geo.search.dense import Dense
-from convnn_geo.search.faiss import Faiss, FaissIVF
+from convnn_geo.search.faiss import Faiss
+from convnn_geo.search.faiss_ivf import FaissIVF
 from convnn_geo.search.flashlib import FlashLib
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.keops import KeOps
+from convnn_geo.search.pyg_lib import PygLib
+from convnn_geo.search.pynndescent import PyNNDescent
 from convnn_geo.search.query import Engine, Query
-from convnn_geo.search.torch_cluster import PygLib, TorchCluster
+from convnn_geo.search.random_projections import RandomProjections
+from convnn_geo.search.torch_cluster import TorchCluster
 from convnn_geo.search.torchbvh import TorchBVH
 from convnn_geo.search.triton import Triton
 
@@ -40,7 +43,7 @@ ENGINES: dict[str, Engine] = {
         Triton(),
         Dense(),
         FaissIVF(),
-        NNDescent(),
+        PyNNDescent(),
         RandomProjections(),
     )
 }

@@ -60,23 +60,6 @@ class TorchCluster(PointEngine):
         return importlib.import_module("torch_cluster").knn
 
 
-class PygLib(TorchCluster):
-    """``torch_geometric.nn.knn`` where pyg-lib serves it (PyG 2.8)."""
-
-    name = "pyg_lib"
-
-    def missing(self) -> str | None:
-        """pyg-lib must have its own k-NN."""
-        import torch_geometric.typing
-
-        if getattr(torch_geometric.typing, "WITH_KNN", False):
-            return None
-        return "pyg-lib >= 0.6 is not installed"
-
-    def _knn(self) -> Callable[..., Tensor]:
-        return importlib.import_module("torch_geometric.nn").knn
-
-
 def _extent(points: Tensor) -> Tensor:
     low, high = points.amin((0, 1)), points.amax((0, 1))
     return (high - low).amax().clamp_min(torch.finfo(points.dtype).tiny)
