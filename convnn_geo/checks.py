@@ -156,11 +156,12 @@ def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool
     """Return ``value`` if it is a finite real number not under ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
-    if not -math.inf < value < math.inf or value < minimum or (exclusive and value == minimum):
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
         bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
         bound = bound if math.isfinite(minimum) else ""
         raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
-    return float(value)
+    return number
 
 
 def check_instance(name: str, value: Any, kind: type) -> Any:

@@ -274,16 +274,6 @@ def test_search_by_itself_is_one_graph():
     assert torch.equal(compiled(x), find(x))
 
 
-def test_ragged_batches_are_not_one_graph():
-    """How long the longest cloud is, only the batch vector says."""
-    layer = PointConvNN(3, 4, 2)
-    pos, batch = torch.randn(9, 3), torch.tensor([0] * 4 + [1] * 5)
-    expected = layer(None, pos, batch)
-    with pytest.raises(Exception, match="data-dependent"):
-        torch.compile(layer, fullgraph=True, backend="eager")(None, pos, batch)
-    torch.testing.assert_close(layer(None, pos, batch), expected)
-
-
 class Search(torch.nn.Module):
     """A search as a model."""
 

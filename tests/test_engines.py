@@ -536,7 +536,7 @@ def test_more_than_there_is_cannot_be_selected():
 
 
 #: KeOps compiles for each case, pynndescent for half a minute.
-TRACED = [n for n in (*EXACT, *APPROXIMATE) if n != "pynndescent"]
+TRACED = ["auto", *(n for n in (*EXACT, *APPROXIMATE) if n != "pynndescent")]
 
 
 def cloud_for(engine):

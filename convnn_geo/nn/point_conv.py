@@ -276,7 +276,7 @@ class PointConvNN(TapLayer):
         plain = isinstance(selection, KNearest) and selection.dilation == 1
         plain = plain and type(self.candidates) is All and type(self.metric) in (Feature, Spatial)
         if not plain or torch.compiler.is_compiling():
-            return False
+            return plain  # traced, how large clouds are is not known, and search is one operator
         check_batch("batch", batch_source, source)
         return source.num_points >= LARGE * (int(batch_source[-1]) + 1)
 
@@ -286,7 +286,8 @@ class PointConvNN(TapLayer):
         """Each cloud's neighbours, counted as rows."""
         selection: KNearest = self.selection
         alone = target is source
-        self._check_clouds(source, target, batch_source, batch)
+        if not torch.compiler.is_compiling():
+            self._check_clouds(source, target, batch_source, batch)
         with torch.no_grad():
             return knn(
                 *(source, None if alone else target, selection.k),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +29,10 @@ class GridSearch(Engine):
 
     def keeps(self, query: Query) -> bool:
         """Whether what it finds is small enough to be kept."""
-        return query.target.num_points * query.k <= _MOST
+        return _few(query.target, query.k)
 
     def refuses(self, query: Query) -> str | None:
         """Needs a spatial metric, and sources on a grid."""
-        if torch.compiler.is_compiling():
-            return "how far it looks depends on what it finds, which can't be traced"
         if _spatial(query.metric) is None:
             return "the metric looks at more than positions"
         if query.source.grid is None or query.source.pos is not None:
@@ -51,14 +50,59 @@ class GridSearch(Engine):
         spatial: Spatial = _spatial(query.metric)  # type: ignore[assignment]
         target: Grid = query.target.grid  # type: ignore[assignment]
         source: Grid = query.source.grid  # type: ignore[assignment]
-        kept = self.keeps(query)
-        index, distance = (_kept if kept else _nearest)(
-            *(target, source, spatial.p, spatial.squared, spatial.scale),
-            *(query.k, query.exact, query.dtype, query.target.device),
+        index, distance = _on_grid(
+            *(target.size, target.origin, target.step, source.size, source.origin, source.step),
+            *(spatial.p, spatial.squared, spatial.scale, query.k, query.exact),
+            *(query.dtype == torch.float64, query.target.device),
         )
-        if kept:  # the caller may write into its own
-            index, distance = index.clone(), distance.clone()
         return index, distance, None
+
+
+@torch.library.custom_op("convnn_geo::nearest_on_grid", mutates_args=())
+def _on_grid(
+    target_size: Sequence[int],
+    target_origin: Sequence[float],
+    target_step: Sequence[float],
+    source_size: Sequence[int],
+    source_origin: Sequence[float],
+    source_step: Sequence[float],
+    p: float,
+    squared: bool,
+    scale: Sequence[float] | None,
+    k: int,
+    exact: bool,
+    double: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    target = Grid(tuple(target_size), tuple(target_origin), tuple(target_step))
+    source = Grid(tuple(source_size), tuple(source_origin), tuple(source_step))
+    kept = _few(target, k)
+    index, distance = (_kept if kept else _nearest)(
+        *(target, source, p, squared, None if scale is None else tuple(scale)),
+        *(k, exact, torch.float64 if double else torch.float32, device),
+    )
+    # What is kept is not given away: the caller may write into its own.
+    return (index.clone(), distance.clone()) if kept else (index, distance)
+
+
+@_on_grid.register_fake
+def _shapes(
+    target_size: Sequence[int],
+    target_origin: Sequence[float],
+    target_step: Sequence[float],
+    source_size: Sequence[int],
+    source_origin: Sequence[float],
+    source_step: Sequence[float],
+    p: float,
+    squared: bool,
+    scale: Sequence[float] | None,
+    k: int,
+    exact: bool,
+    double: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    index = torch.empty(math.prod(target_size), k, dtype=torch.long, device=device)
+    return index, torch.empty_like(index, dtype=torch.float64 if double else torch.float32)
 
 
 def _nearest(
@@ -87,6 +131,10 @@ def _nearest(
 
 
 _kept = keep(8)(_nearest)
+
+
+def _few(target: Grid | Points, k: int) -> bool:
+    return target.num_points * k <= _MOST
 
 
 def _box(

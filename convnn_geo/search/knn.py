@@ -21,8 +21,9 @@ from convnn_geo.checks import (
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
+from convnn_geo.search.clouds import find_in_clouds
 from convnn_geo.search.query import Query
-from convnn_geo.search.ragged import Ragged
+from convnn_geo.search.ragged import Ragged, check_batch, too_many
 from convnn_geo.search.registry import find, with_self_first
 from convnn_geo.typing import SELF_POINTS
 
@@ -115,6 +116,10 @@ def knn(
             raise ValueError(
                 "batch vectors go with rows (n, c); dense examples (b, n, c) carry their own batch"
             )
+        if torch.compiler.is_compiling():
+            query = Query(target, source, metric, k, Subset(), memory=memory)
+            found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
+            return found if max_distance is None else found.within(max_distance)
         batch_x = check_batch("batch_x", batch_x, source)
         batch_y = check_batch("batch_y", batch_y, target)
         found = Ragged(source, target, batch_x, batch_y, same)(search, k, backend)
@@ -141,7 +146,7 @@ class _Search:
         least, most = least - own, most - own
         if k > least and target.num_points:
             if self.short == "error":
-                raise ValueError(_too_many(k, least, own))
+                raise ValueError(too_many(k, least, own))
             if self.short == "truncate":
                 k, most = max(least, 0), least
         if not target.num_points or min(k, most) < 1:
@@ -183,14 +188,6 @@ def _check_pair(source: Points, target: Points) -> None:
             raise ValueError(f"x and y: batches differ: {s.shape[0]} in x, {t.shape[0]} in y")
 
 
-def _too_many(k: int, available: int, excluded: bool) -> str:
-    return (
-        f"k={k} is larger than the number of candidates, {available}"
-        + (" besides the point itself" if excluded else "")
-        + "; lower k, merge examples that are too small, or pass short='pad' or 'truncate'"
-    )
-
-
 def _empty(target: Points, source: Points, k: int) -> Neighborhood:
     rows = target.features if target.x is not None else target.position
     shape = (*rows.shape[:-1], k)
@@ -199,25 +196,3 @@ def _empty(target: Points, source: Points, k: int) -> Neighborhood:
     distance = torch.full(shape, torch.inf, dtype=dtype, device=source.device)
     mask = torch.zeros(shape, dtype=torch.bool, device=source.device) if index.numel() else None
     return Neighborhood(index, source.num_points, distance, mask)
-
-
-def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
-    """A batch vector that is whole, sorted and as long as the points; zeros for None."""
-    if batch is None:
-        return torch.zeros(points.num_points, dtype=torch.long, device=points.device)
-    check_tensor(name, batch, 1)
-    if batch.dtype != torch.long:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {batch.dtype}")
-    if batch.device != points.device:
-        raise ValueError(f"{name} is on {batch.device}, the points on {points.device}")
-    if batch.numel() != points.num_points:
-        raise ValueError(
-            f"{name}: expected one number a point, got {batch.numel()} for {points.num_points}"
-        )
-    if batch.numel() > 1 and bool((batch[1:] < batch[:-1]).any()):
-        raise ValueError(
-            f"{name}: expected sorted example numbers; sort the points by {name} first"
-        )
-    if batch.numel() and int(batch[0]) < 0:
-        raise ValueError(f"{name}: expected numbers from 0 on, got {int(batch[0])}")
-    return batch

@@ -77,13 +77,7 @@ class PointEngine(Engine):
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """Search, and measure."""
-        if query.problem is None:
-            raise TypeError(f"{self.name} needs a metric with coordinates")
-        hidden = Hidden(own=query.excluded)
-        values, place = nearest(query.problem, query.k, hidden, query.slab, self.name)
-        if query.exact:
-            values = measured(query.bound, values, place, query.slab)
-        return place, values, None
+        return by_coordinates(query, self.name)
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """Values and places of the ``k`` nearest, some targets at a time."""
@@ -203,6 +197,17 @@ class PointEngine(Engine):
         length = q.norm(dim=-1) + keys.norm(dim=-1).amax(-1, keepdim=True)
         rounding = 8 * torch.finfo(q.dtype).eps * length.square()
         return (self.slack(q, keys, length.square()) + rounding) * (problem.scale / 2)
+
+
+def by_coordinates(query: Query, engine: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What :meth:`Engine.run` gives, by an implementation named."""
+    if query.problem is None:
+        raise TypeError(f"{engine} needs a metric with coordinates")
+    hidden = Hidden(own=query.excluded)
+    values, place = nearest(query.problem, query.k, hidden, query.slab, engine)
+    if query.exact:
+        values = measured(query.bound, values, place, query.slab)
+    return place, values, None
 
 
 def alone(problem: Problem, hidden: Hidden) -> list[tuple[Problem, Tensor | None]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn_geo.checks import check_tensor
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
 
@@ -127,3 +128,34 @@ def _joined(parts: list[Neighborhood], source: Points, k: int) -> Neighborhood:
         mask = torch.cat([m.bool() for m in masks])
         mask = None if bool(mask.all()) else mask
     return Neighborhood(index, source.num_points, distance, mask)
+
+
+def too_many(k: int, available: int, excluded: bool) -> str:
+    """What is said of a k over the number of candidates."""
+    return (
+        f"k={k} is larger than the number of candidates, {available}"
+        + (" besides the point itself" if excluded else "")
+        + "; lower k, merge examples that are too small, or pass short='pad' or 'truncate'"
+    )
+
+
+def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
+    """A batch vector that is whole, sorted and as long as the points; zeros for None."""
+    if batch is None:
+        return torch.zeros(points.num_points, dtype=torch.long, device=points.device)
+    check_tensor(name, batch, 1)
+    if batch.dtype != torch.long:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {batch.dtype}")
+    if batch.device != points.device:
+        raise ValueError(f"{name} is on {batch.device}, the points on {points.device}")
+    if batch.numel() != points.num_points:
+        raise ValueError(
+            f"{name}: expected one number a point, got {batch.numel()} for {points.num_points}"
+        )
+    if batch.numel() > 1 and bool((batch[1:] < batch[:-1]).any()):
+        raise ValueError(
+            f"{name}: expected sorted example numbers; sort the points by {name} first"
+        )
+    if batch.numel() and int(batch[0]) < 0:
+        raise ValueError(f"{name}: expected numbers from 0 on, got {int(batch[0])}")
+    return batch

@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 
 from convnn_geo.checks import check_name
+from convnn_geo.metrics import Feature
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.points import Points
 from convnn_geo.search.cells import Cells
 from convnn_geo.search.costs import expected
 from convnn_geo.search.dense import Dense
@@ -19,10 +21,13 @@ from convnn_geo.search.flashlib import FlashLib
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.keops import KeOps
+from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem
+from convnn_geo.search.points import by_coordinates
 from convnn_geo.search.pyg_lib import PygLib
 from convnn_geo.search.pynndescent import PyNNDescent
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.random_projections import RandomProjections
+from convnn_geo.search.rows import Hidden
 from convnn_geo.search.torch_cluster import TorchCluster
 from convnn_geo.search.torchbvh import TorchBVH
 from convnn_geo.search.triton import Triton
@@ -71,8 +76,7 @@ def fastest(query: Query) -> str:
         return _GRID.name
     if _two_directions(query):
         return Dense.name
-    # What is measured counts; but sizes that are traced must not be looked at one by one.
-    seconds = {} if torch.compiler.is_compiling() else expected(query)
+    seconds = expected(query)
     passed = (_GRID.name, Dense.name) if _double(query) else (_GRID.name,)
     for name in sorted(seconds, key=seconds.__getitem__):
         engine = None if name in passed else ENGINES.get(name)
@@ -103,7 +107,7 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
     """Why an engine that could serve a query is not taken."""
     if _two_directions(query):
         return lambda name: "directions on one axis are two, so that all tie"
-    seconds = {} if torch.compiler.is_compiling() else expected(query)
+    seconds = expected(query)
     if best not in seconds:
         return lambda name: "not measured on this kind of device"
     return lambda name: (
@@ -143,7 +147,7 @@ def find(query: Query, backend: str = "auto") -> Neighborhood:
             f"k={query.k} is larger than the number of candidates, {available}; lower k"
         )
     if backend == "auto":
-        engine = ENGINES[fastest(query)]
+        engine = _traced(query) if torch.compiler.is_compiling() else ENGINES[fastest(query)]
     else:
         engine = ENGINES[check_name("search backend", backend, ["auto", *ENGINES])]
         reason = engine.refuses(query)
@@ -151,6 +155,41 @@ def find(query: Query, backend: str = "auto") -> Neighborhood:
             raise ValueError(f"search backend {backend!r} can't serve this query: {reason}")
     index, distance, mask = engine(query)
     return Neighborhood(index, query.source.num_points, distance, mask)
+
+
+class _Deferred(Engine):
+    """The choice that a traced program makes when it runs, by the sizes that come."""
+
+    name = "auto"
+
+    def __init__(self) -> None:
+        IMPLEMENTATIONS[self.name] = self.nearest
+
+    def refuses(self, query: Query) -> str | None:
+        """Points among all sources; there is no choice for others."""
+        if query.subset.index is not None or query.subset.mask is not None:
+            return "candidates are restricted"
+        return None if query.dimension is not None else "the metric is not one of points"
+
+    def run(self, query: Query) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As every engine for points."""
+        return by_coordinates(query, self.name)
+
+    def nearest(
+        self, problem: Problem, k: int, hidden: Hidden, slab: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By the engine that is likely fastest."""
+        points = Points(problem.q), Points(problem.keys)
+        query = Query(*points, Feature(), k, excluded=hidden.own, distances=problem.bound())
+        return IMPLEMENTATIONS[fastest(query)](problem, k, hidden, slab)
+
+
+_DEFERRED = _Deferred()
+
+
+def _traced(query: Query) -> Engine:
+    """Who answers in a program whose sizes may be open still, so that none is looked at."""
+    return next((e for e in (_GRID, _DEFERRED) if e.refuses(query) is None), ENGINES[Dense.name])
 
 
 def with_self_first(query: Query, backend: str, own: torch.Tensor) -> Neighborhood:

@@ -1,0 +1,155 @@
+"""Search in clouds of unequal size as one operator, for programs that are traced.
+
+How large clouds are only the batch vectors say, and a traced program has no values: it is looked
+at when the program runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.points import Points
+from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, measured
+from convnn_geo.search.query import Query
+from convnn_geo.search.ragged import check_batch, too_many
+from convnn_geo.search.registry import ENGINES
+from convnn_geo.search.rows import Hidden
+
+
+def find_in_clouds(
+    query: Query,
+    batch_x: Tensor | None,
+    batch_y: Tensor | None,
+    backend: str,
+    self_point: str = "natural",
+    short: str = "error",
+) -> Neighborhood:
+    """The nearest of each row of a query among the rows of its own cloud.
+
+    Args:
+        query: between all rows ``(n, c)`` and ``(m, c)``.
+        batch_x: ``(m,)``, sorted, the cloud of each source; None for one cloud.
+        batch_y: ``(n,)``, likewise of each target.
+        backend: an engine, or ``"auto"``.
+        self_point: see :func:`convnn_geo.search.knn`.
+        short: ``"error"`` or ``"pad"``.
+    """
+    if any(getattr(part, "by_set", False) for part in query.metric.modules()):
+        raise ValueError(f"{query.metric} looks at whole clouds, whose sizes can't be traced")
+    if short == "truncate":
+        raise ValueError("short='truncate': how many neighbours it leaves can't be traced; pad")
+    problem = query.problem
+    if problem is None:
+        raise ValueError(
+            f"{query.metric} is neither a distance of points nor a product; "
+            "in clouds of a batch others can't be traced"
+        )
+    if backend != "auto":
+        reason = ENGINES[backend].refuses(query)
+        if reason is not None:
+            raise ValueError(f"search backend {backend!r} can't serve this query: {reason}")
+    elif query.dimension is None:
+        backend = "dense"
+    first = self_point == "first"
+    values, place = _nearest_in_clouds(
+        problem.kind,
+        problem.q.detach(),
+        problem.keys.detach(),
+        None if problem.bias is None else problem.bias.detach(),
+        None if problem.axes is None else problem.axes.detach(),
+        *(float(problem.scale), problem.dtype == torch.float64, problem.exact),
+        *(query.k - first, _numbers(batch_x, query.source), _numbers(batch_y, query.target)),
+        *(self_point != "natural", short == "pad"),
+        *(query.slab, backend),
+    )
+    mask = place >= 0
+    place = place.clamp_min(0)
+    distance = measured(query.bound, values, place, query.slab)
+    if first:
+        own = torch.arange(len(place), device=place.device)[:, None]
+        place, mask = torch.cat([own, place], -1), torch.cat([own >= 0, mask], -1)
+        distance = torch.cat([query.bound.at(own).to(distance), distance], -1)
+    if short != "pad":
+        return Neighborhood(place, query.source.num_points, distance)
+    return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)
+
+
+def _numbers(batch: Tensor | None, points: Points) -> Tensor:
+    if batch is not None:
+        return batch
+    return torch.zeros(points.num_points, dtype=torch.long, device=points.device)
+
+
+@torch.library.custom_op("convnn_geo::nearest_in_clouds", mutates_args=())
+def _nearest_in_clouds(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    axes: Tensor | None,
+    scale: float,
+    double: bool,
+    exact: bool,
+    k: int,
+    batch_x: Tensor,
+    batch_y: Tensor,
+    excluded: bool,
+    padded: bool,
+    slab: int,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    check_batch("batch_x", batch_x, Points(keys))
+    check_batch("batch_y", batch_y, Points(q))
+    dtype = torch.float64 if double else torch.float32
+    problem = Problem(kind, q, keys, bias, scale, dtype, axes, exact)
+    values = q.new_full((len(q), k), torch.inf, dtype=dtype)
+    places = torch.full((len(q), k), -1, device=q.device)
+    clouds, targets = batch_y.unique_consecutive(return_counts=True)
+    ends = torch.searchsorted(batch_x, clouds, right=True).tolist()
+    starts = torch.searchsorted(batch_x, clouds).tolist()
+    row = 0
+    for start, end, n in zip(starts, ends, targets.tolist(), strict=True):
+        rows, own = slice(row, row + n), None
+        if excluded:
+            own = torch.arange(n, device=q.device)
+        available = end - start - excluded
+        if k > available and not padded:
+            raise ValueError(too_many(k, available, excluded))
+        there = min(k, available)
+        if there > 0:
+            part = replace(
+                problem,
+                q=q[rows],
+                keys=keys[start:end],
+                bias=None if bias is None else bias[start:end],
+            )
+            value, place = IMPLEMENTATIONS[engine](part, there, Hidden(own=own), slab)
+            values[rows, :there], places[rows, :there] = value, place + start
+        row += n
+    return values, places
+
+
+@_nearest_in_clouds.register_fake
+def _shapes(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    axes: Tensor | None,
+    scale: float,
+    double: bool,
+    exact: bool,
+    k: int,
+    batch_x: Tensor,
+    batch_y: Tensor,
+    excluded: bool,
+    padded: bool,
+    slab: int,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    values = q.new_empty(q.shape[0], k, dtype=torch.float64 if double else torch.float32)
+    return values, values.new_empty(q.shape[0], k, dtype=torch.long)
