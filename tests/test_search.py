@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -877,3 +878,17 @@ def test_numbers_may_be_numpys():
     assert type(found.k) is int
     with pytest.raises(TypeError, match="k: expected an integer, got"):
         knn(x, k=np.bool_(True))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_little_memory_changes_nothing(masked, metric):
+    """Targets come some at a time, and masks may have examples of their own."""
+    torch.manual_seed(0)
+    x, y = torch.randint(-2, 3, (40, 6)).float(), torch.randint(-2, 3, (30, 6)).float()
+    mask = torch.rand(2, 30, 40) < 0.7 if masked else None
+    query = search.Query(Points(y), Points(x), as_metric(metric), 5, Subset(mask=mask))
+    found = search.find(replace(query, memory=100), "dense")
+    wanted = search.find(query, "dense")
+    assert torch.equal(found.index, wanted.index)
+    assert torch.equal(found.distance, wanted.distance)

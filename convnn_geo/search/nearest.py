@@ -193,6 +193,9 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
     found = _by_fused_rows(problem, k, hidden, slab)
     if found is not None:
         return found
+    n = problem.q.shape[-2]
+    if problem.q.nbytes > slab < _ROOMY and n > 1:  # bounds copies of targets, too
+        return _in_parts(problem, k, hidden, slab, max(1, slab * n // problem.q.nbytes))
     bound, dtype = problem.bound(), problem.dtype
     rough = bound.ordering(dtype)
     if type(rough) is not BilinearForm:
@@ -201,6 +204,21 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
     if problem.exact:
         seen = referee(bound, places, slab, dtype)
         values = torch.where(values == torch.inf, values, seen)
+    return values, places
+
+
+def _in_parts(
+    problem: Problem, k: int, hidden: Hidden, slab: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`by_rows` for some targets at a time."""
+    n, seen = problem.q.shape[-2], () if hidden.mask is None else hidden.mask.shape[:-2]
+    lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2], seen)
+    values = problem.q.new_empty(*lead, n, k, dtype=problem.dtype)
+    places = torch.empty_like(values, dtype=torch.long)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        part, behind = problem.between(start, stop), hidden.between(start, stop)
+        values[..., start:stop, :], places[..., start:stop, :] = by_rows(part, k, behind, slab)
     return values, places
 
 
