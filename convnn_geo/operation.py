@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convnn_geo.caching import once
 from convnn_geo.candidates import Candidates, Window
-from convnn_geo.kernels import Kernel
+from convnn_geo.kernels import Kernel, Sum
 from convnn_geo.metrics import Biased, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.pairs import Pairs
@@ -103,6 +103,9 @@ class Operation:
         query = self.query()
         selection = Every() if self.whole else self.selection
         found = selection(query, self.own(), self.search)
+        m = self.source.num_points
+        if isinstance(self.kernel, Sum) and isinstance(selection, KNearest) and found.k > m:
+            found = found.apply(lambda t: t[..., :m])  # the rest is empty, and sums to nothing
         if self.target.mask is not None:  # what only fills a batch up hears nobody
             real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
             found = replace(found, mask=real if found.mask is None else found.mask & real)

@@ -23,7 +23,7 @@ from convnn_geo.nn import (
     PointConvNN,
 )
 from convnn_geo.points import Grid, Points
-from convnn_geo.selection import Every
+from convnn_geo.selection import Every, KNearest
 from convnn_geo.weighting import Softmax
 
 IMAGE = torch.zeros(1, 4, 6, 6)
@@ -483,3 +483,22 @@ def test_max_and_mean_of_own_kernels():
 
 def test_public_names():
     assert set(lowering.__all__) >= {"RULES", "Rule", "choose", "explain", "run"}
+
+
+@pytest.mark.parametrize("metric", ["scaled_dot", "cosine", "euclidean"])
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_more_neighbours_than_there_are_keys_are_all_of_them(masked, backend, metric):
+    """Empty slots sum to nothing, and cost nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 8, requires_grad=True)
+    mask = torch.rand(2, 7) < 0.3 if masked else None
+    found = []
+    for k in (7, 900):
+        torch.manual_seed(1)
+        options = {"selection": KNearest(k, short="pad"), "metric": metric, "backend": backend}
+        layer = ConvNNAttention(8, 2, **options)
+        out = layer(x, key_padding_mask=mask, need_weights=False)[0]
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        assert layer.operation(x).neighborhood().k == 7
+    torch.testing.assert_close(*found)

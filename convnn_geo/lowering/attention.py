@@ -30,7 +30,8 @@ def _keeps_all(op: Operation) -> bool:
     chosen = op.selection
     if isinstance(chosen, KNearest) and type(op.candidates) is All:
         alone = chosen.dilation == 1 and chosen.self_point == "natural"
-        return alone and chosen.k == op.source.num_points
+        m = op.source.num_points
+        return alone and (chosen.k == m or (chosen.k > m and chosen.short == "pad"))
     return isinstance(chosen, Every)
 
 

@@ -122,17 +122,18 @@ def _run(
 ) -> Tensor:
     weighting: Softmax = op.weighting  # type: ignore[assignment]
     selection: KNearest = op.selection  # type: ignore[assignment]
+    k = min(selection.k, op.source.num_points)  # slots beyond that are empty
     keep, mask = None, op.query().subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
         lead = broadcast_shapes(
             *(q.shape[:-2], keys.shape[:-2]), () if mask is None else mask.shape[:-2]
         )
-        ones = op.value.new_ones(*lead, q.shape[-2], selection.k, dtype=torch.float32)
+        ones = op.value.new_ones(*lead, q.shape[-2], k, dtype=torch.float32)
         keep = F.dropout(ones, weighting.dropout)
     inputs = [t for t in (q, keys, op.value, bias) if t is not None]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     out, _, _ = torch.ops.convnn_geo.neighbor_attention(
-        *(kind, q, keys, op.value, bias, mask, keep, selection.k),
+        *(kind, q, keys, op.value, bias, mask, keep, k),
         *(float(scale), weighting.temperature, engine, trains),
     )
     # Of queries that are not finite the operators make NaN by themselves; in Triton unless a mask
@@ -163,7 +164,7 @@ def _refuses(op: Operation) -> str | None:
         return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
     if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
-    if chosen.k > op.source.num_points:
+    if chosen.k > op.source.num_points and chosen.short != "pad":
         return f"k={chosen.k} is over the number of sources"
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -28,13 +29,19 @@ class Watch:
 class Terminal(Watch):
     """Prints a line for each epoch, and draws a bar under them where someone looks.
 
-    Needs rich for the bar, and does without where it is not installed.
+    Needs rich for the bar. Without it, and in a file or a pipe, an epoch that takes long says now
+    and then how far it is.
+
+    Args:
+        every: seconds between two such lines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: float = 20.0) -> None:
+        self.every = every
         self._bar: Any = None
         self._task: Any = None
         self._begun = False
+        self._place, self._steps, self._done, self._said = "", 0, 0, 0.0
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Terminal:
@@ -57,14 +64,20 @@ class Terminal(Watch):
         if not self._begun:  # the first epoch may take long
             self._begun = True
             threads = torch.get_num_threads()
-            print(f"{epochs} epochs of {steps} steps; threads {threads}", flush=True)
+            start = f", from epoch {epoch} on" if epoch > 1 else ""
+            print(f"{epochs} epochs of {steps} steps{start}; threads {threads}", flush=True)
+        self._place = f"seed {seed}, epoch {epoch} of {epochs}"
+        self._steps, self._done, self._said = steps, 0, time.monotonic()
         if self._bar is not None:
-            text = f"seed {seed}, epoch {epoch} of {epochs}"
-            self._bar.reset(self._task, total=steps, description=text)
+            self._bar.reset(self._task, total=steps, description=self._place)
 
     def step(self) -> None:
+        self._done += 1
         if self._bar is not None:
             self._bar.advance(self._task)
+        elif time.monotonic() - self._said >= self.every and self._done < self._steps:
+            self._said = time.monotonic()
+            print(f"{self._place}, step {self._done} of {self._steps}", flush=True)
 
     def end(self, row: dict[str, Any]) -> None:
         say = print if self._bar is None else self._bar.console.print
