@@ -368,3 +368,26 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Terminal, "step", lambda self: interrupt())
     assert run_command("--epochs", 1, "--image-size", 8, "--out", tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    from convnn_geo.train.alone import alone
+
+    with alone(tmp_path / "seed-0"):
+        with pytest.raises(ConfigError, match=r"seed-0 is in use: another run is writing there"):
+            fit(Config(out=str(tmp_path), **{**FLOW, "epochs": 1}))
+        assert not (tmp_path / "config.json").exists()
+    fit(Config(out=str(tmp_path), **{**FLOW, "epochs": 1}))  # free again
+
+
+def test_folders_that_know_no_locks_are_used_all_the_same(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    from convnn_geo.train.alone import alone
+
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with alone(tmp_path):
+        pass

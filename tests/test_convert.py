@@ -1260,3 +1260,113 @@ def test_attention_that_is_not_known_is_named_by_the_error():
 def test_a_report_needs_tensors():
     with pytest.raises(TypeError, match=r"got a shape; pass torch.randn\(1, 3, 4, 4\)"):
         convert.report(nn.Conv2d(3, 3, 1), (1, 3, 4, 4))
+
+
+# --- what would be lost ------------------------------------------------------------------------
+
+
+class WithParts(nn.Conv2d):
+    """The forward is torch's; a parent uses the rest."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale, self.act = nn.Parameter(torch.ones(1)), nn.ReLU()
+
+
+def doubled(conv):
+    conv.forward = lambda x: 2 * nn.Conv2d.forward(conv, x)
+    return conv
+
+
+def shifted(conv):
+    conv._conv_forward = lambda *args: 1 + nn.Conv2d._conv_forward(conv, *args)
+    return conv
+
+
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda: doubled(nn.Conv2d(2, 3, 3)), "its forward was replaced, and would be lost"),
+        (lambda: shifted(nn.Conv2d(2, 3, 3)), "its _conv_forward was replaced"),
+        (lambda: WithParts(2, 3, 3), "it has parts of its own, which would be lost: scale, act"),
+        (lambda: nn.Conv2d(2, 3, 3, dtype=torch.complex64), "its weight is of torch.complex64"),
+        (lambda: Called(2, 3, 3), None),
+    ],
+)
+def test_a_layer_that_would_lose_something_is_left(make, why):
+    model = nn.Sequential(make())
+    layer, x = model[0], torch.randn(1, 2, 5, 5, dtype=model[0].weight.dtype)
+    before = model(x)
+    assert convert.to_convnn(model)[0] is layer
+    assert torch.equal(model(x), before)
+    left = convert.report(model).left
+    assert why in left["0"] if why else not left
+    with pytest.raises(ValueError, match=why or "fits no layer"):
+        convert.to_convnn(model, [convert.Rule("exact", name="0")])
+
+
+def test_attention_whose_forward_was_replaced_is_left():
+    timm = pytest.importorskip("timm")
+    del timm
+    from timm.models.vision_transformer import Attention
+
+    layer = Attention(8, 2)
+    layer.forward = lambda x, **_: x
+    model = nn.Sequential(layer)
+    assert convert.to_convnn(model)[0] is layer
+    assert "its forward was replaced" in convert.report(model).left["0"]
+
+
+def test_a_converted_convolution_takes_its_input_by_name():
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(1, 2, 5, 5)
+    close(convert.to_convnn(nn.ModuleDict({"c": conv}))["c"](input=x), conv(input=x))
+
+
+class WithQuery(nn.Module):
+    """A learned query, spread over a batch, goes into a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.layer = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(8, 8)
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x):
+        return self.layer(self.query.expand(len(x), -1, -1)) + x
+
+
+def test_a_report_counts_where_parameters_are_inputs():
+    model = WithQuery()
+    assert convert.report(model, torch.randn(2, 5, 8)).flops == 2 * 2 * 8 * 8
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("layer", ["exact", "kvt"])
+def test_patches_are_placed_anew_after_a_new_size(layer):
+    timm = pytest.importorskip("timm")
+
+    def model():
+        torch.manual_seed(0)
+        made = timm.create_model(
+            "vit_tiny_patch16_224", img_size=64, embed_dim=24, num_heads=2, depth=1, num_classes=4
+        )
+        return made.eval()
+
+    rules = [convert.Rule(layer, type=timm.layers.Attention)]
+    x = torch.randn(1, 3, 32, 128)  # as many patches as before, 2 x 8 and not 4 x 4
+    first, then = convert.to_convnn(model(), rules), model()
+    first.set_input_size((32, 128))
+    then.set_input_size((32, 128))
+    then = convert.to_convnn(then, rules)
+    for one in (first, then):
+        convert.set_interpolation(one, 0.3)
+    then.load_state_dict(first.state_dict())
+    close(first(x), then(x))
+    convert.set_interpolation(first, 0.3)
+    first.set_input_size((64, 128))
+    convert.set_interpolation(first, 0.3)
+    assert first(torch.randn(1, 3, 64, 128)).shape == (1, 4)

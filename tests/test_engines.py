@@ -295,6 +295,23 @@ def test_auto_takes_what_was_fastest_in_the_case_most_like_this(cache):
     assert choice(5000, 60)[0] == "dense"
 
 
+def test_between_and_beyond_measured_cases_costs_grow_as_they_did(cache):
+    """Here dense by the square of n; what was measured once costs the same wherever it is."""
+    cells = [cost("dense", 100, 1.0), cost("dense", 1000, 100.0), cost("cells", 1000, 150.0)]
+    wide = [cost("dense", 100, 8.0, 30), cost("dense", 1000, 800.0, 30)]
+    costs.save(cells + wide)
+
+    def seconds(n, dimension=3):
+        points = Points(torch.rand(n, dimension))
+        return costs.expected(Query(points, points, Feature(), 9))
+
+    assert seconds(100) == {"dense": 1.0} and seconds(1000) == {"dense": 100.0, "cells": 150.0}
+    assert seconds(200) == {"dense": pytest.approx(4.0)}
+    assert seconds(2000) == {"dense": pytest.approx(400.0), "cells": pytest.approx(150.0)}
+    growth = math.log(8) / math.log(10)  # of dimension
+    assert seconds(50, 20)["dense"] == pytest.approx(2.0 * (20 / 30) ** growth)
+
+
 @pytest.mark.parametrize("text", ["{", "null", "[1]", '[{"engine": "dense"}]', "[]"])
 def test_a_table_that_cannot_be_read_is_none(cache, text):
     (cache / "convnn_geo").mkdir()

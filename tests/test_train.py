@@ -670,6 +670,15 @@ def test_a_terminal_gets_a_bar(small, tmp_path, monkeypatch, capsys):
     assert "epoch 2" in capsys.readouterr().out
 
 
+def test_a_pipe_is_told_now_and_then_how_far_an_epoch_is(small, tmp_path, capsys):
+    fit(Config(epochs=1, out=str(tmp_path), **SIZE), watch=Terminal(every=0.0))
+    assert "seed 0, epoch 1 of 1, step 1 of " in capsys.readouterr().out
+    with pytest.raises(ConfigError):
+        fit(Config(epochs=1, out=str(tmp_path), **SIZE))
+    fit(Config(epochs=1, out=str(tmp_path / "other"), **SIZE), watch=Terminal(every=1e9))
+    assert ", step " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_tensorboard_is_written_where_it_is_installed(small, tmp_path, monkeypatch, there):
     """By default; what is asked for and not there is an error, what is not asked for is not."""

@@ -55,7 +55,8 @@ def is_timm_attention(layer: nn.Module) -> bool:
 
 
 def _same(layer: nn.Module, base: type[Any], method: str) -> bool:
-    return getattr(type(layer), method) is getattr(base, method)
+    names = (method, "__call__")
+    return all(getattr(type(layer), name) is getattr(base, name) for name in names)
 
 
 def is_ours(layer: nn.Module) -> bool:

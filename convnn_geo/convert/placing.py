@@ -8,7 +8,12 @@ from torch import nn
 
 from convnn_geo.candidates import Block, Candidates, Congruent, Strided, Window
 from convnn_geo.convert.patches import PatchCandidates, PatchConv, Patches
-from convnn_geo.convert.positions import UnknownPositions, is_of_sequence, token_positions
+from convnn_geo.convert.positions import (
+    PatchPositions,
+    UnknownPositions,
+    is_of_sequence,
+    token_positions,
+)
 from convnn_geo.convert.tokens import TimmTokens
 from convnn_geo.metrics import Interpolation, Spatial
 from convnn_geo.nn import ConvNN1d, ConvNNAttention
@@ -43,13 +48,16 @@ def _place_metric(attention: ConvNNAttention, place: Patches) -> None:
     metric = attention.metric
     if not isinstance(metric, (Interpolation, Spatial)):
         attention.metric = Interpolation(place, metric, 1.0)
-    elif isinstance(metric, Interpolation) and is_of_sequence(metric.first):
+    elif isinstance(metric, Interpolation) and (
+        is_of_sequence(metric.first) or isinstance(metric.first, (PatchPositions, UnknownPositions))
+    ):
         metric.first = place
 
 
 def _placed(candidates: Candidates, place: Patches) -> Candidates:
-    """Candidates among patches, where they are of a grid and not placed yet."""
+    """Candidates among patches, where they are of a grid."""
     if isinstance(candidates, PatchCandidates):
+        candidates.patches = place  # the model may have been made for another size since
         return candidates
     on_grid = any(isinstance(part, _ON_GRID) for part in candidates.modules())
     return PatchCandidates(candidates, place) if on_grid else candidates

@@ -61,10 +61,12 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     :class:`~convnn_geo.nn.Branching` the ConvNN branch moves.
 
     Distances of positions of a convolution are steps of a pixel. After a ReLU cosine distances stay
-    below one, so that convolutions stay what they are up to ``lam = 0.5`` and move beyond.
+    below one, so that convolutions with square windows stay what they are up to ``lam = 0.5`` and
+    move beyond; of other windows a step counts two over the side along its axis.
 
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
-    the state_dict: move a model again before its weights are loaded. Layers that can't move stay:
+    the state_dict: move a model again before its weights are loaded, and after timm's
+    ``set_input_size``, so that its patches are placed anew. Layers that can't move stay:
     windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with
     keys that have no position, and layers of clouds of points.
 
@@ -104,6 +106,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
             layer.metric = Interpolation(*_ends(model, name, layer), lam)
         elif isinstance(layer, ConvNNAttention):  # it may have been moved outside of its model
             place_tokens(model, name, layer)
+        elif isinstance(layer.metric.first, PatchPositions):
+            layer.metric.first = token_positions(model, name)
         _set_lam(layer.metric, lam, learnable, next(layer.parameters()).device)
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)

@@ -213,16 +213,24 @@ class _Meter:
 
 @contextmanager
 def _quietly(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradient, by kernels that torch's counter knows; undone afterwards."""
+    """Eval mode without gradient, by kernels that torch's counter knows; undone afterwards.
+
+    The counter asks what needs a gradient for where it came from, which nothing says without one.
+    """
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
+    for parameter in learns:
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for parameter in learns:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
 

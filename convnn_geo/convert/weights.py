@@ -14,8 +14,14 @@ class NotApplicable(ValueError):  # noqa: N818 - a verdict on a layer, read as o
 
 
 def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise unless the layer's weights are parameters of its own, and there already."""
+    """Raise unless the layer's weights are parameters of its own, and there already.
+
+    Nor may it have more than these weights, or a forward that was put on the object.
+    """
     for name in names:
+        weight = getattr(layer, name, None)
+        if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+            raise NotApplicable(f"its {name} is of {weight.dtype}, and ours is of real numbers")
         if name not in layer._parameters and getattr(layer, name, None) is not None:
             raise NotApplicable(
                 f"its {name} is computed from other parameters; remove the parametrization, or "
@@ -23,6 +29,22 @@ def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
             )
         if isinstance(layer._parameters.get(name), UninitializedParameter):
             raise NotApplicable(f"its {name} has no shape yet; run the model once first")
+    check_forward(layer)
+    extra = [
+        name
+        for held in (layer._parameters, layer._buffers, layer._modules)
+        for name, value in held.items()
+        if value is not None and name not in (*names, "out_proj", "parametrizations")
+    ]
+    if extra:
+        raise NotApplicable(f"it has parts of its own, which would be lost: {', '.join(extra)}")
+
+
+def check_forward(layer: nn.Module) -> None:
+    """Raise where a forward was put on the object, as some do to change a model that they have."""
+    for name in ("forward", "_conv_forward"):
+        if name in vars(layer):
+            raise NotApplicable(f"its {name} was replaced, and would be lost")
 
 
 def carry(new: nn.Module, name: str, old: nn.Parameter | None) -> None:

@@ -166,11 +166,10 @@ class _ConvNN(TapLayer):
             return tuple((p, p) for p in self.padding)
         return self.window.pads(self.axes)
 
-    def operation(self, x: Tensor) -> Operation:
+    def operation(self, input: Tensor) -> Operation:
         """The layer on an image ``(b, c, *size)`` or ``(c, *size)``, as an operation."""
-        self._check(x)
-        if x.ndim == self.axes + 1:
-            x = x.unsqueeze(0)
+        self._check(input)
+        x = input.unsqueeze(0) if input.ndim == self.axes + 1 else input
         if self.shuffle > 1:
             check_divides(tuple(x.shape[2:]), self.shuffle)
             x = pixel_unshuffle(x, self.shuffle)
@@ -214,16 +213,16 @@ class _ConvNN(TapLayer):
         return Points(source.features.index_select(-2, index), grid=grid)
 
     @one_node
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(b, c, *size)`` or ``(c, *size)``."""
-        if isinstance(x, Tensor) and x.ndim == self.axes + 2 and x.shape[0] == 0:
-            return self._empty(x)
-        op = self.operation(x)
+        if isinstance(input, Tensor) and input.ndim == self.axes + 2 and input.shape[0] == 0:
+            return self._empty(input)
+        op = self.operation(input)
         out = run(op, self.backend)
         out = out.transpose(1, 2).unflatten(-1, op.target.grid.size)  # type: ignore[union-attr]
         if self.shuffle > 1:
             out = pixel_shuffle(out, self.shuffle)
-        return out if x.ndim == self.axes + 2 else out.squeeze(0)
+        return out if input.ndim == self.axes + 2 else out.squeeze(0)
 
     def _empty(self, x: Tensor) -> Tensor:
         """No examples: no output, of the right shape."""

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def expected(query: Query) -> dict[str, float]:
-    """Seconds by engine in the measured case that is most like a query; empty for none."""
+    """Seconds by engine, from the measured case that is most like a query; empty for none."""
     return _expected(
         query.target.device.type,
         query.dimension or max(1, query.bound.width),
@@ -87,13 +88,42 @@ def expected(query: Query) -> dict[str, float]:
 
 @functools.lru_cache(1024)
 def _expected(device: str, *size: int) -> dict[str, float]:
-    weights = (2.0, 1.0, 0.5, 0.5)  # another dimension changes most
-
-    def unlike(case: Case) -> float:
-        return sum(
-            weight * abs(math.log(max(a, 1) / max(b, 1)))
-            for weight, a, b in zip(weights, case, size, strict=True)
+    """A case as measured, and from there along each axis as the engine's costs grow."""
+    cases, asked = table(device), tuple(max(1, number) for number in size)
+    if not cases:
+        return {}
+    near = sorted(cases, key=lambda case: _unlike(case, asked))
+    first = near[0]
+    return {
+        engine: seconds
+        * math.prod(
+            (asked[axis] / first[axis]) ** _growth(cases, near, engine, axis)
+            for axis in range(len(asked))
+            if asked[axis] != first[axis]
         )
+        for engine, seconds in cases[first].items()
+    }
 
-    cases = table(device)
-    return cases[min(cases, key=unlike)] if cases else {}
+
+def _unlike(case: Sequence[int], other: Sequence[int]) -> float:
+    weights = (2.0, 1.0, 0.5, 0.5)  # another dimension changes most
+    parts = zip(weights, case, other, strict=True)
+    return sum(weight * abs(math.log(a / b)) for weight, a, b in parts)
+
+
+def _growth(
+    cases: dict[Case, dict[str, float]], near: Sequence[Case], engine: str, axis: int
+) -> float:
+    """The power of one of the four numbers that an engine's time follows near a case.
+
+    By the first pair of cases that differ in that number alone; 0 where there is none.
+    """
+    for one in near:
+        for other in near:
+            rest = [a == b for at, (a, b) in enumerate(zip(one, other, strict=True)) if at != axis]
+            if one[axis] == other[axis] or not all(rest):
+                continue
+            if engine in cases[one] and engine in cases[other]:
+                ratio = cases[other][engine] / cases[one][engine]
+                return math.log(ratio) / math.log(other[axis] / one[axis])
+    return 0.0

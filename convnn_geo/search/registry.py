@@ -115,7 +115,7 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
         if name == GridSearch.name
         else "a tree is faster for few coordinates in float64"
         if name == Dense.name and _double(query)
-        else f"slower in the case most like this: {1e3 * seconds[name]:.3g} ms, "
+        else f"slower, by the cases most like this: {1e3 * seconds[name]:.3g} ms, "
         f"{best} {1e3 * seconds[best]:.3g} ms"
         if name in seconds
         else "too slow to measure, or not measured"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from convnn_geo.train.alone import alone
 from convnn_geo.train.checkpoint import (
     NAME,
     PREVIOUS,
@@ -40,7 +42,7 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
     Raises:
         ConfigError: the model or the data don't take what the configuration asks for, or a piece
             of a batch is too small for batch normalisation, or the folder holds a run and
-            ``resume`` is False, or one of another configuration.
+            ``resume`` is False, or one of another configuration, or another run is writing there.
         CheckpointError: a checkpoint is corrupt or can't be written, or a run that is done has
             lost its weights.
         DivergedError: the loss became infinite or no number.
@@ -65,21 +67,24 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
     pieces = (fabric.world_size, config.accumulate)
     arguments, module = new_model(config, task, seed, pieces)
     training = Training(fabric, config, task, module, seed, state or None)
-    if fabric.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config.folder / "config.json", json.dumps(config.to_dict(), indent=2))
-    _epochs(training, folder, watch if watch and fabric.is_global_zero else Watch())
-    run = Run(
-        seed=seed,
-        parameters=sum(p.numel() for p in module.parameters()),
-        history=tuple(training.history),
-        test=training.evaluate(task.test),
-        folder=folder,
-    )
-    if fabric.is_global_zero:
-        save_model(folder / WEIGHTS, arguments, training.scored)
-        result = {"config": config.to_dict(), **run.to_dict()}
-        write_atomically(folder / "result.json", json.dumps(result, indent=2))
+    with alone(folder) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            if not resume:
+                stored(config, seed, resume)  # another run may have ended there meanwhile
+            text = json.dumps(config.to_dict(), indent=2)
+            write_atomically(config.folder / "config.json", text)
+        _epochs(training, folder, watch if watch and fabric.is_global_zero else Watch())
+        run = Run(
+            seed=seed,
+            parameters=sum(p.numel() for p in module.parameters()),
+            history=tuple(training.history),
+            test=training.evaluate(task.test),
+            folder=folder,
+        )
+        if fabric.is_global_zero:
+            save_model(folder / WEIGHTS, arguments, training.scored)
+            result = {"config": config.to_dict(), **run.to_dict()}
+            write_atomically(folder / "result.json", json.dumps(result, indent=2))
     fabric.barrier()
     return run
 
