@@ -22,7 +22,7 @@ from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points
 from convnn_geo.search import Query
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.weighting import Weighting
+from convnn_geo.weighting import Softmax, Weighting
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class Operation:
         selection = Every() if self.whole else self.selection
         found = selection(query, self.own(), self.search)
         m = self.source.num_points
-        if isinstance(self.kernel, Sum) and isinstance(selection, KNearest) and found.k > m:
-            found = found.apply(lambda t: t[..., :m])  # the rest is empty, and sums to nothing
+        if isinstance(selection, KNearest) and found.k > m and self._sums_shares:
+            found = found.apply(lambda t: t[..., :m])  # the rest is empty
         if self.target.mask is not None:  # what only fills a batch up hears nobody
             real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
             found = replace(found, mask=real if found.mask is None else found.mask & real)
@@ -114,6 +114,11 @@ class Operation:
         among = query.subset.index
         shared = among is None or among.shape[-2] != found.num_targets
         return found.raster(None if shared else among)
+
+    @property
+    def _sums_shares(self) -> bool:
+        """Whether empty slots are as good as none."""
+        return isinstance(self.kernel, Sum) and type(self.weighting) is Softmax
 
     def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
         """The chosen pairs."""

@@ -188,6 +188,26 @@ def test_graph_from_the_command_line(tmp_path, capsys):
     }
 
 
+def test_what_was_measured_before_it_was_interrupted_is_kept(tmp_path, monkeypatch, capsys):
+    ask, answers = Worker.ask, []
+
+    def interrupted(self, cell):
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        answers.append(ask(self, cell))
+        return answers[-1]
+
+    monkeypatch.setattr(Worker, "ask", interrupted)
+    options = ["--engines", "dense,auto", "--metric", "euclidean,mixed", "--input", "random"]
+    command = ["bench", "graph", *options, *TINY, "--k", "4", "--quick", "--out", str(tmp_path)]
+    assert main(command) == 130
+    assert "interrupted after 2 of 4" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 2
+    assert (tmp_path / "winners_random_euclidean.png").is_file()
+    with pytest.raises(KeyboardInterrupt):  # nothing to keep
+        main([*command[:-1], str(tmp_path / "other")])
+
+
 def test_layers_from_the_command_line(tmp_path, capsys):
     options = ["--layers", "convolution", "--input", "random", "--quick", "--out", str(tmp_path)]
     assert main(["bench", "layers", *options, *TINY]) == 0

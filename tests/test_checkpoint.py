@@ -381,6 +381,28 @@ def test_a_folder_is_one_runs_at_a_time(tmp_path):
     fit(Config(out=str(tmp_path), **{**FLOW, "epochs": 1}))  # free again
 
 
+def test_a_lock_that_was_removed_after_it_was_opened_holds_nobody_off(tmp_path, monkeypatch):
+    """Who held it removes it; who opened it before takes the next one, not what is gone."""
+    fcntl = pytest.importorskip("fcntl")
+    from convnn_geo.train.alone import alone
+
+    lock, seen = fcntl.flock, []
+
+    def late(file, how):
+        if not seen:
+            (tmp_path / "run" / ".lock").unlink()
+        seen.append(file.name)
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with alone(tmp_path / "run"):
+        assert len(seen) == 2 and (tmp_path / "run" / ".lock").exists()
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="in use"), alone(tmp_path / "run"):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_that_know_no_locks_are_used_all_the_same(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
     from convnn_geo.train.alone import alone

@@ -1322,6 +1322,24 @@ def test_attention_whose_forward_was_replaced_is_left():
     assert "its forward was replaced" in convert.report(model).left["0"]
 
 
+def test_a_forward_that_a_hook_gave_back_is_the_layers_own():
+    """As accelerate leaves it: the class's, bound, on the object."""
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(1, 2, 5, 5)
+    conv.forward = conv.forward
+    close(convert.to_convnn(nn.Sequential(conv))(x), conv(x))
+    assert type(convert.to_convnn(nn.Sequential(conv))[0]) is ConvNN2d
+
+
+def test_an_edge_convolution_whose_forward_was_replaced_is_left():
+    from torch_geometric.nn import DynamicEdgeConv
+
+    layer = DynamicEdgeConv(nn.Linear(6, 4), k=2)
+    layer.forward = lambda x, batch=None: x
+    model = nn.Sequential(layer)
+    assert convert.to_convnn(model)[0] is layer
+    assert "its forward was replaced" in convert.report(model).left["0"]
+
+
 def test_a_converted_convolution_takes_its_input_by_name():
     conv, x = nn.Conv2d(2, 3, 3), torch.randn(1, 2, 5, 5)
     close(convert.to_convnn(nn.ModuleDict({"c": conv}))["c"](input=x), conv(input=x))

@@ -24,7 +24,7 @@ from convnn_geo.nn import (
 )
 from convnn_geo.points import Grid, Points
 from convnn_geo.selection import Every, KNearest
-from convnn_geo.weighting import Softmax
+from convnn_geo.weighting import Softmax, Weighting
 
 IMAGE = torch.zeros(1, 4, 6, 6)
 TOKENS = torch.zeros(1, 6, 8)
@@ -483,6 +483,18 @@ def test_max_and_mean_of_own_kernels():
 
 def test_public_names():
     assert set(lowering.__all__) >= {"RULES", "Rule", "choose", "explain", "run"}
+
+
+def test_weights_that_count_slots_see_those_that_are_empty():
+    """Only a softmax takes an empty slot for none."""
+
+    class Share(Weighting):
+        def forward(self, pairs):
+            return pairs.mask / pairs.neighborhood.k
+
+    x = torch.randn(4, 3)
+    layer = PointConvNN(3, 3, k=8, kernel="sum", short="pad", weighting=Share())
+    torch.testing.assert_close(layer(x), x.sum(0).expand(4, 3) / 8)
 
 
 @pytest.mark.parametrize("metric", ["scaled_dot", "cosine", "euclidean"])

@@ -121,6 +121,7 @@ def test_what_is_wrong_with_clouds_is_said_when_the_program_runs(x, batch, match
             "neither a distance of points",
         ),
         ({"backend": "cells"}, "cells are for up to 3 dimensions"),
+        ({"backend": "nothing"}, "unknown search backend 'nothing'"),
     ],
 )
 def test_what_clouds_can_not_be_traced_with_is_said(options, match):

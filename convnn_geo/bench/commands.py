@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -56,6 +57,8 @@ _QUICK: dict[str, dict[str, Any]] = {
         "limit": 5.0,
     },
 }
+_INTERRUPTED = 130
+"""What a shell calls a program that Ctrl-C ended."""
 _QUICK_BUDGET, _QUICK_PREPARING = 80.0, 10.0
 """Seconds: what is not asked by then is left out, and what compiles itself for longer."""
 
@@ -201,7 +204,7 @@ def _graph(arguments: argparse.Namespace) -> int:
     results = _measure(arguments, graph.measure, graph.Result, todo, chosen, graph.engine_of)
     tables.print_graph(results)
     _finish(arguments, results, {"engines": engines, **chosen}, pictures.draw_graph)
-    return 0
+    return 0 if len(results) == len(todo) else _INTERRUPTED
 
 
 def _layers(arguments: argparse.Namespace) -> int:
@@ -218,7 +221,7 @@ def _layers(arguments: argparse.Namespace) -> int:
     results = _measure(arguments, layers.measure, layers.Result, todo, chosen)
     tables.print_layers(results)
     _finish(arguments, results, {"layers": arguments.layers, **chosen}, pictures.draw_layers)
-    return 0
+    return 0 if len(results) == len(todo) else _INTERRUPTED
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -243,7 +246,10 @@ def _measure(
     chosen: dict[str, Any],
     apart: Callable[[Any], object] = lambda cell: None,
 ) -> list[Any]:
-    """All cells in turn, with a bar; the folder and what draws are looked for before."""
+    """All cells in turn, with a bar; the folder and what draws are looked for before.
+
+    Ctrl-C ends it with the results so far.
+    """
     require("matplotlib.figure", extra="viz")
     if not todo:
         raise SystemExit(
@@ -254,11 +260,23 @@ def _measure(
     budget, preparing = math.inf, 180.0
     if arguments.quick:
         budget, preparing = _QUICK_BUDGET, _QUICK_PREPARING
+    results: list[Any] = []
     with (
         Worker(measure, chosen["limit"], preparing, arguments.device, apart) as worker,
         _progress(arguments.bench, len(todo)) as tick,
     ):
-        return run(todo, worker.ask, failed, tick, budget)
+
+        def done(result: Any) -> None:
+            results.append(result)
+            tick(result)
+
+        try:
+            run(todo, worker.ask, failed, done, budget)
+        except KeyboardInterrupt:  # hours may be behind it
+            if not results:
+                raise
+            print(f"interrupted after {len(results)} of {len(todo)}", file=sys.stderr)
+    return results
 
 
 def _finish(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from convnn_geo import recipes
 from convnn_geo.convert.known import is_timm_attention
-from convnn_geo.convert.weights import NotApplicable, carry, check_forward, check_plain
+from convnn_geo.convert.weights import NotApplicable, carry, check_plain
 from convnn_geo.metrics import Feature
 from convnn_geo.nn import ConvNNAttention
 from convnn_geo.nn.tracing import one_node
@@ -129,7 +129,6 @@ def _of_torch(recipe: Callable[..., ConvNNAttention], layer: Any, options: Any) 
 
 
 def _of_timm(recipe: Callable[..., ConvNNAttention], layer: Any, options: Any) -> TimmAttention:
-    check_forward(layer)
     check_plain(layer.qkv, ("weight", "bias"))
     width = layer.qkv.in_features
     if layer.qkv.out_features != 3 * width:

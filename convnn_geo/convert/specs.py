@@ -13,7 +13,7 @@ from convnn_geo import recipes
 from convnn_geo.checks import check_name
 from convnn_geo.convert.choices import CHOICES, Choice, check_options
 from convnn_geo.convert.known import KNOWN, OURS, kind
-from convnn_geo.convert.weights import NotApplicable
+from convnn_geo.convert.weights import NotApplicable, check_forward
 from convnn_geo.selection import KNearest
 
 
@@ -54,6 +54,7 @@ class Spec:
         which = kind(layer)
         if which is None:
             raise NotApplicable(f"{type(layer).__name__} is not among the layers known: {KNOWN}")
+        check_forward(layer)
         choices = CHOICES[which]
         if self.name not in choices:
             raise NotApplicable(

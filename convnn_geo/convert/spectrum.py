@@ -13,8 +13,9 @@ from convnn_geo.checks import check_number
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
 from convnn_geo.convert.known import KNOWN, is_ours, places
+from convnn_geo.convert.patches import PatchCandidates
 from convnn_geo.convert.placing import place_tokens
-from convnn_geo.convert.positions import PatchPositions, token_positions
+from convnn_geo.convert.positions import PatchPositions, UnknownPositions, token_positions
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
@@ -66,9 +67,10 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
 
     Parameters stay the same objects, so that optimizers stay valid. A fixed ``lam`` is no part of
     the state_dict: move a model again before its weights are loaded, and after timm's
-    ``set_input_size``, so that its patches are placed anew. Layers that can't move stay:
-    windows of even size, of one pixel, dilated, or padded by anything but zeros, attention with
-    keys that have no position, and layers of clouds of points.
+    ``set_input_size``, so that patches are placed anew; convolutions of patches are not, so convert
+    after that. Layers that can't move stay: windows of even size, of one pixel, dilated, or padded
+    by anything but zeros, attention with keys that have no position, and layers of clouds of
+    points.
 
     Args:
         model: with converted layers, or any layers of ours.
@@ -106,12 +108,20 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
             layer.metric = Interpolation(*_ends(model, name, layer), lam)
         elif isinstance(layer, ConvNNAttention):  # it may have been moved outside of its model
             place_tokens(model, name, layer)
-        elif isinstance(layer.metric.first, PatchPositions):
-            layer.metric.first = token_positions(model, name)
+        elif isinstance(layer.metric.first, (PatchPositions, UnknownPositions)):
+            _place_anew(layer, token_positions(model, name))
         _set_lam(layer.metric, lam, learnable, next(layer.parameters()).device)
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)
     return list(movable)
+
+
+def _place_anew(layer: Any, place: Metric) -> None:
+    """Where patches lie now; outside of its model a layer keeps what it knows."""
+    if isinstance(place, (PatchPositions, UnknownPositions)):
+        layer.metric.first = place
+        if isinstance(layer.candidates, PatchCandidates):
+            layer.candidates.patches = place
 
 
 def _left(model: nn.Module) -> str:

@@ -220,11 +220,11 @@ def _quietly(model: nn.Module) -> Iterator[None]:
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    for parameter in learns:
-        parameter.requires_grad_(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        model.eval()
+        for parameter in learns:
+            parameter.requires_grad_(False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:

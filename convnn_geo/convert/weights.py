@@ -16,7 +16,7 @@ class NotApplicable(ValueError):  # noqa: N818 - a verdict on a layer, read as o
 def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
     """Raise unless the layer's weights are parameters of its own, and there already.
 
-    Nor may it have more than these weights, or a forward that was put on the object.
+    Nor may it have more than these.
     """
     for name in names:
         weight = getattr(layer, name, None)
@@ -29,12 +29,11 @@ def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
             )
         if isinstance(layer._parameters.get(name), UninitializedParameter):
             raise NotApplicable(f"its {name} has no shape yet; run the model once first")
-    check_forward(layer)
     extra = [
         name
         for held in (layer._parameters, layer._buffers, layer._modules)
         for name, value in held.items()
-        if value is not None and name not in (*names, "out_proj", "parametrizations")
+        if value is not None and name not in (*names, "out_proj")
     ]
     if extra:
         raise NotApplicable(f"it has parts of its own, which would be lost: {', '.join(extra)}")
@@ -43,8 +42,15 @@ def check_plain(layer: nn.Module, names: tuple[str, ...]) -> None:
 def check_forward(layer: nn.Module) -> None:
     """Raise where a forward was put on the object, as some do to change a model that they have."""
     for name in ("forward", "_conv_forward"):
-        if name in vars(layer):
-            raise NotApplicable(f"its {name} was replaced, and would be lost")
+        own = vars(layer).get(name)
+        if own is None:
+            continue
+        again = getattr(own, "__self__", None) is layer  # a hook that was removed leaves its own
+        if not again or own.__func__ is not getattr(type(layer), name, None):
+            raise NotApplicable(
+                f"its {name} was replaced, and would be lost; convert before that, or undo it "
+                "(where a hook did it, remove the hook)"
+            )
 
 
 def carry(new: nn.Module, name: str, old: nn.Parameter | None) -> None:

@@ -121,8 +121,7 @@ def _run(
     engine: str,
 ) -> Tensor:
     weighting: Softmax = op.weighting  # type: ignore[assignment]
-    selection: KNearest = op.selection  # type: ignore[assignment]
-    k = min(selection.k, op.source.num_points)  # slots beyond that are empty
+    k = _filled(op)
     keep, mask = None, op.query().subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
         lead = broadcast_shapes(
@@ -142,9 +141,15 @@ def _run(
     return out if shown and op.target.pos is None else show_nan(out, op)
 
 
-def _over(op: Operation, limit: int) -> str | None:
+def _filled(op: Operation) -> int:
+    """Slots of a target that can hold a neighbour."""
     selection: KNearest = op.selection  # type: ignore[assignment]
-    return None if selection.k <= limit else f"k={selection.k} is over {limit}"
+    return min(selection.k, op.source.num_points)
+
+
+def _over(op: Operation, limit: int) -> str | None:
+    k = _filled(op)
+    return None if k <= limit else f"k={k} is over {limit}"
 
 
 def _refuses(op: Operation) -> str | None:

@@ -11,15 +11,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from convnn_geo.checks import check_name
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
-from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, measured
+from convnn_geo.search.nearest import Problem, implemented, measured
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import check_batch, too_many
 from convnn_geo.search.registry import ENGINES
 from convnn_geo.search.rows import Hidden
 
 
+@torch.no_grad()
 def find_in_clouds(
     query: Query,
     batch_x: Tensor | None,
@@ -48,13 +50,15 @@ def find_in_clouds(
             f"{query.metric} is neither a distance of points nor a product; "
             "in clouds of a batch others can't be traced"
         )
+    check_name("search backend", backend, ["auto", *ENGINES])
+    first = self_point == "first"
     if backend != "auto":
-        reason = ENGINES[backend].refuses(query)
+        own = None if self_point == "natural" else torch.arange(query.source.num_points)
+        reason = ENGINES[backend].refuses(replace(query, k=query.k - first, excluded=own))
         if reason is not None:
             raise ValueError(f"search backend {backend!r} can't serve this query: {reason}")
     elif query.dimension is None:
         backend = "dense"
-    first = self_point == "first"
     values, place = _nearest_in_clouds(
         problem.kind,
         problem.q.detach(),
@@ -127,7 +131,7 @@ def _nearest_in_clouds(
                 keys=keys[start:end],
                 bias=None if bias is None else bias[start:end],
             )
-            value, place = IMPLEMENTATIONS[engine](part, there, Hidden(own=own), slab)
+            value, place = implemented(engine, part, there, Hidden(own=own), slab)
             values[rows, :there], places[rows, :there] = value, place + start
         row += n
     return values, places

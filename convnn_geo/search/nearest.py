@@ -139,6 +139,18 @@ def nearest(
     )
 
 
+def implemented(
+    engine: str, problem: Problem, k: int, hidden: Hidden, slab: int
+) -> tuple[Tensor, Tensor]:
+    """An engine's answer. TF32 would choose other neighbours."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return IMPLEMENTATIONS[engine](problem, k, hidden, slab)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @torch.library.custom_op("convnn_geo::nearest", mutates_args=())
 def _nearest(
     kind: str,
@@ -157,12 +169,7 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if double else torch.float32
     problem = Problem(kind, q, keys, bias, scale, dtype, axes, exact)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would choose other neighbours
-    try:
-        values, places = IMPLEMENTATIONS[engine](problem, k, Hidden(mask, own), slab)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    values, places = implemented(engine, problem, k, Hidden(mask, own), slab)
     return values.contiguous(), places.contiguous()
 
 

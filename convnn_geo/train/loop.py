@@ -58,6 +58,15 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
     check_names(config)
     fabric = start(config)
     folder = _folder(config, seed)
+    with alone(folder) if fabric.is_global_zero else nullcontext():
+        run = _fit(config, seed, resume, watch, fabric, folder)
+    fabric.barrier()
+    return run
+
+
+def _fit(
+    config: Config, seed: int, resume: bool, watch: Watch | None, fabric: Any, folder: Path
+) -> Run:
     found = stored(config, seed, resume) if fabric.is_global_zero else {}
     state = fabric.broadcast(found)
     if "test" in state:
@@ -67,25 +76,20 @@ def fit(config: Config, seed: int = 0, *, resume: bool = False, watch: Watch | N
     pieces = (fabric.world_size, config.accumulate)
     arguments, module = new_model(config, task, seed, pieces)
     training = Training(fabric, config, task, module, seed, state or None)
-    with alone(folder) if fabric.is_global_zero else nullcontext():
-        if fabric.is_global_zero:
-            if not resume:
-                stored(config, seed, resume)  # another run may have ended there meanwhile
-            text = json.dumps(config.to_dict(), indent=2)
-            write_atomically(config.folder / "config.json", text)
-        _epochs(training, folder, watch if watch and fabric.is_global_zero else Watch())
-        run = Run(
-            seed=seed,
-            parameters=sum(p.numel() for p in module.parameters()),
-            history=tuple(training.history),
-            test=training.evaluate(task.test),
-            folder=folder,
-        )
-        if fabric.is_global_zero:
-            save_model(folder / WEIGHTS, arguments, training.scored)
-            result = {"config": config.to_dict(), **run.to_dict()}
-            write_atomically(folder / "result.json", json.dumps(result, indent=2))
-    fabric.barrier()
+    if fabric.is_global_zero:
+        write_atomically(config.folder / "config.json", json.dumps(config.to_dict(), indent=2))
+    _epochs(training, folder, watch if watch and fabric.is_global_zero else Watch())
+    run = Run(
+        seed=seed,
+        parameters=sum(p.numel() for p in module.parameters()),
+        history=tuple(training.history),
+        test=training.evaluate(task.test),
+        folder=folder,
+    )
+    if fabric.is_global_zero:
+        save_model(folder / WEIGHTS, arguments, training.scored)
+        result = {"config": config.to_dict(), **run.to_dict()}
+        write_atomically(folder / "result.json", json.dumps(result, indent=2))
     return run
 
 
