@@ -312,6 +312,18 @@ def test_between_and_beyond_measured_cases_costs_grow_as_they_did(cache):
     assert seconds(50, 20)["dense"] == pytest.approx(2.0 * (20 / 30) ** growth)
 
 
+def test_costs_are_those_of_the_directions_in_which_points_vary():
+    """Of vectors of length one in three dimensions there are two."""
+    points = Points(torch.rand(50, 3), torch.rand(50, 2))
+    plane = costs.expected(
+        Query(Points(torch.rand(50, 2)), Points(torch.rand(50, 2)), Feature(), 9)
+    )
+    assert costs.expected(Query(points, points, Feature("cosine"), 9)) == plane
+    mixture = 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
+    for metric, freedom in ((mixture, 4), (2 * Feature("cosine"), 2), (Feature(), 3)):
+        assert metric.bind(points, points).freedom == freedom
+
+
 @pytest.mark.parametrize("text", ["{", "null", "[1]", '[{"engine": "dense"}]', "[]"])
 def test_a_table_that_cannot_be_read_is_none(cache, text):
     (cache / "convnn_geo").mkdir()

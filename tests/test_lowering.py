@@ -494,7 +494,7 @@ def test_weights_that_count_slots_see_those_that_are_empty():
 
     x = torch.randn(4, 3)
     layer = PointConvNN(3, 3, k=8, kernel="sum", short="pad", weighting=Share())
-    torch.testing.assert_close(layer(x), x.sum(0).expand(4, 3) / 8)
+    torch.testing.assert_close(layer(x, x), x.sum(0).expand(4, 3) / 8)
 
 
 @pytest.mark.parametrize("metric", ["scaled_dot", "cosine", "euclidean"])

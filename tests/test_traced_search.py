@@ -20,6 +20,8 @@ OTHER = torch.tensor([0] * 4 + [3] * 6)
 def _forgetful():
     """Programs traced with other arguments do not count towards torch's limit."""
     torch.compiler.reset()
+    yield
+    assert torch.is_grad_enabled()  # also where a program raised
 
 
 def parts(found):

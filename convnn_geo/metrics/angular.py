@@ -55,6 +55,10 @@ class Angular(BilinearForm):
     def dimension(self) -> int | None:
         return self.q.shape[-1] + 2
 
+    @property
+    def freedom(self) -> int | None:
+        return max(1, self.q.shape[-1] - 1)  # on a sphere
+
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         """With two more axes: (1, 0) for a zero query and (0, 1) for a zero key."""
         zero_q, zero_k = (_is_zero(t).to(t.dtype) for t in (self.q, self.k))

@@ -81,6 +81,12 @@ class Combination(Distances):
             total += d.dimension or 0
         return total
 
+    @property
+    def freedom(self) -> int | None:
+        if self._only is not None:
+            return self._only.freedom
+        return None if self.dimension is None else sum(d.freedom or 0 for _, d in self.parts)
+
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         if self.dimension is None:
             return None

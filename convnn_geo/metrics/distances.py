@@ -71,6 +71,11 @@ class Distances(ABC):
         """Dimension of :meth:`coordinates`; None where there are none."""
         return None
 
+    @property
+    def freedom(self) -> int | None:
+        """In how many directions :meth:`coordinates` can vary: what a tree's time depends on."""
+        return self.dimension
+
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         """Points ``(..., n, d)`` and ``(..., m, d)`` whose Euclidean order is the same order.
 

@@ -288,16 +288,15 @@ class PointConvNN(TapLayer):
         alone = target is source
         if not torch.compiler.is_compiling():
             self._check_clouds(source, target, batch_source, batch)
-        with torch.no_grad():
-            return knn(
-                *(source, None if alone else target, selection.k),
-                *(batch_source, None if alone else batch),
-                metric=self.metric,
-                backend=self.search,
-                self_point=selection.self_point,
-                short=selection.short,
-                check=False,
-            )
+        return knn(
+            *(source, None if alone else target, selection.k),
+            *(batch_source, None if alone else batch),
+            metric=self.metric,
+            backend=self.search,
+            self_point=selection.self_point,
+            short=selection.short,
+            check=False,
+        )
 
     def _check_clouds(
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None

@@ -21,7 +21,6 @@ from convnn_geo.search.registry import ENGINES
 from convnn_geo.search.rows import Hidden
 
 
-@torch.no_grad()
 def find_in_clouds(
     query: Query,
     batch_x: Tensor | None,
@@ -67,16 +66,17 @@ def find_in_clouds(
         None if problem.axes is None else problem.axes.detach(),
         *(float(problem.scale), problem.dtype == torch.float64, problem.exact),
         *(query.k - first, _numbers(batch_x, query.source), _numbers(batch_y, query.target)),
-        *(self_point != "natural", short == "pad"),
-        *(query.slab, backend),
+        *(self_point != "natural", short == "pad", query.slab, backend),
     )
+    # No gradient goes through a search. Not by no_grad: a traced program that raises inside of it,
+    # as the operator does where k is over a cloud's size, leaves gradients off for its caller.
     mask = place >= 0
     place = place.clamp_min(0)
-    distance = measured(query.bound, values, place, query.slab)
+    distance = measured(query.bound, values, place, query.slab).detach()
     if first:
         own = torch.arange(len(place), device=place.device)[:, None]
         place, mask = torch.cat([own, place], -1), torch.cat([own >= 0, mask], -1)
-        distance = torch.cat([query.bound.at(own).to(distance), distance], -1)
+        distance = torch.cat([query.bound.at(own).detach().to(distance), distance], -1)
     if short != "pad":
         return Neighborhood(place, query.source.num_points, distance)
     return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)

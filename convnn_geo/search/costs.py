@@ -79,7 +79,7 @@ def expected(query: Query) -> dict[str, float]:
     """Seconds by engine, from the measured case that is most like a query; empty for none."""
     return _expected(
         query.target.device.type,
-        query.dimension or max(1, query.bound.width),
+        query.bound.freedom or query.dimension or max(1, query.bound.width),
         query.source.num_points,
         query.k,
         math.prod(query.bound.shape[:-2]),
