@@ -313,15 +313,28 @@ def test_between_and_beyond_measured_cases_costs_grow_as_they_did(cache):
 
 
 def test_costs_are_those_of_the_directions_in_which_points_vary():
-    """Of vectors of length one in three dimensions there are two."""
+    """Of a unit vector in three dimensions there are two; of directions alone none are left out."""
     points = Points(torch.rand(50, 3), torch.rand(50, 2))
-    plane = costs.expected(
-        Query(Points(torch.rand(50, 2)), Points(torch.rand(50, 2)), Feature(), 9)
-    )
-    assert costs.expected(Query(points, points, Feature("cosine"), 9)) == plane
     mixture = 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
-    for metric, freedom in ((mixture, 4), (2 * Feature("cosine"), 2), (Feature(), 3)):
-        assert metric.bind(points, points).freedom == freedom
+
+    def like(metric, dimension):
+        plain = Points(torch.rand(50, dimension))
+        wanted = costs.expected(Query(plain, plain, Feature(), 9))
+        return costs.expected(Query(points, points, metric, 9)) == wanted
+
+    assert like(mixture, 4) and like(Feature("cosine"), 5) and like(Feature(), 3)
+
+
+def test_directions_are_not_left_to_trees():
+    """Those of colours are equal but for rounding, and what a tree can't tell is searched again."""
+    colours = Points(torch.rand(20000, 3))
+    rows = explain_search(Query(colours, colours, Feature("cosine"), 9))
+    assert rows[-1] == ("dense", None)
+    if ENGINES["kd_tree"].missing() is None:
+        assert dict(rows)["kd_tree"].startswith("directions in pictures tie")
+        placed = Points(torch.rand(20000, 3), torch.rand(20000, 2))
+        metric = 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
+        assert explain_search(Query(placed, placed, metric, 9))[-1] == ("kd_tree", None)
 
 
 @pytest.mark.parametrize("text", ["{", "null", "[1]", '[{"engine": "dense"}]', "[]"])

@@ -79,11 +79,18 @@ def expected(query: Query) -> dict[str, float]:
     """Seconds by engine, from the measured case that is most like a query; empty for none."""
     return _expected(
         query.target.device.type,
-        query.bound.freedom or query.dimension or max(1, query.bound.width),
+        _dimension(query),
         query.source.num_points,
         query.k,
         math.prod(query.bound.shape[:-2]),
     )
+
+
+def _dimension(query: Query) -> int:
+    """Of random points that are as hard to search."""
+    problem, bound = query.problem, query.bound
+    free = bound.freedom if problem is not None and problem.kind == "points" else None
+    return free or query.dimension or max(1, bound.width)
 
 
 @functools.lru_cache(1024)
