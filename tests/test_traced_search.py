@@ -186,8 +186,20 @@ def test_pixels_by_place_are_exported_for_any_size(strict):
 
 @pytest.mark.parametrize("scale", [None, [1.0, 2.0]])
 def test_the_operator_for_grids_keeps_the_rules_of_torch(scale):
-    grid = [4, 5], [0.0, 0.0], [1.0, 1.0]
-    arguments = (*grid, *grid, 2.0, True, scale, 3, True, False, torch.device("cpu"))
+    size, places = [4, 5], ([0.0, 0.0], [1.0, 1.0])
+    arguments = (
+        size,
+        3,
+        False,
+        torch.device("cpu"),
+        *places,
+        size,
+        *places,
+        2.0,
+        True,
+        scale,
+        True,
+    )
     torch.library.opcheck(torch.ops.convnn_geo.nearest_on_grid.default, arguments)
 
 

@@ -7,6 +7,7 @@ at when the program runs.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,8 @@ def find_in_clouds(
     elif query.dimension is None:
         backend = "dense"
     values, place = _nearest_in_clouds(
-        problem.kind,
-        problem.q.detach(),
-        problem.keys.detach(),
-        None if problem.bias is None else problem.bias.detach(),
-        None if problem.axes is None else problem.axes.detach(),
-        *(float(problem.scale), problem.dtype == torch.float64, problem.exact),
-        *(query.k - first, _numbers(batch_x, query.source), _numbers(batch_y, query.target)),
+        *problem.arguments(),
+        *(query.k - first, batch_x, batch_y),
         *(self_point != "natural", short == "pad", query.slab, backend),
     )
     # No gradient goes through a search. Not by no_grad: a traced program that raises inside of it,
@@ -82,12 +78,6 @@ def find_in_clouds(
     return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)
 
 
-def _numbers(batch: Tensor | None, points: Points) -> Tensor:
-    if batch is not None:
-        return batch
-    return torch.zeros(points.num_points, dtype=torch.long, device=points.device)
-
-
 @torch.library.custom_op("convnn_geo::nearest_in_clouds", mutates_args=())
 def _nearest_in_clouds(
     kind: str,
@@ -99,18 +89,17 @@ def _nearest_in_clouds(
     double: bool,
     exact: bool,
     k: int,
-    batch_x: Tensor,
-    batch_y: Tensor,
+    batch_x: Tensor | None,
+    batch_y: Tensor | None,
     excluded: bool,
     padded: bool,
     slab: int,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    check_batch("batch_x", batch_x, Points(keys))
-    check_batch("batch_y", batch_y, Points(q))
-    dtype = torch.float64 if double else torch.float32
-    problem = Problem(kind, q, keys, bias, scale, dtype, axes, exact)
-    values = q.new_full((len(q), k), torch.inf, dtype=dtype)
+    batch_x = check_batch("batch_x", batch_x, Points(keys))
+    batch_y = check_batch("batch_y", batch_y, Points(q))
+    problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
+    values = q.new_full((len(q), k), torch.inf, dtype=problem.dtype)
     places = torch.full((len(q), k), -1, device=q.device)
     clouds, targets = batch_y.unique_consecutive(return_counts=True)
     ends = torch.searchsorted(batch_x, clouds, right=True).tolist()
@@ -148,12 +137,7 @@ def _shapes(
     double: bool,
     exact: bool,
     k: int,
-    batch_x: Tensor,
-    batch_y: Tensor,
-    excluded: bool,
-    padded: bool,
-    slab: int,
-    engine: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     values = q.new_empty(q.shape[0], k, dtype=torch.float64 if double else torch.float32)
     return values, values.new_empty(q.shape[0], k, dtype=torch.long)

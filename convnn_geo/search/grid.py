@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +52,9 @@ class GridSearch(Engine):
         target: Grid = query.target.grid  # type: ignore[assignment]
         source: Grid = query.source.grid  # type: ignore[assignment]
         index, distance = _on_grid(
-            *(target.size, target.origin, target.step, source.size, source.origin, source.step),
-            *(spatial.p, spatial.squared, spatial.scale, query.k, query.exact),
-            *(query.dtype == torch.float64, query.target.device),
+            *(target.size, query.k, query.dtype == torch.float64, query.target.device),
+            *(target.origin, target.step, source.size, source.origin, source.step),
+            *(spatial.p, spatial.squared, spatial.scale, query.exact),
         )
         return index, distance, None
 
@@ -61,6 +62,9 @@ class GridSearch(Engine):
 @torch.library.custom_op("convnn_geo::nearest_on_grid", mutates_args=())
 def _on_grid(
     target_size: Sequence[int],
+    k: int,
+    double: bool,
+    device: torch.device,
     target_origin: Sequence[float],
     target_step: Sequence[float],
     source_size: Sequence[int],
@@ -69,10 +73,7 @@ def _on_grid(
     p: float,
     squared: bool,
     scale: Sequence[float] | None,
-    k: int,
     exact: bool,
-    double: bool,
-    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     target = Grid(tuple(target_size), tuple(target_origin), tuple(target_step))
     source = Grid(tuple(source_size), tuple(source_origin), tuple(source_step))
@@ -87,19 +88,7 @@ def _on_grid(
 
 @_on_grid.register_fake
 def _shapes(
-    target_size: Sequence[int],
-    target_origin: Sequence[float],
-    target_step: Sequence[float],
-    source_size: Sequence[int],
-    source_origin: Sequence[float],
-    source_step: Sequence[float],
-    p: float,
-    squared: bool,
-    scale: Sequence[float] | None,
-    k: int,
-    exact: bool,
-    double: bool,
-    device: torch.device,
+    target_size: Sequence[int], k: int, double: bool, device: torch.device, *_: Any
 ) -> tuple[Tensor, Tensor]:
     index = torch.empty(math.prod(target_size), k, dtype=torch.long, device=device)
     return index, torch.empty_like(index, dtype=torch.float64 if double else torch.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,28 @@ class Problem:
         if product is None:
             return None
         return cls("products", product.q, product.k, product.b, product.scale, dtype, None, exact)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As operators take it, without gradient; :meth:`from_arguments` puts it together again."""
+        tensors = (self.q, self.keys, self.bias, self.axes)
+        plain = (None if t is None else t.detach() for t in tensors)
+        return (self.kind, *plain, float(self.scale), self.dtype == torch.float64, self.exact)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        kind: str,
+        q: Tensor,
+        keys: Tensor,
+        bias: Tensor | None,
+        axes: Tensor | None,
+        scale: float,
+        double: bool,
+        exact: bool,
+    ) -> Problem:
+        """What :meth:`arguments` took apart."""
+        dtype = torch.float64 if double else torch.float32
+        return cls(kind, q, keys, bias, scale, dtype, axes, exact)
 
     def targets(self, index: Tensor) -> Problem:
         """The same from the targets ``index (..., 1, r)`` alone."""
@@ -121,22 +144,7 @@ def nearest(
     problem: Problem, k: int, hidden: Hidden, slab: int, engine: str
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest of a problem by an engine: values and places."""
-    p = problem
-    return _nearest(
-        p.kind,
-        p.q.detach(),
-        p.keys.detach(),
-        None if p.bias is None else p.bias.detach(),
-        None if p.axes is None else p.axes.detach(),
-        float(p.scale),
-        p.dtype == torch.float64,
-        p.exact,
-        k,
-        hidden.mask,
-        hidden.own,
-        slab,
-        engine,
-    )
+    return _nearest(*problem.arguments(), k, hidden.mask, hidden.own, slab, engine)
 
 
 def implemented(
@@ -167,8 +175,7 @@ def _nearest(
     slab: int,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if double else torch.float32
-    problem = Problem(kind, q, keys, bias, scale, dtype, axes, exact)
+    problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
     values, places = implemented(engine, problem, k, Hidden(mask, own), slab)
     return values.contiguous(), places.contiguous()
 
@@ -185,9 +192,7 @@ def _shapes(
     exact: bool,
     k: int,
     mask: Tensor | None,
-    own: Tensor | None,
-    slab: int,
-    engine: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2], () if mask is None else mask.shape[:-2])
     shape = (*lead, q.shape[-2], k)

@@ -147,8 +147,7 @@ def _directions(query: Query) -> bool:
 
 def _two_directions(query: Query) -> bool:
     """Whether vectors of one axis differ by angles: what asks for near points finds all of them."""
-    problem = query.problem
-    return problem is not None and problem.kind == "angles" and problem.q.shape[-1] == 1
+    return _directions(query) and query.problem.q.shape[-1] == 1
 
 
 def find(query: Query, backend: str = "auto") -> Neighborhood:
