@@ -1362,7 +1362,7 @@ def test_a_report_counts_where_parameters_are_inputs():
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("layer", ["exact", "kvt"])
+@pytest.mark.parametrize("layer", ["exact", "kvt", "convnn"])
 def test_patches_are_placed_anew_after_a_new_size(layer):
     timm = pytest.importorskip("timm")
 
@@ -1376,6 +1376,7 @@ def test_patches_are_placed_anew_after_a_new_size(layer):
     rules = [convert.Rule(layer, type=timm.layers.Attention)]
     x = torch.randn(1, 3, 32, 128)  # as many patches as before, 2 x 8 and not 4 x 4
     first, then = convert.to_convnn(model(), rules), model()
+    convert.set_interpolation(first, 0.5)  # on the old grid
     first.set_input_size((32, 128))
     then.set_input_size((32, 128))
     then = convert.to_convnn(then, rules)

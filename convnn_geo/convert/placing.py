@@ -15,7 +15,7 @@ from convnn_geo.convert.positions import (
     token_positions,
 )
 from convnn_geo.convert.tokens import TimmTokens
-from convnn_geo.metrics import Interpolation, Spatial
+from convnn_geo.metrics import Interpolation, Metric, Spatial
 from convnn_geo.nn import ConvNN1d, ConvNNAttention
 
 _ON_GRID = (Window, Block, Congruent, Strided)
@@ -34,24 +34,30 @@ def place_tokens(model: nn.Module, name: str, layer: nn.Module) -> None:
         return
     of_tokens = isinstance(layer, TimmTokens)
     for part in [*layer.modules()]:
-        if isinstance(part, ConvNNAttention):
-            _place_metric(part, place)
-        if isinstance(part, ConvNNAttention) or (of_tokens and isinstance(part, ConvNN1d)):
-            part.candidates = _placed(part.candidates, place)
+        if isinstance(part, (ConvNNAttention, ConvNN1d)):
+            known = isinstance(part, ConvNNAttention) or _is_placed(part.metric)
+            if known:
+                _place_metric(part, place)
+            if known or of_tokens:
+                part.candidates = _placed(part.candidates, place)
         if of_tokens:
             for key, child in [*part.named_children()]:
                 if _is_window(child):
                     setattr(part, key, _window(child, place))
 
 
-def _place_metric(attention: ConvNNAttention, place: Patches) -> None:
-    metric = attention.metric
+def _place_metric(layer: ConvNNAttention | ConvNN1d, place: Patches) -> None:
+    metric = layer.metric
     if not isinstance(metric, (Interpolation, Spatial)):
-        attention.metric = Interpolation(place, metric, 1.0)
-    elif isinstance(metric, Interpolation) and (
-        is_of_sequence(metric.first) or isinstance(metric.first, (PatchPositions, UnknownPositions))
-    ):
+        layer.metric = Interpolation(place, metric, 1.0)
+    elif isinstance(metric, Interpolation) and (is_of_sequence(metric.first) or _is_placed(metric)):
         metric.first = place
+
+
+def _is_placed(metric: Metric) -> bool:
+    """Whether a metric knows where patches lie; the model may have another size since."""
+    placed = (PatchPositions, UnknownPositions)
+    return isinstance(metric, Interpolation) and isinstance(metric.first, placed)
 
 
 def _placed(candidates: Candidates, place: Patches) -> Candidates:

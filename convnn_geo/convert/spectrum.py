@@ -13,9 +13,8 @@ from convnn_geo.checks import check_number
 from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
 from convnn_geo.convert.known import KNOWN, is_ours, places
-from convnn_geo.convert.patches import PatchCandidates
 from convnn_geo.convert.placing import place_tokens
-from convnn_geo.convert.positions import PatchPositions, UnknownPositions, token_positions
+from convnn_geo.convert.positions import PatchPositions, token_positions
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
@@ -106,22 +105,12 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
     for name, layer in movable.items():
         if not isinstance(layer.metric, Interpolation):
             layer.metric = Interpolation(*_ends(model, name, layer), lam)
-        elif isinstance(layer, ConvNNAttention):  # it may have been moved outside of its model
+        else:  # it may have been moved outside of its model, or the model given another size
             place_tokens(model, name, layer)
-        elif isinstance(layer.metric.first, (PatchPositions, UnknownPositions)):
-            _place_anew(layer, token_positions(model, name))
         _set_lam(layer.metric, lam, learnable, next(layer.parameters()).device)
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)
     return list(movable)
-
-
-def _place_anew(layer: Any, place: Metric) -> None:
-    """Where patches lie now; outside of its model a layer keeps what it knows."""
-    if isinstance(place, (PatchPositions, UnknownPositions)):
-        layer.metric.first = place
-        if isinstance(layer.candidates, PatchCandidates):
-            layer.candidates.patches = place
 
 
 def _left(model: nn.Module) -> str:
