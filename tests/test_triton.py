@@ -20,6 +20,9 @@ triton = [
         gpu.refuses(torch.device(DEVICE)) is not None,
         reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
     ),
+    # numpy's words for what a GPU does without one
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice encountered"),
 ]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -29,7 +32,6 @@ def on(*tensors):
 
 
 WAITING = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero")
-INVALID = "ignore:invalid value encountered"  # numpy's word for what a GPU does without one
 CLOUDS = {
     "grid": lambda n, d: torch.randint(3, (n, d)).float(),
     "coincident": lambda n, d: torch.ones(n, d),
@@ -273,7 +275,6 @@ class TestAttention:
         rough = 1e-4 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(out.double(), exact, rtol=rough, atol=rough)
 
-    @pytest.mark.filterwarnings(INVALID)
     @pytest.mark.parametrize("row", [512, 8])
     def test_nan_comes_after_infinity_and_before_nobody(self, monkeypatch, row):
         from convnn_geo.gpu import rows
@@ -291,7 +292,6 @@ class TestAttention:
             order = score.sort(dim=-1, descending=True, stable=True).indices
             assert torch.equal(place, order[..., :count].sort(-1).values)
 
-    @pytest.mark.filterwarnings(INVALID)
     @pytest.mark.parametrize("dtype", HALVES[:2])
     @pytest.mark.parametrize("row", [512, 8])
     def test_what_is_not_chosen_never_reaches_a_query(self, monkeypatch, row, dtype):
@@ -315,7 +315,6 @@ class TestAttention:
         to_q = torch.autograd.grad(out[good].sum(), parts, allow_unused=True)[0]
         assert to_q[good].isfinite().all()
 
-    @pytest.mark.filterwarnings(INVALID)
     @pytest.mark.parametrize("row", [512, 8])
     def test_nan_shows_where_it_is_chosen(self, monkeypatch, row):
         from convnn_geo.gpu import rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+_INSTALLED = find_spec("triton") is not None
 
 LARGEST_K = 256
 """Neighbours, at most, that a search keeps in registers."""
@@ -22,7 +23,7 @@ LARGEST_K = 256
 
 def refuses(device: torch.device) -> str | None:
     """Why Triton can't run on a device; None where it can."""
-    if find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed: pip install 'convnn-geo[triton]'"
     if device.type != "cuda" and not interpreted():
         return f"Triton is for GPUs, the points are on {device}"

@@ -57,6 +57,8 @@ def attend(
     if not out.numel():
         return out, weight.zero_(), place.zero_()
     (q, q_at), (keys, keys_at), (value, value_at) = (laid_out(t, lead, 2) for t in (q, keys, value))
+    if bias is None and scale <= 0:  # nearness is the product itself, where it may
+        bias = keys.new_zeros(m)
     bias, bias_at = laid_out(None if bias is None else bias.float(), lead, 1)
     mask, mask_at = laid_out(mask, lead, 2)
     if mask is not None and mask.shape[-2] != n:
@@ -82,6 +84,8 @@ def attend(
             HAS_KEEP=keep is not None,
             STORES=stores,
             GATHERS=gathers,
+            GROUPS=_groups(m, k) if mask is None else 0,
+            FULL=m // 64 * 64,
             num_warps=chosen.warps,
         )
         return out, weight, place
@@ -95,3 +99,9 @@ def attend(
         HAS_KEEP=keep is not None,
     )
     return out, found.view(shape), place.view(shape)
+
+
+def _groups(m: int, k: int) -> int:
+    """Into how many groups rows of ``m`` are divided, so that more than ``k`` hold somebody."""
+    groups = max(32, triton.next_power_of_2(3 * k))
+    return groups if groups <= m else 0

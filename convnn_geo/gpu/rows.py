@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from convnn_geo.gpu.choice import bound, last_tie
-from convnn_geo.gpu.tiles import PADDING, hidden, ordered, products, unordered
+from convnn_geo.gpu.choice import bound, last_tie, threshold
+from convnn_geo.gpu.tiles import PADDING, hidden, ordered, products, unseen
 from convnn_geo.gpu.values import gathered, weighted
 
 LONGEST = 1024
 """Sources, at most, whose scores one kernel keeps in registers."""
+_LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -61,6 +62,8 @@ def _attend_rows(
     HAS_KEEP: tl.constexpr,
     STORES: tl.constexpr,
     GATHERS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """A tile of targets: all scores, whom to choose, softmax over the chosen, and their sum."""
     blocks = tl.cdiv(n, BLOCK_N)
@@ -72,26 +75,37 @@ def _attend_rows(
     key = key_ptr + outer * key_example + head * key_head
     value = value_ptr + outer * value_example + head * value_head
     product = products(q, key, q, rows, columns, n, m, q_row, key_row, d, BLOCK_D, False)
-    distance = -scale * product
+    near = product
     if HAS_BIAS:
         bias = bias_ptr + outer * bias_example + head * bias_head
-        distance += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
-    code = ordered(distance)
+        near = scale * product - tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
     if HAS_MASK:
         mask = mask_ptr + outer * mask_example + head * mask_head
-        code = hidden(code, mask, rows, columns, n, m, mask_row)
-    code = tl.where((columns < m)[None, :], code, PADDING)
-    most = bound(code, k)
-    last = last_tie(code, most, columns, k)
-    least = unordered(tl.min(code, 1))
-    least = tl.where(least == float("inf"), 0.0, least)  # who sees nobody
-    tied = (code == most[:, None]) & (columns[None, :] <= last[:, None])
-    chosen = (code < most[:, None]) | tied
-    # Infinite distances weigh nothing; NaN makes the row NaN, but not what was not chosen.
-    weight = tl.exp2((least[:, None] - unordered(code)) * (1.4426950408889634 / temperature))
-    total = tl.sum(tl.where(chosen, weight, 0.0), 1)
-    weight *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    weight = tl.where(chosen, weight, 0.0)
+        near = unseen(near, mask, rows, columns, n, m, mask_row)
+    inside = (columns < FULL) | (columns < m)  # the first half is known when it is compiled
+    near = tl.where(inside[None, :], near, float("-inf"))
+    least, unsettled, top = threshold(near, k, rows < n, GROUPS)
+    lost = tl.zeros_like(top)
+    if tl.max(unsettled.to(tl.int32), 0) > 0:
+        code = ordered(-near)
+        if HAS_MASK:
+            code = hidden(code, mask, rows, columns, n, m, mask_row)
+        code = tl.where(inside[None, :], code, PADDING)
+        most = bound(code, k)
+        last = last_tie(code, most, columns, k)
+        tied = (code == most[:, None]) & (columns[None, :] <= last[:, None])
+        chosen = (code < most[:, None]) | tied
+        lost = tl.sum(tl.where(chosen & (near != near), near, 0.0), 1)  # NaN
+        near = tl.where(chosen, tl.where(near > _LOWEST, near, _LOWEST), float("-inf"))
+        least = tl.zeros_like(least) + _LOWEST
+    top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
+    chosen = near >= least[:, None]
+    step = 1.4426950408889634 / temperature
+    if not HAS_BIAS:
+        step *= scale
+    weight = tl.where(chosen, tl.exp2(near * step - (top * step)[:, None]), 0.0)
+    total = tl.sum(weight, 1)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total) + lost
     pair, before = rows * k, example * n * k
     if STORES:
         weight_ptr, place_ptr = weight_ptr + before, place_ptr + before
@@ -102,7 +116,7 @@ def _attend_rows(
         stored = chosen & (rows < n)[:, None]
         if STORES:
             tl.store(place_ptr + at, tl.broadcast_to(columns[None, :], [BLOCK_N, M]), mask=stored)
-            tl.store(weight_ptr + at, weight, mask=stored)
+            tl.store(weight_ptr + at, weight * share[:, None], mask=stored)
         if HAS_KEEP:
             weight *= tl.load(keep_ptr + at, mask=stored, other=0.0)
     if GATHERS:
@@ -116,6 +130,7 @@ def _attend_rows(
             )  # fmt: skip
         else:
             out = weighted(value, weight, columns, m, value_row, channels, c, BLOCK_N, BLOCK_C)
+            out *= share[:, None]
         tl.store(
             out_ptr + outer * out_example + head * out_head + rows[:, None].to(tl.int64) * out_row
             + channels[None, :],

@@ -167,3 +167,14 @@ def hidden(code, mask_ptr, rows, columns, n, m, mask_row):
         other=1,
     )
     return tl.where(seen != 0, code, HIDDEN)
+
+
+@triton.jit
+def unseen(near, mask_ptr, rows, columns, n, m, mask_row):
+    """Similarities of a tile, minus infinity where a mask does not allow them."""
+    seen = tl.load(
+        mask_ptr + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
+        mask=(rows < n)[:, None] & (columns < m)[None, :],
+        other=1,
+    )
+    return tl.where(seen != 0, near, float("-inf"))
