@@ -31,7 +31,7 @@ def _backward_of_targets(
     rank_ptr,
     start_ptr,
     to_q_ptr,
-    slope_ptr,
+    of_distance_ptr,
     sent_ptr,
     n,
     m,
@@ -78,8 +78,8 @@ def _backward_of_targets(
     mean = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, k, J):
         slot = first + tl.arange(0, J)
-        there = (slot < k)[:, None] & real[None, :]
-        pair = first_pair[None, :] + slot[:, None]
+        there = real[:, None] & (slot < k)[None, :]
+        pair = first_pair[:, None] + slot[None, :]
         place = tl.load(place_ptr + pair, mask=there, other=0).to(tl.int64)
         weight = tl.load(weight_ptr + pair, mask=there, other=0.0)
         kept = weight
@@ -91,46 +91,57 @@ def _backward_of_targets(
             mask=(kept != 0.0)[:, :, None] & (channels < c)[None, None, :],
             other=0.0,
         )
-        slope = tl.sum(grad[None, :, :] * value.to(tl.float32), 2)
+        slope = tl.sum(grad[:, None, :] * value.to(tl.float32), 2)
         if HAS_KEEP:
             slope *= keep
         slope = tl.where(kept != 0.0, slope, 0.0)
-        mean += tl.sum(tl.where(weight != 0.0, weight * slope, 0.0), 0)
-        tl.store(slope_ptr + pair, slope, mask=there)
+        mean += tl.sum(tl.where(weight != 0.0, weight * slope, 0.0), 1)
+        tl.store(of_distance_ptr + pair, slope, mask=there)
     tl.debug_barrier()  # slopes that one warp has stored others read
     to_q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    colder = 1.0 / temperature
     for first in range(0, k, J):
         slot = first + tl.arange(0, J)
-        there = (slot < k)[:, None] & real[None, :]
-        pair = first_pair[None, :] + slot[:, None]
+        there = real[:, None] & (slot < k)[None, :]
+        pair = first_pair[:, None] + slot[None, :]
         place = tl.load(place_ptr + pair, mask=there, other=0).to(tl.int64)
         weight = tl.load(weight_ptr + pair, mask=there, other=0.0)
-        slope = tl.load(slope_ptr + pair, mask=there, other=0.0)
+        slope = tl.load(of_distance_ptr + pair, mask=there, other=0.0)
         used = weight != 0.0
-        of_distance = tl.where(used, weight * (mean[None, :] - slope) / temperature, 0.0)
+        of_distance = tl.where(used, weight * colder * (mean[:, None] - slope), 0.0)
         key = tl.load(
             keys + place[:, :, None] * key_row + axes[None, None, :],
             mask=used[:, :, None] & (axes < d)[None, None, :],
             other=0.0,
         )
-        to_q += tl.sum(of_distance[:, :, None] * key.to(tl.float32), 0)
-        rank = tl.load(rank_ptr + pair, mask=used, other=0)
-        at = tl.load(start_ptr + example * (m + 1) + place, mask=used, other=0) + rank
-        if HAS_KEEP:
-            weight *= tl.load(keep_ptr + pair, mask=used, other=0.0)
-        row = tl.broadcast_to(rows[None, :], [J, BLOCK_N]).to(tl.float32, bitcast=True)
-        sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
-        field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(
-            sent_ptr + 4 * (example * n * k + at)[:, :, None, None] + field[None, None, :, :],
-            sent,
-            mask=used[:, :, None, None],
-        )  # as one word of 16 bytes: row, of_distance, weight, of_distance
+        to_q += tl.sum(of_distance[:, :, None] * key.to(tl.float32), 1)
+        tl.store(of_distance_ptr + pair, of_distance, mask=there)
     tl.store(
         to_q_ptr + (example * n + rows)[:, None] * d + axes[None, :],
         (-scale * to_q).to(to_q_ptr.dtype.element_ty),
         mask=real[:, None] & (axes < d)[None, :],
     )
+    tl.debug_barrier()
+    before, begin = example * n * k, tl.program_id(0) % blocks * BLOCK_N * k
+    for some in range(begin, tl.minimum(begin + BLOCK_N * k, n * k), 128):
+        pair = some + tl.arange(0, 128)
+        there = pair < tl.minimum(begin + BLOCK_N * k, n * k)
+        rank = tl.load(rank_ptr + before + pair, mask=there, other=-1)
+        listed = rank >= 0
+        place = tl.load(place_ptr + before + pair, mask=listed, other=0)
+        at = rank + tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
+        weight = tl.load(weight_ptr + before + pair, mask=listed, other=0.0)
+        if HAS_KEEP:
+            weight *= tl.load(keep_ptr + before + pair, mask=listed, other=0.0)
+        of_distance = tl.load(of_distance_ptr + before + pair, mask=listed, other=0.0)
+        row = (pair // k).to(tl.float32, bitcast=True)
+        sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
+        field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(
+            sent_ptr + 4 * (before + at)[:, None, None] + field[None, :, :],
+            sent,
+            mask=listed[:, None, None],
+        )  # in one word of 16 bytes: row, of_distance, weight, of_distance
 
 
 @gpu.on_its_device
@@ -171,10 +182,10 @@ def attend_backward(
     outer, heads = split(lead)
     examples = outer * heads
     rank, start = lists(weight, place, examples, m)
-    slope, sent = torch.empty_like(weight), weight.new_empty(*weight.shape, 4)
+    of_distance, sent = torch.empty_like(weight), weight.new_empty(*weight.shape, 4)
     axes, channels = _block(d), _block(c)
     _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
-        *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, sent),
+        *(keys, value, keep, grad, weight, place, rank, start, to_q, of_distance, sent),
         *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
         d=d,
         c=c,
