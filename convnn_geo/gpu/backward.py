@@ -31,7 +31,8 @@ def _backward_of_targets(
     rank_ptr,
     start_ptr,
     to_q_ptr,
-    of_distance_ptr,
+    slope_ptr,
+    mean_ptr,
     sent_ptr,
     n,
     m,
@@ -39,13 +40,13 @@ def _backward_of_targets(
     heads,
     key_example,
     key_head,
-    key_row,
+    key_row: tl.constexpr,
     value_example,
     value_head,
-    value_row,
+    value_row: tl.constexpr,
     grad_example,
     grad_head,
-    grad_row,
+    grad_row: tl.constexpr,
     scale,
     temperature,
     d: tl.constexpr,
@@ -54,6 +55,7 @@ def _backward_of_targets(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     J: tl.constexpr,
+    PAIRS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
 ):
     """Gradients of a block of targets; what they send to sources goes into the sources' lists.
@@ -72,73 +74,68 @@ def _backward_of_targets(
         mask=real[:, None] & (channels < c)[None, :],
         other=0.0,
     ).to(tl.float32)  # fmt: skip
-    values = value_ptr + outer * value_example + head * value_head
-    keys = key_ptr + outer * key_example + head * key_head
+    values = value_ptr + outer * value_example + head * value_head + channels
+    keys = key_ptr + outer * key_example + head * key_head + axes
     first_pair = (example * n + rows) * k
     mean = tl.zeros([BLOCK_N], tl.float32)
+    by_slope = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    by_weight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, k, J):
         slot = first + tl.arange(0, J)
         there = real[:, None] & (slot < k)[None, :]
         pair = first_pair[:, None] + slot[None, :]
         place = tl.load(place_ptr + pair, mask=there, other=0).to(tl.int64)
         weight = tl.load(weight_ptr + pair, mask=there, other=0.0)
-        kept = weight
+        used, kept = weight != 0.0, weight
         if HAS_KEEP:
             keep = tl.load(keep_ptr + pair, mask=there, other=0.0)
             kept *= keep
         value = tl.load(
-            values + place[:, :, None] * value_row + channels[None, None, :],
+            values[None, None, :] + (place * value_row)[:, :, None],
             mask=(kept != 0.0)[:, :, None] & (channels < c)[None, None, :],
             other=0.0,
         )
+        key = tl.load(
+            keys[None, None, :] + (place * key_row)[:, :, None],
+            mask=used[:, :, None] & (axes < d)[None, None, :],
+            other=0.0,
+        ).to(tl.float32)
         slope = tl.sum(grad[:, None, :] * value.to(tl.float32), 2)
         if HAS_KEEP:
             slope *= keep
         slope = tl.where(kept != 0.0, slope, 0.0)
-        mean += tl.sum(tl.where(weight != 0.0, weight * slope, 0.0), 1)
-        tl.store(of_distance_ptr + pair, slope, mask=there)
-    tl.debug_barrier()  # slopes that one warp has stored others read
-    to_q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    colder = 1.0 / temperature
-    for first in range(0, k, J):
-        slot = first + tl.arange(0, J)
-        there = real[:, None] & (slot < k)[None, :]
-        pair = first_pair[:, None] + slot[None, :]
-        place = tl.load(place_ptr + pair, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weight_ptr + pair, mask=there, other=0.0)
-        slope = tl.load(of_distance_ptr + pair, mask=there, other=0.0)
-        used = weight != 0.0
-        of_distance = tl.where(used, weight * colder * (mean[:, None] - slope), 0.0)
-        key = tl.load(
-            keys + place[:, :, None] * key_row + axes[None, None, :],
-            mask=used[:, :, None] & (axes < d)[None, None, :],
-            other=0.0,
-        )
-        to_q += tl.sum(of_distance[:, :, None] * key.to(tl.float32), 1)
-        tl.store(of_distance_ptr + pair, of_distance, mask=there)
+        tl.store(slope_ptr + pair, slope, mask=there)
+        slope = tl.where(used, weight * slope, 0.0)
+        mean += tl.sum(slope, 1)
+        by_slope += tl.sum(slope[:, :, None] * key, 1)
+        by_weight += tl.sum(weight[:, :, None] * key, 1)
     tl.store(
         to_q_ptr + (example * n + rows)[:, None] * d + axes[None, :],
-        (-scale * to_q).to(to_q_ptr.dtype.element_ty),
+        (scale / temperature * (by_slope - mean[:, None] * by_weight)).to(to_q_ptr.dtype.element_ty),
         mask=real[:, None] & (axes < d)[None, :],
     )
-    tl.debug_barrier()
-    before, begin = example * n * k, tl.program_id(0) % blocks * BLOCK_N * k
-    for some in range(begin, tl.minimum(begin + BLOCK_N * k, n * k), 128):
-        pair = some + tl.arange(0, 128)
-        there = pair < tl.minimum(begin + BLOCK_N * k, n * k)
-        rank = tl.load(rank_ptr + before + pair, mask=there, other=-1)
-        listed = rank >= 0
-        place = tl.load(place_ptr + before + pair, mask=listed, other=0)
-        at = rank + tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
-        weight = tl.load(weight_ptr + before + pair, mask=listed, other=0.0)
+    tl.store(mean_ptr + example * n + rows, mean, mask=real)
+    tl.debug_barrier()  # what one warp has stored others read
+    begin = tl.program_id(0) % blocks * BLOCK_N * k
+    end = tl.minimum(begin + BLOCK_N * k, n * k)
+    for some in range(begin, end, PAIRS):
+        at = some + tl.arange(0, PAIRS)
+        pair = example * n * k + at
+        rank = tl.load(rank_ptr + pair, mask=at < end, other=-1)
+        listed, row = rank >= 0, at // k
+        place = tl.load(place_ptr + pair, mask=listed, other=0)
+        weight = tl.load(weight_ptr + pair, mask=listed, other=0.0)
+        slope = tl.load(slope_ptr + pair, mask=listed, other=0.0)
+        slope = tl.load(mean_ptr + example * n + row, mask=listed, other=0.0) - slope
+        of_distance = weight * slope / temperature
         if HAS_KEEP:
-            weight *= tl.load(keep_ptr + before + pair, mask=listed, other=0.0)
-        of_distance = tl.load(of_distance_ptr + before + pair, mask=listed, other=0.0)
-        row = (pair // k).to(tl.float32, bitcast=True)
+            weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
+        rank += tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
+        row = row.to(tl.float32, bitcast=True)
         sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
         field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
         tl.store(
-            sent_ptr + 4 * (before + at)[:, None, None] + field[None, :, :],
+            sent_ptr + 4 * (example * n * k + rank)[:, None, None] + field[None, :, :],
             sent,
             mask=listed[:, None, None],
         )  # in one word of 16 bytes: row, of_distance, weight, of_distance
@@ -182,10 +179,11 @@ def attend_backward(
     outer, heads = split(lead)
     examples = outer * heads
     rank, start = lists(weight, place, examples, m)
-    of_distance, sent = torch.empty_like(weight), weight.new_empty(*weight.shape, 4)
+    slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
+    sent = weight.new_empty(*weight.shape, 4)
     axes, channels = _block(d), _block(c)
     _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
-        *(keys, value, keep, grad, weight, place, rank, start, to_q, of_distance, sent),
+        *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
         *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
         d=d,
         c=c,
@@ -193,6 +191,7 @@ def attend_backward(
         BLOCK_D=axes,
         BLOCK_C=channels,
         J=max(1, min(AT_ONCE, AT_ONCE * 64 // max(axes, channels))),
+        PAIRS=32 * WARPS,
         HAS_KEEP=keep is not None,
         num_warps=WARPS,
     )

@@ -84,10 +84,10 @@ def _sum_by_source(
     heads,
     q_example,
     q_head,
-    q_row,
+    q_row: tl.constexpr,
     grad_example,
     grad_head,
-    grad_row,
+    grad_row: tl.constexpr,
     scale,
     d: tl.constexpr,
     c: tl.constexpr,
@@ -114,8 +114,8 @@ def _sum_by_source(
     end = tl.load(start_ptr + sources + 1, mask=sources < m, other=0)
     begin, finish = tl.load(start_ptr + first), tl.load(start_ptr + tl.minimum(first + S, m))
     sent_ptr += 4 * example * pairs
-    q_ptr += outer * q_example + head * q_head
-    grad_ptr += outer * grad_example + head * grad_head
+    queries = q_ptr + outer * q_example + head * q_head + axes
+    grads = grad_ptr + outer * grad_example + head * grad_head + channels
     to_key = tl.zeros([S, BLOCK_D], tl.float32)
     to_value = tl.zeros([S, BLOCK_C], tl.float32)
     to_bias = tl.zeros([S], tl.float32)
@@ -126,12 +126,12 @@ def _sum_by_source(
         of_distance = tl.load(sent + 1, mask=at < finish, other=0.0)
         weight = tl.load(sent + 2, mask=at < finish, other=0.0)
         q = tl.load(
-            q_ptr + row[:, None] * q_row + axes[None, :],
+            queries[None, :] + (row * q_row)[:, None],
             mask=(at < finish)[:, None] & (axes < d)[None, :],
             other=0.0,
         )
         grad = tl.load(
-            grad_ptr + row[:, None] * grad_row + channels[None, :],
+            grads[None, :] + (row * grad_row)[:, None],
             mask=(at < finish)[:, None] & (channels < c)[None, :],
             other=0.0,
         )
@@ -150,8 +150,8 @@ def _sum_by_source(
             sent = sent_ptr + 4 * tl.cast(at, tl.int64)
             row = tl.load(sent).to(tl.int32, bitcast=True).to(tl.int64)
             of_distance, weight = tl.load(sent + 1), tl.load(sent + 2)
-            q = tl.load(q_ptr + row * q_row + axes, mask=axes < d, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptr + row * grad_row + channels, mask=channels < c, other=0.0)
+            q = tl.load(queries + row * q_row, mask=axes < d, other=0.0).to(tl.float32)
+            grad = tl.load(grads + row * grad_row, mask=channels < c, other=0.0)
             grad = tl.where(weight != 0.0, weight * grad.to(tl.float32), 0.0)
             own = ((at >= start) & (at < end))[:, None]
             to_key += tl.where(own, of_distance * q[None, :], 0.0)
