@@ -21,6 +21,53 @@ ROWS, AT_ONCE, WARPS = 16, 4, 4
 
 
 @triton.jit
+def _neighbors(
+    first,
+    J: tl.constexpr,
+    grad,
+    values,
+    keys,
+    keep_ptr,
+    weight_ptr,
+    place_ptr,
+    slope_ptr,
+    first_pair,
+    real,
+    in_value,
+    in_key,
+    value_row: tl.constexpr,
+    key_row: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+):
+    """What ``J`` neighbours of each target add to the sums of all; their slopes are stored."""
+    pair = first_pair[:, None] + (first + tl.arange(0, J))[None, :]
+    place = tl.load(place_ptr + pair, mask=real[:, None], other=0).to(tl.int64)
+    weight = tl.load(weight_ptr + pair, mask=real[:, None], other=0.0)
+    kept = weight
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + pair, mask=real[:, None], other=0.0)
+        kept *= keep
+    value = tl.load(
+        values[None, None, :] + (place * value_row)[:, :, None],
+        mask=(kept != 0.0)[:, :, None] & in_value[None, None, :],
+        other=0.0,
+    )
+    key = tl.load(
+        keys[None, None, :] + (place * key_row)[:, :, None],
+        mask=(weight != 0.0)[:, :, None] & in_key[None, None, :],
+        other=0.0,
+    ).to(tl.float32)
+    slope = tl.sum(grad[:, None, :] * value.to(tl.float32), 2)
+    if HAS_KEEP:
+        slope *= keep
+    slope = tl.where(kept != 0.0, slope, 0.0)
+    tl.store(slope_ptr + pair, slope, mask=real[:, None])
+    slope = tl.where(weight != 0.0, weight * slope, 0.0)
+    by_slope = tl.sum(slope[:, :, None] * key, 1)
+    return tl.sum(slope, 1), by_slope, tl.sum(weight[:, :, None] * key, 1)
+
+
+@triton.jit
 def _backward_of_targets(
     key_ptr,
     value_ptr,
@@ -36,7 +83,7 @@ def _backward_of_targets(
     sent_ptr,
     n,
     m,
-    k,
+    k: tl.constexpr,
     heads,
     key_example,
     key_head,
@@ -80,38 +127,23 @@ def _backward_of_targets(
     mean = tl.zeros([BLOCK_N], tl.float32)
     by_slope = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     by_weight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for first in range(0, k, J):
-        slot = first + tl.arange(0, J)
-        there = real[:, None] & (slot < k)[None, :]
-        pair = first_pair[:, None] + slot[None, :]
-        place = tl.load(place_ptr + pair, mask=there, other=0).to(tl.int64)
-        weight = tl.load(weight_ptr + pair, mask=there, other=0.0)
-        used, kept = weight != 0.0, weight
-        if HAS_KEEP:
-            keep = tl.load(keep_ptr + pair, mask=there, other=0.0)
-            kept *= keep
-        value = tl.load(
-            values[None, None, :] + (place * value_row)[:, :, None],
-            mask=(kept != 0.0)[:, :, None] & (channels < c)[None, None, :],
-            other=0.0,
-        )
-        key = tl.load(
-            keys[None, None, :] + (place * key_row)[:, :, None],
-            mask=used[:, :, None] & (axes < d)[None, None, :],
-            other=0.0,
-        ).to(tl.float32)
-        slope = tl.sum(grad[:, None, :] * value.to(tl.float32), 2)
-        if HAS_KEEP:
-            slope *= keep
-        slope = tl.where(kept != 0.0, slope, 0.0)
-        tl.store(slope_ptr + pair, slope, mask=there)
-        slope = tl.where(used, weight * slope, 0.0)
-        mean += tl.sum(slope, 1)
-        by_slope += tl.sum(slope[:, :, None] * key, 1)
-        by_weight += tl.sum(weight[:, :, None] * key, 1)
+    for first in range(0, k - k % J, J):
+        more = _neighbors(
+            first, J, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
+            real, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+        )  # fmt: skip
+        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
+    for first in range(k - k % J, k):
+        more = _neighbors(
+            first, 1, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
+            real, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+        )  # fmt: skip
+        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
     tl.store(
         to_q_ptr + (example * n + rows)[:, None] * d + axes[None, :],
-        (scale / temperature * (by_slope - mean[:, None] * by_weight)).to(to_q_ptr.dtype.element_ty),
+        (scale / temperature * (by_slope - mean[:, None] * by_weight)).to(
+            to_q_ptr.dtype.element_ty
+        ),
         mask=real[:, None] & (axes < d)[None, :],
     )
     tl.store(mean_ptr + example * n + rows, mean, mask=real)
@@ -131,7 +163,8 @@ def _backward_of_targets(
         if HAS_KEEP:
             weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
         rank += tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
-        row = row.to(tl.float32, bitcast=True)
+        weight = weight.to(tl.int32, bitcast=True)
+        of_distance = of_distance.to(tl.int32, bitcast=True)
         sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
         field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
         tl.store(
@@ -180,7 +213,7 @@ def attend_backward(
     examples = outer * heads
     rank, start = lists(weight, place, examples, m)
     slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
-    sent = weight.new_empty(*weight.shape, 4)
+    sent = place.new_empty(*place.shape, 4)
     axes, channels = _block(d), _block(c)
     _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
         *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
@@ -191,7 +224,7 @@ def attend_backward(
         BLOCK_D=axes,
         BLOCK_C=channels,
         J=max(1, min(AT_ONCE, AT_ONCE * 64 // max(axes, channels))),
-        PAIRS=32 * WARPS,
+        PAIRS=triton.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
         num_warps=WARPS,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convnn_geo.gpu.tiles import dot
 
-SOURCES, PAIRS, WARPS, STAGES = 16, 64, 4, 3
+SOURCES, PAIRS, WARPS, STAGES = 16, 64, 2, 3
 """Sources of a program, pairs whose rows it reads at once, warps, and reads on their way."""
 _COUNTED = 1024
 _SETTLED = 128
@@ -122,9 +122,9 @@ def _sum_by_source(
     for some in range(begin, finish, P):
         at = some + tl.arange(0, P)
         sent = sent_ptr + 4 * at.to(tl.int64)
-        row = tl.load(sent, mask=at < finish, other=0.0).to(tl.int32, bitcast=True).to(tl.int64)
-        of_distance = tl.load(sent + 1, mask=at < finish, other=0.0)
-        weight = tl.load(sent + 2, mask=at < finish, other=0.0)
+        row = tl.load(sent, mask=at < finish, other=0).to(tl.int64)
+        of_distance = tl.load(sent + 1, mask=at < finish, other=0).to(tl.float32, bitcast=True)
+        weight = tl.load(sent + 2, mask=at < finish, other=0).to(tl.float32, bitcast=True)
         q = tl.load(
             queries[None, :] + (row * q_row)[:, None],
             mask=(at < finish)[:, None] & (axes < d)[None, :],
@@ -141,15 +141,14 @@ def _sum_by_source(
         to_value = dot(tl.where(own, weight[None, :], 0.0).to(grad.dtype), grad, to_value)
         if HAS_BIAS:
             to_bias += tl.sum(of_distance, 1)
-    lost = tl.max(tl.max((to_key - to_key != 0.0).to(tl.int32), 1), 0)
-    lost += tl.max(tl.max((to_value - to_value != 0.0).to(tl.int32), 1), 0)
-    if lost > 0:
+    if tl.sum(0.0 * to_key) + tl.sum(0.0 * to_value) != 0.0:
         to_key = tl.zeros([S, BLOCK_D], tl.float32)
         to_value = tl.zeros([S, BLOCK_C], tl.float32)
         for at in range(begin, finish):
             sent = sent_ptr + 4 * tl.cast(at, tl.int64)
-            row = tl.load(sent).to(tl.int32, bitcast=True).to(tl.int64)
-            of_distance, weight = tl.load(sent + 1), tl.load(sent + 2)
+            row = tl.load(sent).to(tl.int64)
+            of_distance = tl.load(sent + 1).to(tl.float32, bitcast=True)
+            weight = tl.load(sent + 2).to(tl.float32, bitcast=True)
             q = tl.load(queries + row * q_row, mask=axes < d, other=0.0).to(tl.float32)
             grad = tl.load(grads + row * grad_row, mask=channels < c, other=0.0)
             grad = tl.where(weight != 0.0, weight * grad.to(tl.float32), 0.0)
