@@ -16,8 +16,8 @@ from convnn_geo import gpu
 from convnn_geo.gpu.layout import laid_out, split
 from convnn_geo.gpu.pairs import lists, sum_by_source
 
-ROWS, AT_ONCE, WARPS = 16, 4, 4
-"""Targets of a program, neighbours of each that are read at once, and warps."""
+ROWS, AT_ONCE, WARPS = 16, 8, 4
+"""Targets of a program, neighbours of each that are read at once where 128 bytes are, and warps."""
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _backward_of_targets(
     sent_ptr,
     n,
     m,
-    k: tl.constexpr,
+    k,
     heads,
     key_example,
     key_head,
@@ -215,6 +215,7 @@ def attend_backward(
     slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
     sent = place.new_empty(*place.shape, 4)
     axes, channels = _block(d), _block(c)
+    wide = max(axes * keys.itemsize, channels * value.itemsize)
     _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
         *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
         *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
@@ -223,7 +224,7 @@ def attend_backward(
         BLOCK_N=ROWS,
         BLOCK_D=axes,
         BLOCK_C=channels,
-        J=max(1, min(AT_ONCE, AT_ONCE * 64 // max(axes, channels))),
+        J=max(1, min(AT_ONCE, AT_ONCE * 128 // wide)),
         PAIRS=triton.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
         num_warps=WARPS,

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from convnn_geo.gpu.tiles import dot
 
-SOURCES, PAIRS, WARPS, STAGES = 16, 64, 2, 3
-"""Sources of a program, pairs whose rows it reads at once, warps, and reads on their way."""
+HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
+"""Sources of a program, pairs whose rows it reads at once, warps and loads on their way.
+
+Tensor cores multiply 16 rows, used or not; of float32 threads multiply each.
+"""
 _COUNTED = 1024
 _SETTLED = 128
 
@@ -209,16 +212,17 @@ def sum_by_source(
     """Gradients to keys, values and, unless it is empty, to a bias, of what targets sent."""
     (examples, m), d, c = start.shape, to_keys.shape[-1], to_value.shape[-1]
     m -= 1
-    _sum_by_source[(triton.cdiv(m, SOURCES) * examples,)](
+    sources, some, warps, stages = FLOATS if torch.float32 in (q.dtype, grad.dtype) else HALVES
+    _sum_by_source[(triton.cdiv(m, sources) * examples,)](
         *(sent, start, q, grad, to_keys, to_value, to_bias, pairs, m, heads),
         *(*q_at, *grad_at, scale),
         d=d,
         c=c,
         BLOCK_D=axes,
         BLOCK_C=channels,
-        S=SOURCES,
-        P=max(16, min(PAIRS, PAIRS * 64 // max(axes, channels))),
+        S=sources,
+        P=max(16, min(some, some * 64 // max(axes, channels))),
         HAS_BIAS=bool(to_bias.numel()),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=warps,
+        num_stages=stages,
     )
