@@ -283,10 +283,7 @@ def test_what_one_warp_stores_others_wait_for(launches):
 
     q, weight = torch.randn(1, 1, 32, 16), torch.ones(1, 1, 32, 1)
     attend_backward(q, q, q, None, 1.0, 1.0, q, weight, weight.int())
-    (arguments,) = (a for kernel, a in launches if kernel.__name__ == "_backward_of_targets")
-    (kernel,) = (kernel for kernel, _ in launches if kernel.__name__ == "_backward_of_targets")
+    ((kernel, arguments),) = (found for found in launches if "targets" in found[0].__name__)
     text = compiled(kernel, arguments).asm["ttir"]
     steps = [line for line in text.splitlines() if "tt.store" in line or "barrier" in line]
-    places = ["barrier" in line for line in steps].index(True)
-    stored = [re.search("slope_ptr|to_q_ptr|mean_ptr", line) for line in steps[:places]]
-    assert len(steps) - places == 2 and len(stored) >= 3  # the lists alone are written after it
+    assert ["barrier" in line for line in steps[-2:]] == [True, False]  # the lists come last

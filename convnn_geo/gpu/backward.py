@@ -17,7 +17,7 @@ from convnn_geo.gpu.layout import laid_out, split
 from convnn_geo.gpu.pairs import lists, sum_by_source
 
 ROWS, AT_ONCE, WARPS = 16, 8, 4
-"""Targets of a program, neighbours of each that are read at once where 128 bytes are, and warps."""
+"""Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps."""
 
 
 @triton.jit
@@ -32,39 +32,49 @@ def _neighbors(
     place_ptr,
     slope_ptr,
     first_pair,
-    real,
+    k,
+    count,
     in_value,
     in_key,
     value_row: tl.constexpr,
     key_row: tl.constexpr,
     HAS_KEEP: tl.constexpr,
 ):
-    """What ``J`` neighbours of each target add to the sums of all; their slopes are stored."""
-    pair = first_pair[:, None] + (first + tl.arange(0, J))[None, :]
-    place = tl.load(place_ptr + pair, mask=real[:, None], other=0).to(tl.int64)
-    weight = tl.load(weight_ptr + pair, mask=real[:, None], other=0.0)
+    """What ``J`` neighbours of each target add to the sums of all; their slopes are stored.
+
+    All targets' first, then all targets' second, and so on, lie below one another, so that a
+    thread holds the same channels of all neighbours of a target.
+    """
+    BLOCK_N: tl.constexpr = grad.shape[0]
+    row = tl.arange(0, J * BLOCK_N) % BLOCK_N
+    pair = first_pair + row * k + first + tl.arange(0, J * BLOCK_N) // BLOCK_N
+    place = tl.load(place_ptr + pair, mask=row < count, other=0).to(tl.int64)
+    weight = tl.load(weight_ptr + pair, mask=row < count, other=0.0)
     kept = weight
     if HAS_KEEP:
-        keep = tl.load(keep_ptr + pair, mask=real[:, None], other=0.0)
+        keep = tl.load(keep_ptr + pair, mask=row < count, other=0.0)
         kept *= keep
     value = tl.load(
-        values[None, None, :] + (place * value_row)[:, :, None],
-        mask=(kept != 0.0)[:, :, None] & in_value[None, None, :],
+        values[None, :] + (place * value_row)[:, None],
+        mask=(kept != 0.0)[:, None] & in_value[None, :],
         other=0.0,
     )
     key = tl.load(
-        keys[None, None, :] + (place * key_row)[:, :, None],
-        mask=(weight != 0.0)[:, :, None] & in_key[None, None, :],
+        keys[None, :] + (place * key_row)[:, None],
+        mask=(weight != 0.0)[:, None] & in_key[None, :],
         other=0.0,
-    ).to(tl.float32)
-    slope = tl.sum(grad[:, None, :] * value.to(tl.float32), 2)
+    )
+    value = value.reshape(J, BLOCK_N, in_value.shape[0]).to(tl.float32)
+    key = key.reshape(J, BLOCK_N, in_key.shape[0]).to(tl.float32)
+    slope = tl.sum(grad[None, :, :] * value, 2).reshape(J * BLOCK_N)
     if HAS_KEEP:
         slope *= keep
     slope = tl.where(kept != 0.0, slope, 0.0)
-    tl.store(slope_ptr + pair, slope, mask=real[:, None])
-    slope = tl.where(weight != 0.0, weight * slope, 0.0)
-    by_slope = tl.sum(slope[:, :, None] * key, 1)
-    return tl.sum(slope, 1), by_slope, tl.sum(weight[:, :, None] * key, 1)
+    tl.store(slope_ptr + pair, slope, mask=row < count)
+    slope = tl.where(weight != 0.0, weight * slope, 0.0).reshape(J, BLOCK_N)
+    weight = weight.reshape(J, BLOCK_N)
+    by_slope = tl.sum(slope[:, :, None] * key, 0)
+    return tl.sum(slope, 0), by_slope, tl.sum(weight[:, :, None] * key, 0)
 
 
 @triton.jit
@@ -108,11 +118,15 @@ def _backward_of_targets(
     """Gradients of a block of targets; what they send to sources goes into the sources' lists.
 
     Neighbours are read ``J`` at once, of all targets of the block: many loads are on their way.
+
+    A target's gradient is a sum over its slopes less their mean, known only after the last: one of
+    slopes and one of weights, multiplied by the mean at the end, spare a second pass.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     example = (tl.program_id(0) // blocks).to(tl.int64)
     outer, head = example // heads, example % heads
-    rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) % blocks * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_N)
     axes, channels = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     real = rows < n
     grad = tl.load(
@@ -123,20 +137,20 @@ def _backward_of_targets(
     ).to(tl.float32)  # fmt: skip
     values = value_ptr + outer * value_example + head * value_head + channels
     keys = key_ptr + outer * key_example + head * key_head + axes
-    first_pair = (example * n + rows) * k
+    first_pair = (example * n + first_row) * k
     mean = tl.zeros([BLOCK_N], tl.float32)
     by_slope = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     by_weight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, k - k % J, J):
         more = _neighbors(
             first, J, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
-            real, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+            k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
         )  # fmt: skip
         mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
     for first in range(k - k % J, k):
         more = _neighbors(
             first, 1, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
-            real, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+            k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
         )  # fmt: skip
         mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
     tl.store(
@@ -148,7 +162,7 @@ def _backward_of_targets(
     )
     tl.store(mean_ptr + example * n + rows, mean, mask=real)
     tl.debug_barrier()  # what one warp has stored others read
-    begin = tl.program_id(0) % blocks * BLOCK_N * k
+    begin = first_row * k
     end = tl.minimum(begin + BLOCK_N * k, n * k)
     for some in range(begin, end, PAIRS):
         at = some + tl.arange(0, PAIRS)

@@ -14,8 +14,8 @@ HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
 
 Tensor cores multiply 16 rows, used or not; of float32 threads multiply each.
 """
-_COUNTED = 1024
-_SETTLED = 128
+_COUNTED, _SETTLED = 1024, 64
+"""Pairs of a program that counts or lists them, and of one that brings them into order."""
 
 
 @triton.jit
@@ -62,15 +62,15 @@ def _settle(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.conste
         first = tl.load(start_ptr + place)
         end = tl.load(start_ptr + place + 1)
         within = at < listed
-        rank = tl.zeros([BLOCK], tl.int32)
+        before = tl.zeros([BLOCK, 32], tl.int32)
         low = tl.min(tl.where(within, first, begin), 0)
         high = tl.max(tl.where(within, end, 0), 0)
         for there in range(low, high, 32):
             other_at = there + tl.arange(0, 32)
             other = tl.load(list_ptr + other_at, mask=other_at < high, other=0)
             same = (other_at[None, :] >= first[:, None]) & (other_at[None, :] < end[:, None])
-            rank += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), 1)
-        tl.store(rank_ptr + example * pairs + pair, rank, mask=within)
+            before += (same & (other[None, :] < pair[:, None])).to(tl.int32)
+        tl.store(rank_ptr + example * pairs + pair, tl.sum(before, 1), mask=within)
 
 
 @triton.jit
