@@ -145,9 +145,10 @@ def test_attention(launches, tmp_path, n, k, dtype, deterministic):
         attend_backward(q, q, q, keep, 0.125, 1.0, q, weight, place.zero_())
     finally:
         torch.use_deterministic_algorithms(False)
-    forward = {"_attend_rows"}
-    backward = {"_backward", "_backward_of_sources"} if deterministic else {"_backward"}
-    check(launches, tmp_path, forward | backward)
+    backward = {"_count", "_backward_of_targets", "_sum_by_source"}
+    if deterministic:
+        backward |= {"_list", "_settle"}
+    check(launches, tmp_path, {"_attend_rows"} | backward)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_many_examples(launches):
     q = torch.zeros(70000, 1, 1, 16)
     _, weight, place = attend(q, q, q, None, None, None, 1, 1.0, 1.0)
     attend_backward(q, q, q, None, 1.0, 1.0, q, weight, place)
-    assert len(launches) == 2  # whose grids have one long axis
+    assert len(launches) == 4  # whose grids have one long axis
 
 
 def test_offsets_are_counted_in_64_bits(launches):
@@ -260,12 +261,29 @@ def test_offsets_are_counted_in_64_bits(launches):
         assert not re.search(rf"muli [^:]*%({large})\b[^:]*: (tensor<[^>]*xi32>|i32)", text)
 
 
+@pytest.mark.parametrize(
+    ("d", "k", "dtype"),
+    [
+        (256, 9, torch.bfloat16),
+        (128, 32, torch.float16),
+        pytest.param(64, 256, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(256, 9, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_backward_of_wide_heads_and_many_neighbors(launches, tmp_path, d, k, dtype):
+    from convnn_geo.gpu.attention import attend_backward
+
+    q, weight = torch.randn(1, 2, 300, d, dtype=dtype), torch.ones(1, 2, 300, k)
+    attend_backward(q, q, q, None, 1.0, 1.0, q, weight, torch.zeros_like(weight).int())
+    check(launches, tmp_path, {"_count", "_backward_of_targets", "_sum_by_source"})
+
+
 def test_what_one_warp_stores_others_wait_for(launches):
     from convnn_geo.gpu.attention import attend_backward
 
     q, weight = torch.randn(1, 1, 32, 16), torch.ones(1, 1, 32, 1)
     attend_backward(q, q, q, None, 1.0, 1.0, q, weight, weight.int())
-    ((kernel, arguments),) = launches
+    ((kernel, arguments),) = (found for found in launches if "targets" in found[0].__name__)
     text = compiled(kernel, arguments).asm["ttir"]
-    of_distance = [line for line in text.splitlines() if "tt.store" in line or "barrier" in line]
-    assert "tt.store" in of_distance[0] and "barrier" in of_distance[1]
+    steps = [line for line in text.splitlines() if "tt.store" in line or "barrier" in line]
+    assert ["barrier" in line for line in steps[-2:]] == [True, False]  # the lists come last

@@ -1,6 +1,8 @@
 """Backward of attention over the k nearest: over the chosen pairs alone.
 
-Pairs without weight, hidden or dropped ones, have no part in it, whatever their values are.
+Targets gather from the sources that they chose; then sources sum over the targets that chose them,
+of which they have lists. Pairs without weight, hidden or dropped ones, have no part in it, whatever
+their values are.
 """
 
 from __future__ import annotations
@@ -12,38 +14,96 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.layout import laid_out, split
+from convnn_geo.gpu.pairs import lists, sum_by_source
+
+ROWS, AT_ONCE, WARPS = 16, 8, 4
+"""Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps."""
 
 
 @triton.jit
-def _backward(
-    q_ptr,
+def _neighbors(
+    first,
+    J: tl.constexpr,
+    grad,
+    values,
+    keys,
+    keep_ptr,
+    weight_ptr,
+    place_ptr,
+    slope_ptr,
+    first_pair,
+    k,
+    count,
+    in_value,
+    in_key,
+    value_row: tl.constexpr,
+    key_row: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+):
+    """What ``J`` neighbours of each target add to the sums of all; their slopes are stored.
+
+    All targets' first, then all targets' second, and so on, lie below one another, so that a
+    thread holds the same channels of all neighbours of a target.
+    """
+    BLOCK_N: tl.constexpr = grad.shape[0]
+    row = tl.arange(0, J * BLOCK_N) % BLOCK_N
+    pair = first_pair + row * k + first + tl.arange(0, J * BLOCK_N) // BLOCK_N
+    place = tl.load(place_ptr + pair, mask=row < count, other=0).to(tl.int64)
+    weight = tl.load(weight_ptr + pair, mask=row < count, other=0.0)
+    kept = weight
+    if HAS_KEEP:
+        keep = tl.load(keep_ptr + pair, mask=row < count, other=0.0)
+        kept *= keep
+    value = tl.load(
+        values[None, :] + (place * value_row)[:, None],
+        mask=(kept != 0.0)[:, None] & in_value[None, :],
+        other=0.0,
+    )
+    key = tl.load(
+        keys[None, :] + (place * key_row)[:, None],
+        mask=(weight != 0.0)[:, None] & in_key[None, :],
+        other=0.0,
+    )
+    value = value.reshape(J, BLOCK_N, in_value.shape[0]).to(tl.float32)
+    key = key.reshape(J, BLOCK_N, in_key.shape[0]).to(tl.float32)
+    slope = tl.sum(grad[None, :, :] * value, 2).reshape(J * BLOCK_N)
+    if HAS_KEEP:
+        slope *= keep
+    slope = tl.where(kept != 0.0, slope, 0.0)
+    tl.store(slope_ptr + pair, slope, mask=row < count)
+    slope = tl.where(weight != 0.0, weight * slope, 0.0).reshape(J, BLOCK_N)
+    weight = weight.reshape(J, BLOCK_N)
+    by_slope = tl.sum(slope[:, :, None] * key, 0)
+    return tl.sum(slope, 0), by_slope, tl.sum(weight[:, :, None] * key, 0)
+
+
+@triton.jit
+def _backward_of_targets(
     key_ptr,
     value_ptr,
     keep_ptr,
     grad_ptr,
     weight_ptr,
     place_ptr,
+    rank_ptr,
+    start_ptr,
     to_q_ptr,
-    to_key_ptr,
-    to_value_ptr,
-    to_bias_ptr,
-    of_distance_ptr,
+    slope_ptr,
+    mean_ptr,
+    sent_ptr,
     n,
     m,
     k,
     heads,
-    q_example,
-    q_head,
-    q_row,
     key_example,
     key_head,
-    key_row,
+    key_row: tl.constexpr,
     value_example,
     value_head,
-    value_row,
+    value_row: tl.constexpr,
     grad_example,
     grad_head,
-    grad_row,
+    grad_row: tl.constexpr,
     scale,
     temperature,
     d: tl.constexpr,
@@ -51,15 +111,22 @@ def _backward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    J: tl.constexpr,
+    PAIRS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    ATOMIC: tl.constexpr,
 ):
-    """Gradients of a block of targets; those of sources are added to, or left to a second pass."""
+    """Gradients of a block of targets; what they send to sources goes into the sources' lists.
+
+    Neighbours are read ``J`` at once, of all targets of the block: many loads are on their way.
+
+    A target's gradient is a sum over its slopes less their mean, known only after the last: one of
+    slopes and one of weights, multiplied by the mean at the end, spare a second pass.
+    """
     blocks = tl.cdiv(n, BLOCK_N)
     example = (tl.program_id(0) // blocks).to(tl.int64)
     outer, head = example // heads, example % heads
-    rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) % blocks * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_N)
     axes, channels = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     real = rows < n
     grad = tl.load(
@@ -68,125 +135,57 @@ def _backward(
         mask=real[:, None] & (channels < c)[None, :],
         other=0.0,
     ).to(tl.float32)  # fmt: skip
-    q = tl.load(
-        q_ptr + outer * q_example + head * q_head
-        + rows[:, None].to(tl.int64) * q_row + axes[None, :],
-        mask=real[:, None] & (axes < d)[None, :],
-        other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    values = value_ptr + outer * value_example + head * value_head
-    keys = key_ptr + outer * key_example + head * key_head
-    pair = (example * n + rows) * k
+    values = value_ptr + outer * value_example + head * value_head + channels
+    keys = key_ptr + outer * key_example + head * key_head + axes
+    first_pair = (example * n + first_row) * k
     mean = tl.zeros([BLOCK_N], tl.float32)
-    for j in range(k):
-        place = tl.load(place_ptr + pair + j, mask=real, other=0).to(tl.int64)
-        weight = tl.load(weight_ptr + pair + j, mask=real, other=0.0)
-        kept = weight
-        if HAS_KEEP:
-            keep = tl.load(keep_ptr + pair + j, mask=real, other=0.0)
-            kept *= keep
-        used = (kept != 0.0)[:, None] & (channels < c)[None, :]
-        value = tl.load(
-            values + place[:, None] * value_row + channels[None, :], mask=used, other=0.0
-        )
-        slope = tl.sum(tl.where(used, grad * value.to(tl.float32), 0.0), 1)
-        if HAS_KEEP:
-            slope = tl.where(kept != 0.0, slope * keep, 0.0)
-        mean += tl.where(weight != 0.0, weight * slope, 0.0)
-        tl.store(of_distance_ptr + pair + j, slope, mask=real)
-        if ATOMIC:
-            tl.atomic_add(
-                to_value_ptr + (example * m + place)[:, None] * c + channels[None, :],
-                kept[:, None] * grad,
-                mask=used,
-                sem="relaxed",
-            )
-    tl.debug_barrier()  # slopes that one warp has stored others read
-    to_q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for j in range(k):
-        place = tl.load(place_ptr + pair + j, mask=real, other=0).to(tl.int64)
-        weight = tl.load(weight_ptr + pair + j, mask=real, other=0.0)
-        slope = tl.load(of_distance_ptr + pair + j, mask=real, other=0.0)
-        of_distance = tl.where(weight != 0.0, weight * (mean - slope) / temperature, 0.0)
-        used = (weight != 0.0)[:, None] & (axes < d)[None, :]
-        key = tl.load(keys + place[:, None] * key_row + axes[None, :], mask=used, other=0.0)
-        to_q -= tl.where(used, scale * of_distance[:, None] * key.to(tl.float32), 0.0)
-        if ATOMIC:
-            tl.atomic_add(
-                to_key_ptr + (example * m + place)[:, None] * d + axes[None, :],
-                -scale * of_distance[:, None] * q,
-                mask=used,
-                sem="relaxed",
-            )
-            if HAS_BIAS:
-                at = to_bias_ptr + example * m + place
-                tl.atomic_add(at, of_distance, mask=weight != 0.0, sem="relaxed")
-        else:
-            tl.store(of_distance_ptr + pair + j, of_distance, mask=real)
+    by_slope = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    by_weight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for first in range(0, k - k % J, J):
+        more = _neighbors(
+            first, J, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
+            k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+        )  # fmt: skip
+        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
+    for first in range(k - k % J, k):
+        more = _neighbors(
+            first, 1, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
+            k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
+        )  # fmt: skip
+        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
     tl.store(
         to_q_ptr + (example * n + rows)[:, None] * d + axes[None, :],
-        to_q,
+        (scale / temperature * (by_slope - mean[:, None] * by_weight)).to(
+            to_q_ptr.dtype.element_ty
+        ),
         mask=real[:, None] & (axes < d)[None, :],
     )
-
-
-@triton.jit
-def _backward_of_sources(
-    q_ptr,
-    keep_ptr,
-    grad_ptr,
-    weight_ptr,
-    of_distance_ptr,
-    pair_ptr,
-    start_ptr,
-    to_key_ptr,
-    to_value_ptr,
-    to_bias_ptr,
-    n,
-    m,
-    k,
-    heads,
-    q_example,
-    q_head,
-    q_row,
-    grad_example,
-    grad_head,
-    grad_row,
-    scale,
-    d: tl.constexpr,
-    c: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_KEEP: tl.constexpr,
-):
-    """One source, which sums over the pairs that chose it, in their order: the same every time."""
-    source = tl.program_id(0).to(tl.int64)
-    example = source // m
-    outer, head = example // heads, example % heads
-    axes, channels = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    to_key = tl.zeros([BLOCK_D], tl.float32)
-    to_value = tl.zeros([BLOCK_C], tl.float32)
-    to_bias = 0.0
-    for at in range(tl.load(start_ptr + source), tl.load(start_ptr + source + 1)):
-        pair = tl.load(pair_ptr + at)
-        row = pair // k - example * n
-        weight = tl.load(weight_ptr + pair)
-        kept = weight
+    tl.store(mean_ptr + example * n + rows, mean, mask=real)
+    tl.debug_barrier()  # what one warp has stored others read
+    begin = first_row * k
+    end = tl.minimum(begin + BLOCK_N * k, n * k)
+    for some in range(begin, end, PAIRS):
+        at = some + tl.arange(0, PAIRS)
+        pair = example * n * k + at
+        rank = tl.load(rank_ptr + pair, mask=at < end, other=-1)
+        listed, row = rank >= 0, at // k
+        place = tl.load(place_ptr + pair, mask=listed, other=0)
+        weight = tl.load(weight_ptr + pair, mask=listed, other=0.0)
+        slope = tl.load(slope_ptr + pair, mask=listed, other=0.0)
+        slope = tl.load(mean_ptr + example * n + row, mask=listed, other=0.0) - slope
+        of_distance = weight * slope / temperature
         if HAS_KEEP:
-            kept *= tl.load(keep_ptr + pair)
-        of_distance = tl.load(of_distance_ptr + pair)
-        q = q_ptr + outer * q_example + head * q_head + row * q_row
-        q = tl.load(q + axes, mask=axes < d, other=0.0).to(tl.float32)
-        grad = grad_ptr + outer * grad_example + head * grad_head + row * grad_row
-        grad = tl.load(grad + channels, mask=channels < c, other=0.0).to(tl.float32)
-        to_key -= tl.where(weight != 0.0, scale * of_distance * q, 0.0)
-        to_value += tl.where(kept != 0.0, kept * grad, 0.0)
-        to_bias += of_distance
-    tl.store(to_key_ptr + source * d + axes, to_key, mask=axes < d)
-    tl.store(to_value_ptr + source * c + channels, to_value, mask=channels < c)
-    if HAS_BIAS:
-        tl.store(to_bias_ptr + source, to_bias)
+            weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
+        rank += tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
+        weight = weight.to(tl.int32, bitcast=True)
+        of_distance = of_distance.to(tl.int32, bitcast=True)
+        sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
+        field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(
+            sent_ptr + 4 * (example * n * k + rank)[:, None, None] + field[None, :, :],
+            sent,
+            mask=listed[:, None, None],
+        )  # in one word of 16 bytes: row, of_distance, weight, of_distance
 
 
 @gpu.on_its_device
@@ -202,48 +201,52 @@ def attend_backward(
     place: Tensor,
     biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to queries, keys, values and bias, in float32 and the result's leading shape.
+    """Gradients to queries, keys, values and bias in the result's leading shape.
 
-    That of a bias is empty unless ``biased``. Under ``torch.use_deterministic_algorithms`` sums
-    over pairs have a fixed order.
+    They have their tensors' types; float32, to be summed, where leading axes were broadcast. That
+    of a bias is in float32, and empty unless ``biased``. Under
+    ``torch.use_deterministic_algorithms`` sums over pairs have a fixed order.
     """
     lead, (n, k) = place.shape[:-2], place.shape[-2:]
     (m, d), c = keys.shape[-2:], value.shape[-1]
-    examples, heads = split(lead)
-    examples *= heads
-    atomic = not torch.are_deterministic_algorithms_enabled()
-    to_q, of_distance = weight.new_empty(*lead, n, d), torch.empty_like(weight)
     nothing = not grad.numel()
-    new = weight.new_zeros if atomic or nothing else weight.new_empty
-    to_keys, to_value = new(*lead, m, d), new(*lead, m, c)
-    to_bias = new(*lead, m) if biased else new(0)
+    new = weight.new_zeros if nothing else weight.new_empty
+    to_q, to_keys, to_value = (
+        new((*lead, *t.shape[-2:]), dtype=t.dtype if t.shape[:-2] == lead else torch.float32)
+        for t in (q, keys, value)
+    )
+    to_bias = new((*lead, m) if biased else 0)
     if nothing:
-        return to_q.zero_(), to_keys, to_value, to_bias
+        return to_q, to_keys, to_value, to_bias
     (q, q_at), (keys, keys_at), (value, value_at), (grad, grad_at) = (
         laid_out(t, lead, 2) for t in (q, keys, value, grad)
     )
     weight, place = weight.contiguous(), place.contiguous()
     keep = None if keep is None else keep.expand(weight.shape).contiguous()
-    sizes = {
-        **{"d": d, "c": c, "BLOCK_D": _block(d), "BLOCK_C": _block(c)},
-        **{"HAS_BIAS": biased, "HAS_KEEP": keep is not None},
-    }
-    _backward[(triton.cdiv(n, 16) * examples,)](
-        *(q, keys, value, keep, grad, weight, place, to_q, to_keys, to_value, to_bias),
-        *(of_distance, n, m, k, heads, *q_at, *keys_at, *value_at, *grad_at, scale, temperature),
-        **sizes,
-        BLOCK_N=16,
-        ATOMIC=atomic,
+    outer, heads = split(lead)
+    examples = outer * heads
+    rank, start = lists(weight, place, examples, m)
+    slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
+    sent = place.new_empty(*place.shape, 4)
+    axes, channels = _block(d), _block(c)
+    wide = max(axes * keys.itemsize, channels * value.itemsize)
+    _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
+        *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
+        *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
+        d=d,
+        c=c,
+        BLOCK_N=ROWS,
+        BLOCK_D=axes,
+        BLOCK_C=channels,
+        J=max(1, min(AT_ONCE, AT_ONCE * 128 // wide)),
+        PAIRS=triton.next_power_of_2(min(ROWS * k, 64 * WARPS)),
+        HAS_KEEP=keep is not None,
+        num_warps=WARPS,
     )
-    if not atomic:
-        first = m * torch.arange(examples, device=place.device)[:, None]
-        chosen, pair = (place.view(examples, -1) + first).flatten().sort(stable=True)
-        bounds = torch.arange(examples * m + 1, device=place.device)
-        _backward_of_sources[(examples * m,)](
-            *(q, keep, grad, weight, of_distance, pair, torch.searchsorted(chosen, bounds)),
-            *(to_keys, to_value, to_bias, n, m, k, heads, *q_at, *grad_at, scale),
-            **sizes,
-        )
+    sum_by_source(
+        *(sent, start, q, grad, to_keys, to_value, to_bias, n * k, heads),
+        *(q_at, grad_at, scale, axes, channels),
+    )
     return to_q, to_keys, to_value, to_bias
 
 
