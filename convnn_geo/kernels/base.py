@@ -160,14 +160,6 @@ def lowered(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind))
 
 
-def is_transformed() -> bool:
-    """Inside ``torch.func`` or forward-mode differentiation, which custom operators do not know."""
-    if torch.compiler.is_compiling():
-        return False
-    dual = torch.autograd.forward_ad._current_level >= 0
-    return dual or torch._C._are_functorch_transforms_active()
-
-
 def _scatter(messages: Tensor, target: Tensor, shape: Shape, reduce: str) -> Tensor:
     out = scatter(messages, target, dim=0, dim_size=math.prod(shape), reduce=reduce)
     return out.view(*shape, messages.shape[-1])
