@@ -103,11 +103,11 @@ def _form(op: Operation) -> BilinearForm | None:
     while isinstance(metric, Interpolation):
         metric = metric.end
     if type(metric) is not Feature or metric.kind not in ("dot", "scaled_dot"):
-        return op.bound.bilinear()
+        return op.product
     q, keys = op.target.features, op.source.features
     plain = metric.query is None and metric.key is None and q.dtype == keys.dtype
     if not plain or q.dtype != op.value.dtype or q.dtype not in (torch.float16, torch.bfloat16):
-        return op.bound.bilinear()
+        return op.product
     return BilinearForm(q, keys, scale=1.0 if metric.kind == "dot" else q.shape[-1] ** -0.5)
 
 
@@ -122,7 +122,7 @@ def _run(
 ) -> Tensor:
     weighting: Softmax = op.weighting  # type: ignore[assignment]
     k = _filled(op)
-    keep, mask = None, op.query().subset.mask
+    keep, mask = None, op.subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
         lead = broadcast_shapes(
             *(q.shape[:-2], keys.shape[:-2]), () if mask is None else mask.shape[:-2]
