@@ -19,7 +19,7 @@ from convnn_geo.kernels import Kernel, Sum
 from convnn_geo.metrics import Biased, BilinearForm, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.pairs import Pairs
-from convnn_geo.points import Points
+from convnn_geo.points import Points, row_starts
 from convnn_geo.search import Query
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.weighting import Softmax, Weighting
@@ -106,7 +106,7 @@ class Operation:
     def own(self) -> Tensor | None:
         """The source that each target is, ``(n,)``; None where targets are no sources."""
         if self.target is self.source:
-            return torch.arange(self.source.num_points, device=self.value.device)
+            return row_starts(self.source.num_points, 1, self.value.device)
         if self.source.grid is not None and self.target.grid is not None:
             return self.source.grid.index_of(self.target.grid, self.value.device)
         return None
@@ -176,5 +176,6 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs | None = None) -> Tensor:
     if not lost:
         return out
     # Added rather than filled in: four times faster on the CPU, and backward copies nothing.
-    nan = torch.where(reduce(torch.logical_or, lost), torch.nan, 0.0).to(out.dtype)
+    here = reduce(torch.logical_or, lost)
+    nan = here.to(out.dtype).masked_fill_(here, torch.nan)
     return out + nan if out.requires_grad else out.add_(nan)  # a kernel's result is its own

@@ -12,6 +12,7 @@ from torch_geometric.utils import scatter
 
 from convnn_geo.metrics import full_precision
 from convnn_geo.pairs import EdgePairs, Pairs
+from convnn_geo.points import row_starts
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -172,8 +173,5 @@ def spread(weight: Tensor, lead: torch.Size) -> Tensor:
 
 def flat_index(index: Tensor, lead: torch.Size, num_sources: int) -> Tensor:
     """Indices ``(..., n, k)`` into rows of all examples, ``(B n, k)``."""
-    examples = math.prod(lead)
-    start = torch.arange(examples, device=index.device) * num_sources
-    n, k = index.shape[-2:]
-    index = index.expand(*lead, n, k).reshape(examples, n, k)
-    return (index + start[:, None, None]).flatten(0, 1)
+    start = row_starts(math.prod(lead), num_sources, index.device).view(*lead, 1, 1)
+    return (index + start).flatten(0, -2)
