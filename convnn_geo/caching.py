@@ -11,8 +11,8 @@ import torch
 Result = TypeVar("Result")
 
 
-def once(function: Callable[[Any], Result]) -> Any:
-    """A property of a frozen dataclass, computed when first asked for.
+class once:  # noqa: N801, as properties are written
+    """A property of a frozen dataclass, computed when first asked for, then a plain attribute.
 
     :class:`functools.cached_property` takes a lock before Python 3.12, which is not traceable.
 
@@ -30,15 +30,16 @@ def once(function: Callable[[Any], Result]) -> Any:
         computing
         (9, 9)
     """
-    name = f"_once_{function.__name__}"
 
-    @wraps(function)
-    def get(self: Any) -> Result:
-        if not hasattr(self, name):
-            object.__setattr__(self, name, function(self))
-        return getattr(self, name)
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function, self.__doc__ = function, function.__doc__
 
-    return property(get)
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = self.function(instance)
+        object.__setattr__(instance, self.function.__name__, value)
+        return value
 
 
 def keep(size: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from convnn_geo.caching import once
-from convnn_geo.candidates import Candidates, Window
+from convnn_geo.candidates import Candidates, Subset, Window
 from convnn_geo.kernels import Kernel, Sum
-from convnn_geo.metrics import Biased, Distances, Metric
+from convnn_geo.metrics import Biased, BilinearForm, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.pairs import Pairs
-from convnn_geo.points import Points
+from convnn_geo.points import Points, row_starts
 from convnn_geo.search import Query
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.weighting import Softmax, Weighting
@@ -60,49 +60,67 @@ class Operation:
     search: str = "auto"
     image: Tensor | None = None
 
-    def query(self) -> Query:
-        """What is asked of the search: everything but k."""
+    @once
+    def subset(self) -> Subset:
+        """Where each target may look."""
         subset = self.candidates(self.target, self.source).restrict(self.mask)
         if self.source.mask is not None:
             subset = subset.restrict(self.source.mask.unsqueeze(-2))
-        bound = self.bound if self.weighting.uses_distance or self.bias is not None else None
-        # The weighting asks for the distances of chosen pairs itself, with gradient.
-        return Query(self.target, self.source, self.metric, 1, subset, distances=bound, exact=False)
+        return subset
+
+    def query(self) -> Query:
+        """What is asked of the search: everything but k."""
+        return Query(
+            self.target,
+            self.source,
+            self.metric,
+            1,
+            self.subset,
+            bind=lambda: self._searched,
+            exact=False,  # who wants the distances of chosen pairs asks for them, with gradient
+        )
 
     @once
     def bound(self) -> Distances:
         """The metric bound to the points, with gradient."""
+        return self._bind()
+
+    @once
+    def _searched(self) -> Distances:
+        """The same for the search, which needs no gradient; one binding does where weights do."""
+        if self.weighting.uses_distance:
+            return self.bound
+        with torch.no_grad():
+            return self._bind()
+
+    def _bind(self) -> Distances:
         bound = self.metric.bind(self.target, self.source)
         return bound if self.bias is None else Biased(bound, self.bias)
+
+    @once
+    def product(self) -> BilinearForm | None:
+        """The metric as one matrix product; None where it is none."""
+        bound = self.bound
+        return (bound.inner if isinstance(bound, Biased) else bound).bilinear()
 
     def own(self) -> Tensor | None:
         """The source that each target is, ``(n,)``; None where targets are no sources."""
         if self.target is self.source:
-            return torch.arange(self.source.num_points, device=self.value.device)
+            return row_starts(self.source.num_points, 1, self.value.device)
         if self.source.grid is not None and self.target.grid is not None:
             return self.source.grid.index_of(self.target.grid, self.value.device)
         return None
 
     @once
     def whole(self) -> bool:
-        """Whether every candidate is kept, each in its place.
+        """Whether every candidate is kept, each in its place."""
+        axes = None if self.source.grid is None else len(self.source.grid.size)
+        return keeps_all(self.candidates, self.selection, self.order, axes)
 
-        So it is, too, where as many as a window has are kept in raster order: then there is
-        nothing to choose, and tap j is the window's j-th place at borders as well.
-        """
-        chosen, window = self.selection, self.candidates
-        if not isinstance(chosen, KNearest):
-            return isinstance(chosen, Every)
-        if self.order != "raster" or not isinstance(window, Window) or self.source.grid is None:
-            return False
-        size = math.prod(window.spread(len(self.source.grid.size))[0])
-        return chosen.k == size and chosen.dilation == 1 and chosen.self_point == "natural"
-
-    def neighborhood(self) -> Neighborhood:
-        """Candidates, then selection, then order."""
-        query = self.query()
+    def neighborhood(self, search: str | None = None) -> Neighborhood:
+        """Candidates, then selection, then order; by another search engine than its own."""
         selection = Every() if self.whole else self.selection
-        found = selection(query, self.own(), self.search)
+        found = selection(self.query(), self.own(), search or self.search)
         m = self.source.num_points
         if isinstance(selection, KNearest) and found.k > m and self._sums_shares:
             found = found.apply(lambda t: t[..., :m])  # the rest is empty
@@ -111,7 +129,7 @@ class Operation:
             found = replace(found, mask=real if found.mask is None else found.mask & real)
         if self.order == "rank" or self.whole:
             return found
-        among = query.subset.index
+        among = self.subset.index
         shared = among is None or among.shape[-2] != found.num_targets
         return found.raster(None if shared else among)
 
@@ -125,6 +143,20 @@ class Operation:
         chosen = self.neighborhood() if neighborhood is None else neighborhood
         value = self.kernel.project(self.value)
         return Pairs(self.target, self.source, value, lambda: self.bound, chosen)
+
+
+def keeps_all(candidates: Candidates, selection: Selection, order: str, axes: int | None) -> bool:
+    """Whether every candidate is kept, each in its place, of sources on a grid of that many axes.
+
+    So it is, too, where as many as a window has are kept in raster order: then there is nothing to
+    choose, and tap j is the window's j-th place at borders as well.
+    """
+    if not isinstance(selection, KNearest):
+        return isinstance(selection, Every)
+    if order != "raster" or not isinstance(candidates, Window) or axes is None:
+        return False
+    size = math.prod(candidates.spread(axes)[0])
+    return selection.k == size and selection.dilation == 1 and selection.self_point == "natural"
 
 
 def show_nan(out: Tensor, op: Operation, pairs: Pairs | None = None) -> Tensor:
@@ -144,5 +176,6 @@ def show_nan(out: Tensor, op: Operation, pairs: Pairs | None = None) -> Tensor:
     if not lost:
         return out
     # Added rather than filled in: four times faster on the CPU, and backward copies nothing.
-    nan = torch.where(reduce(torch.logical_or, lost), torch.nan, 0.0).to(out.dtype)
+    here = reduce(torch.logical_or, lost)
+    nan = here.to(out.dtype).masked_fill_(here, torch.nan)
     return out + nan if out.requires_grad else out.add_(nan)  # a kernel's result is its own

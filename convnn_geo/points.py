@@ -262,7 +262,7 @@ class Points:
 
     def with_x(self, x: Tensor | None) -> Points:
         """The same points with other features."""
-        return replace(self, x=x)
+        return Points(x, self.pos, self.mask, self.grid)
 
 
 def position_range(pos: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -274,6 +274,12 @@ def position_range(pos: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Ten
     low = pos.masked_fill(empty, torch.inf).amin(-2, keepdim=True).masked_fill(none, 0.0)
     high = pos.masked_fill(empty, -torch.inf).amax(-2, keepdim=True).masked_fill(none, 0.0)
     return low, high
+
+
+@keep(64)
+def row_starts(examples: int, rows: int, device: torch.device) -> Tensor:
+    """Where each example starts among the rows of all, ``(examples,)``."""
+    return torch.arange(examples, device=device) * rows
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -289,8 +295,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     m, c = values.shape[-2:]
     n, k = index.shape[-2:]
     values = values.expand(*lead, m, c).reshape(-1, c)
-    start = torch.arange(math.prod(lead), device=index.device).view(*lead, 1, 1) * m
-    flat = (index + start).flatten()
+    flat = (index + row_starts(math.prod(lead), m, index.device).view(*lead, 1, 1)).flatten()
     return values.index_select(0, flat).view(*lead, n, k, c)
 
 

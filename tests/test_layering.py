@@ -18,7 +18,7 @@ NAMES = [str(p.relative_to(ROOT)) for p in FILES]
 
 #: Each line may import from the lines above it, and from its own.
 PIPELINE = [
-    {"typing", "checks", "caching", "extras", "compiled", "gpu", "shapes", "workers"},
+    {"typing", "checks", "caching", "extras", "compiled", "gpu", "operators", "shapes", "workers"},
     {"points"},
     {"encodings"},
     {"metrics"},

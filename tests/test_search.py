@@ -586,7 +586,7 @@ def test_empty_targets_give_an_empty_answer():
 def test_distances_with_a_bias_are_not_searched_by_grid():
     points = Points.from_image(torch.zeros(1, 1, 3, 4))
     bound = Biased(Spatial().bind(points, points), torch.randn(12, 12))
-    query = Query(points, points, Spatial(), 3, distances=bound)
+    query = Query(points, points, Spatial(), 3, bind=lambda: bound)
     assert "bias" in ENGINES["grid"].refuses(query)
     assert torch.equal(find(query).index, bound.rows().argsort(-1)[:, :3])
 

@@ -82,12 +82,20 @@ class Window(Candidates):
         """Padding before and after, for each axis."""
         return _pads(self.kernel_size, self.stride, self.padding, self.dilation, axes)
 
+    def size(self, size: Axes) -> Axes:
+        """Points an axis of the output for an image of that size; an error where none fit."""
+        return _size(size, *self._options)
+
     def targets(self, source: Grid) -> Grid:
         """The grid of window centres: the output grid of the convolution with this window."""
         if self.border != "pad":
             return source
-        axes = len(source.size)
-        return _targets(source, *self.spread(axes), self.pads(axes), self.padding_mode)
+        return _targets(source, *self._options)
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        parts = self.kernel_size, self.stride, self.padding, self.dilation
+        return (*parts, self.padding_mode)
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Indices ``(n, w)`` with a mask where the window leaves the image."""
@@ -149,26 +157,45 @@ def _pads(
 
 
 @keep(256)
-def _targets(
-    source: Grid,
-    kernel_size: Axes,
-    stride: Axes,
-    dilation: Axes,
-    pads: tuple[tuple[int, int], ...],
+def _size(
+    source: Axes,
+    kernel_size: int | Axes,
+    stride: int | Axes,
+    padding: int | Axes | str,
+    dilation: int | Axes,
     padding_mode: str,
-) -> Grid:
-    reach = tuple(d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
+) -> Axes:
+    pads = _pads(kernel_size, stride, padding, dilation, len(source))
+    kernel_size, stride, dilation = _spread(kernel_size, stride, dilation, len(source))
     size = tuple(
-        (s + before + after - r - 1) // t + 1
-        for s, (before, after), r, t in zip(source.size, pads, reach, stride, strict=True)
+        (s + before + after - d * (k - 1) - 1) // t + 1
+        for s, (before, after), d, k, t in zip(
+            source, pads, dilation, kernel_size, stride, strict=True
+        )
     )
-    if min(size) < 1 and min(source.size) > 0:
+    if min(size) < 1 and min(source) > 0:
         raise ValueError(
             f"a window of {kernel_size} with dilation {dilation} does not fit into an image "
-            f"of {source.size} with padding {pads}"
+            f"of {source} with padding {pads}"
         )
-    for length, pad in zip(source.size, pads, strict=True):
+    for length, pad in zip(source, pads, strict=True):
         _check_fold(length, max(pad), padding_mode)
+    return size
+
+
+@keep(256)
+def _targets(
+    source: Grid,
+    kernel_size: int | Axes,
+    stride: int | Axes,
+    padding: int | Axes | str,
+    dilation: int | Axes,
+    padding_mode: str,
+) -> Grid:
+    size = _size(source.size, kernel_size, stride, padding, dilation, padding_mode)
+    pads = _pads(kernel_size, stride, padding, dilation, len(source.size))
+    kernel_size, stride, dilation = _spread(kernel_size, stride, dilation, len(source.size))
+    reach = tuple(d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     origin = tuple(
         o + s * (r / 2 - before)
         for o, s, (before, _), r in zip(source.origin, source.step, pads, reach, strict=True)

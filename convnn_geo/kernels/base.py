@@ -12,6 +12,7 @@ from torch_geometric.utils import scatter
 
 from convnn_geo.metrics import full_precision
 from convnn_geo.pairs import EdgePairs, Pairs
+from convnn_geo.points import row_starts
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -160,14 +161,6 @@ def lowered(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind))
 
 
-def is_transformed() -> bool:
-    """Inside ``torch.func`` or forward-mode differentiation, which custom operators do not know."""
-    if torch.compiler.is_compiling():
-        return False
-    dual = torch.autograd.forward_ad._current_level >= 0
-    return dual or torch._C._are_functorch_transforms_active()
-
-
 def _scatter(messages: Tensor, target: Tensor, shape: Shape, reduce: str) -> Tensor:
     out = scatter(messages, target, dim=0, dim_size=math.prod(shape), reduce=reduce)
     return out.view(*shape, messages.shape[-1])
@@ -180,8 +173,5 @@ def spread(weight: Tensor, lead: torch.Size) -> Tensor:
 
 def flat_index(index: Tensor, lead: torch.Size, num_sources: int) -> Tensor:
     """Indices ``(..., n, k)`` into rows of all examples, ``(B n, k)``."""
-    examples = math.prod(lead)
-    start = torch.arange(examples, device=index.device) * num_sources
-    n, k = index.shape[-2:]
-    index = index.expand(*lead, n, k).reshape(examples, n, k)
-    return (index + start[:, None, None]).flatten(0, 1)
+    start = row_starts(math.prod(lead), num_sources, index.device).view(*lead, 1, 1)
+    return (index + start).flatten(0, -2)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo import compiled
+from convnn_geo.operators import is_traced, operator
 
 _CACHED = 2**20
 """Bytes of gathered rows that are worked on at a time, on the CPU."""
@@ -48,7 +49,7 @@ def gather_taps(
     return _gather_taps(rows, index, rho, taps, bias, groups, triton)
 
 
-@torch.library.custom_op("convnn_geo::gather_taps", mutates_args=())
+@operator("gather_taps")
 def _gather_taps(
     rows: Tensor,
     index: Tensor,
@@ -94,7 +95,7 @@ def _(
     return rows.new_empty(index.shape[1], taps.shape[1])
 
 
-@torch.library.custom_op("convnn_geo::gather_taps_backward", mutates_args=())
+@operator("gather_taps_backward")
 def _triton_backward(
     rows: Tensor,
     index: Tensor,
@@ -144,8 +145,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     rows, index, rho, taps = ctx.saved_tensors
     need_rows, _, need_rho, need_taps, need_bias, *_ = ctx.needs_input_grad
     to_bias = grad.sum(0) if need_bias else None
-    tracing = torch._C._len_torch_dispatch_stack() > 0
-    again = torch.is_grad_enabled() and not tracing  # to be differentiated once more
+    again = torch.is_grad_enabled() and not is_traced()  # to be differentiated once more
     if ctx.triton and not again:
         needed = (need_rows or need_rho, need_taps)
         found = _triton_backward(rows, index, rho, taps, grad, ctx.groups, needed)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn_geo.kernels.base import Kernel, flat_index, is_transformed, lowered, spread
+from convnn_geo.kernels.base import Kernel, flat_index, lowered, spread
 from convnn_geo.kernels.gather_taps import gather_taps
+from convnn_geo.operators import is_transformed
 from convnn_geo.pairs import Pairs
 from convnn_geo.shapes import broadcast_shapes
 

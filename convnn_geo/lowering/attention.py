@@ -11,7 +11,7 @@ from torch import Tensor
 from convnn_geo.candidates import All, Block, Both, Candidates, Causal, Congruent
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.rules import Rule
-from convnn_geo.metrics import Biased, BilinearForm, full_precision
+from convnn_geo.metrics import full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.shapes import broadcast_shapes
@@ -57,17 +57,13 @@ class Attention(Rule):
             return f"{type(op.selection).__name__} keeps part of the candidates"
         if not by_mask(op.candidates):
             return f"candidates of {type(op.candidates).__name__} are named by index"
-        if self._form(op) is None:
+        if op.product is None:
             return "the metric is not bilinear"
         return None
 
-    def _form(self, op: Operation) -> BilinearForm | None:
-        bound = op.bound
-        return (bound.inner if isinstance(bound, Biased) else bound).bilinear()
-
     def run(self, op: Operation) -> Tensor:
         """Attend."""
-        form = self._form(op)
+        form = op.product
         if form is None:
             raise TypeError("attention lowering needs a bilinear metric")
         weighting: Softmax = op.weighting  # type: ignore[assignment]
@@ -83,7 +79,7 @@ class Attention(Rule):
             dtype = q.dtype  # half precision would round b, which may be large, to whole units
         plain = op.mask is None and op.source.mask is None and op.bias is None
         causal = plain and type(op.candidates) is Causal
-        mask = None if causal else op.query().subset.mask
+        mask = None if causal else op.subset.mask
         if op.bias is not None:
             bias = (op.bias / weighting.temperature).to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)

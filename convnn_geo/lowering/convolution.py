@@ -6,36 +6,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn_geo.candidates import Window
+from convnn_geo.candidates import Candidates, Window
 from convnn_geo.kernels import Max, Mean, Separable, Taps
 from convnn_geo.lowering.rules import Rule
-from convnn_geo.operation import Operation
-from convnn_geo.weighting import Ones
+from convnn_geo.operation import Operation, keeps_all
+from convnn_geo.selection import Selection
+from convnn_geo.weighting import Ones, Weighting
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
+def unlike_windows(
+    candidates: Candidates, selection: Selection, weighting: Weighting, order: str, axes: int | None
+) -> str | None:
+    """Why no sum of these is a plain one over whole windows; None where it is, on all images."""
+    if not isinstance(candidates, Window):
+        return f"candidates are {type(candidates).__name__}, not a Window"
+    if candidates.border != "pad":
+        return f"windows {candidates.border} at borders instead of padding"
+    if not keeps_all(candidates, selection, order, axes):
+        return f"{type(selection).__name__} keeps part of the window"
+    if not isinstance(weighting, Ones):
+        return f"weights are {type(weighting).__name__}, not Ones"
+    return None
+
+
 def _windowed(op: Operation) -> str | None:
     """Why the operation is not a plain sum over whole windows; None where it is."""
-    window = op.candidates
-    if not isinstance(window, Window):
-        return f"candidates are {type(window).__name__}, not a Window"
-    if window.border != "pad":
-        return f"windows {window.border} at borders instead of padding"
-    if not op.whole:
-        return f"{type(op.selection).__name__} keeps part of the window"
-    if not isinstance(op.weighting, Ones):
-        return f"weights are {type(op.weighting).__name__}, not Ones"
+    grid, window = op.source.grid, op.candidates
+    axes = None if grid is None else len(grid.size)
+    reason = unlike_windows(window, op.selection, op.weighting, op.order, axes)
+    if reason is not None:
+        return reason
     if op.mask is not None or op.source.mask is not None:
         return "some points are masked"
-    grid = op.source.grid
     if grid is None or op.value.ndim != 3:
         return "the sources are no image"
     if len(grid.size) not in _CONV:
         return f"images of {len(grid.size)} axes"
-    centred = op.target.grid == window.targets(grid)  # `!=` is not traceable for symbolic sizes
+    centres = window.targets(grid)  # type: ignore[operator]
+    centred = op.target.grid == centres  # `!=` is not traceable for symbolic sizes
     if not centred:
         return "the targets are not the window's centres"
     return None
@@ -61,30 +73,30 @@ class Convolution(Rule):
 
     def run(self, op: Operation) -> Tensor:
         """Convolve."""
-        if isinstance(op.kernel, Taps):
-            out = self._convolve(op, op.kernel)
-        else:
-            kernel: Separable = op.kernel  # type: ignore[assignment]
-            out = self._convolve(op, kernel.first)
-            point = kernel.pointwise.flatten(1)[(...,) + (None,) * (out.ndim - 2)]
-            out = _CONV[out.ndim - 2](out, point, kernel.bias)
+        out = convolve(_image(op), op.kernel, op.candidates)  # type: ignore[arg-type]
         return out.flatten(2).transpose(1, 2)
 
-    def _convolve(self, op: Operation, taps: Taps) -> Tensor:
-        window: Window = op.candidates  # type: ignore[assignment]
-        image = _image(op)
-        axes = image.ndim - 2
-        kernel_size, stride, dilation = window.spread(axes)
+
+def convolve(image: Tensor, kernel: Taps | Separable, window: Window) -> Tensor:
+    """Taps over the windows of images ``(b, c, *size)``: ``(b, d, *size)``."""
+    axes = image.ndim - 2
+    if isinstance(kernel, Separable):
+        out = convolve(image, kernel.first, window)
+        point = kernel.pointwise.flatten(1)[(...,) + (None,) * axes]
+        return _CONV[axes](out, point, kernel.bias)
+    padding, mode = window.padding, window.padding_mode
+    if mode != "zeros" or isinstance(padding, str):
         pads = window.pads(axes)
         padding = tuple(before for before, _ in pads)
-        if any(before != after for before, after in pads) or (
-            window.padding_mode != "zeros" and any(padding)
-        ):
-            mode = "constant" if window.padding_mode == "zeros" else window.padding_mode
+        if (mode != "zeros" and any(padding)) or any(before != after for before, after in pads):
             around = [p for axis in reversed(pads) for p in axis]
-            image, padding = F.pad(image, around, mode=mode), (0,) * axes
-        weight = taps.weight.reshape(*taps.weight.shape[:2], *kernel_size)
-        return _CONV[axes](image, weight, taps.bias, stride, padding, dilation, taps.groups)
+            mode = "constant" if mode == "zeros" else mode
+            image, padding = F.pad(image, around, mode=mode), 0
+    weight = kernel.weight
+    if weight.ndim != image.ndim:
+        weight = weight.reshape(*weight.shape[:2], *window.spread(axes)[0])
+    options = window.stride, padding, window.dilation, kernel.groups
+    return _CONV[axes](image, weight, kernel.bias, *options)
 
 
 class Pooling(Rule):

@@ -16,7 +16,6 @@ from torch import Tensor
 from convnn_geo import compiled, gpu
 from convnn_geo.gpu.layout import empty_result, leading
 from convnn_geo.kernels import Sum
-from convnn_geo.kernels.base import is_transformed
 from convnn_geo.lowering.attention import by_mask
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import (
@@ -29,6 +28,7 @@ from convnn_geo.metrics import (
     full_precision,
 )
 from convnn_geo.operation import Operation, show_nan
+from convnn_geo.operators import is_traced, is_transformed, operator
 from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import Problem, by_rows
 from convnn_geo.search.rows import Hidden
@@ -103,11 +103,11 @@ def _form(op: Operation) -> BilinearForm | None:
     while isinstance(metric, Interpolation):
         metric = metric.end
     if type(metric) is not Feature or metric.kind not in ("dot", "scaled_dot"):
-        return op.bound.bilinear()
+        return op.product
     q, keys = op.target.features, op.source.features
     plain = metric.query is None and metric.key is None and q.dtype == keys.dtype
     if not plain or q.dtype != op.value.dtype or q.dtype not in (torch.float16, torch.bfloat16):
-        return op.bound.bilinear()
+        return op.product
     return BilinearForm(q, keys, scale=1.0 if metric.kind == "dot" else q.shape[-1] ** -0.5)
 
 
@@ -122,7 +122,7 @@ def _run(
 ) -> Tensor:
     weighting: Softmax = op.weighting  # type: ignore[assignment]
     k = _filled(op)
-    keep, mask = None, op.query().subset.mask
+    keep, mask = None, op.subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
         lead = broadcast_shapes(
             *(q.shape[:-2], keys.shape[:-2]), () if mask is None else mask.shape[:-2]
@@ -131,7 +131,7 @@ def _run(
         keep = F.dropout(ones, weighting.dropout)
     inputs = [t for t in (q, keys, op.value, bias) if t is not None]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    out, _, _ = torch.ops.convnn_geo.neighbor_attention(
+    out, _, _ = _attend(
         *(kind, q, keys, op.value, bias, mask, keep, k),
         *(float(scale), weighting.temperature, engine, trains),
     )
@@ -183,7 +183,7 @@ def _is_one_form(bound: Any) -> bool:
     return isinstance(bound, BilinearForm) and bound.precision is None
 
 
-@torch.library.custom_op("convnn_geo::neighbor_attention", mutates_args=())
+@operator("neighbor_attention")
 def _attend(
     kind: str,
     q: Tensor,
@@ -252,7 +252,7 @@ def _(
     return out, weight, torch.empty_like(weight, dtype=torch.int32 if triton else torch.long)
 
 
-@torch.library.custom_op("convnn_geo::neighbor_attention_backward", mutates_args=())
+@operator("neighbor_attention_backward")
 def _attend_backward(
     kind: str,
     q: Tensor,
@@ -371,8 +371,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     q, keys, value, bias, keep, weight, place = ctx.saved_tensors
-    tracing = torch._C._len_torch_dispatch_stack() > 0
-    if torch.is_grad_enabled() and not tracing:  # to be differentiated again
+    if torch.is_grad_enabled() and not is_traced():  # to be differentiated again
         inputs = [t for t in (q, keys, value, bias) if t is not None]
         wanted = [t for t in inputs if t.requires_grad]
         out = _plain(ctx.kind, q, keys, value, bias, keep, weight, place, *ctx.rest[:2])
@@ -382,7 +381,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
             for t in (q, keys, value, bias)
         ]
         return (None, *grads, *[None] * 7)
-    to_q, to_keys, to_value, to_bias = torch.ops.convnn_geo.neighbor_attention_backward(
+    to_q, to_keys, to_value, to_bias = _attend_backward(
         ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place, bias is not None
     )
     return (

@@ -42,17 +42,18 @@ class Aggregation(Rule):
         """Find, weigh, aggregate."""
         return self.run_with_weights(op)[0]
 
-    def run_with_weights(self, op: Operation) -> tuple[Tensor, Pairs, Tensor | None]:
-        """The result, the chosen pairs and their weights."""
-        op = self.prepared(op)
-        pairs = op.pairs()
+    def run_with_weights(
+        self, op: Operation, search: str | None = None
+    ) -> tuple[Tensor, Pairs, Tensor | None]:
+        """The result, the chosen pairs and their weights; searched as the rule does by default."""
+        pairs = op.pairs(op.neighborhood(search or self.search(op)))
         weight = op.weighting(pairs)
         out = self.aggregate(op, pairs, weight)
         return show_nan(out, op, pairs), pairs, weight
 
-    def prepared(self, op: Operation) -> Operation:
-        """The operation as this rule searches it."""
-        return op
+    def search(self, op: Operation) -> str:
+        """The engine by which this rule searches."""
+        return op.search
 
     @abstractmethod
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
@@ -84,9 +85,9 @@ class TritonTaps(Gather):
             return "values are torch.float64"
         return gpu.refuses(op.value.device)
 
-    def prepared(self, op: Operation) -> Operation:
+    def search(self, op: Operation) -> str:
         """Triton searches as well, unless another engine is asked for."""
-        return searched_by_triton(op)
+        return triton_search(op)
 
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """One kernel forward, two backward."""
@@ -94,10 +95,10 @@ class TritonTaps(Gather):
         return kernel.gather(pairs, weight, triton=True)
 
 
-def searched_by_triton(op: Operation) -> Operation:
-    """The same operation with Triton's search, where that serves and no other is asked for."""
+def triton_search(op: Operation) -> str:
+    """Triton's search where that serves and no other is asked for."""
     selection = op.selection
     if op.search != "auto" or op.whole or not isinstance(selection, KNearest):
-        return op
+        return op.search
     query = replace(op.query(), k=selection.k * selection.dilation)
-    return op if ENGINES["triton"].refuses(query) else replace(op, search="triton")
+    return op.search if ENGINES["triton"].refuses(query) else "triton"

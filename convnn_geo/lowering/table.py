@@ -19,7 +19,7 @@ from convnn_geo.lowering.rules import (
     Gather,
     Rule,
     TritonTaps,
-    searched_by_triton,
+    triton_search,
 )
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import Pairs
@@ -44,9 +44,10 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
     """The rule that runs an operation, and the reason of each that does not."""
     check_name("backend", backend, BACKENDS)
     passed: list[tuple[Rule, str]] = []
+    other = f"backend={backend!r} was asked for"
     for rule in RULES:
         if backend not in ("auto", rule.backend):
-            passed.append((rule, f"backend={backend!r} was asked for"))
+            passed.append((rule, other))
             continue
         reason = rule.refuses(op)
         if reason is None:
@@ -78,7 +79,7 @@ def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pair
         taps = TritonTaps()
         if taps.refuses(op) is None:
             return taps.run_with_weights(op)
-        op = searched_by_triton(op)
+        return Gather().run_with_weights(op, triton_search(op))
     wanted = "message_passing" if backend == "message_passing" else "gather"
     rule = next(r for r in RULES if isinstance(r, Aggregation) and r.backend == wanted)
     return rule.run_with_weights(op)
@@ -132,9 +133,9 @@ def _search_line(op: Operation, rule: Rule) -> list[str]:
         return []
     if op.search != "auto":
         return [f"  {'search':<{_WIDTH}} {op.search} (asked for)"]
-    op = rule.prepared(op)
-    if op.search != "auto":
-        return [f"  {'search':<{_WIDTH}} {op.search} (as backend={rule.backend!r} has it)"]
+    search = rule.search(op)
+    if search != "auto":
+        return [f"  {'search':<{_WIDTH}} {search} (as backend={rule.backend!r} has it)"]
     *passed, (chosen, _) = explain_search(op.query())
     names: dict[str, list[str]] = {}
     for name, reason in passed:

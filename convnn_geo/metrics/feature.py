@@ -116,7 +116,7 @@ def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
 
 def _unit(x: Tensor) -> Tensor:
     """Unit vectors; zero, and without gradient, where there is no direction."""
-    norm = x.norm(dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norm.masked_fill(norm < 1e-12, torch.inf)
 
 

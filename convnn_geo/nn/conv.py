@@ -22,6 +22,7 @@ from convnn_geo.checks import (
 from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
+from convnn_geo.lowering.convolution import convolve, unlike_windows
 from convnn_geo.metrics import Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
@@ -217,12 +218,33 @@ class _ConvNN(TapLayer):
         """Apply the layer to ``(b, c, *size)`` or ``(c, *size)``."""
         if isinstance(input, Tensor) and input.ndim == self.axes + 2 and input.shape[0] == 0:
             return self._empty(input)
+        if self._convolves():
+            return self._convolved(input)
         op = self.operation(input)
         out = run(op, self.backend)
         out = out.transpose(1, 2).unflatten(-1, op.target.grid.size)  # type: ignore[union-attr]
         if self.shuffle > 1:
             out = pixel_shuffle(out, self.shuffle)
         return out if input.ndim == self.axes + 2 else out.squeeze(0)
+
+    def _convolves(self) -> bool:
+        """Whether this is a convolution whatever the image, which then need not become points."""
+        parts = self.candidates, self.selection, self.weighting, self.order
+        return (
+            self.backend in ("auto", "native")
+            and self.candidates is self.window
+            and self.encoding is None
+            and self.shuffle == 1
+            and self.kernel in ("standard", "depthwise", "separable")
+            and unlike_windows(*parts, self.axes) is None
+        )
+
+    def _convolved(self, input: Tensor) -> Tensor:
+        self._check(input)
+        x = input.unsqueeze(0) if input.ndim == self.axes + 1 else input
+        self.window.size(tuple(x.shape[2:]))  # raises where none fits
+        out = convolve(x, self.bound_kernel(), self.window)  # type: ignore[arg-type]
+        return out if x is input else out.squeeze(0)
 
     def _empty(self, x: Tensor) -> Tensor:
         """No examples: no output, of the right shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import keep
 from convnn_geo.candidates import All, Causal
 from convnn_geo.checks import check_alike, check_floating, check_int, check_number, check_tensor
 from convnn_geo.kernels import Sum
@@ -15,6 +16,15 @@ from convnn_geo.points import Points
 from convnn_geo.selection import KNearest
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
+
+# Modules without parameters serve every call: to make one takes longer than a call should.
+_SCALED_DOT, _DOT = as_metric("scaled_dot"), as_metric("dot")
+_ALL, _CAUSAL, _SUM = All(), Causal(), Sum()
+
+
+@keep(64)
+def _stages(k: int, temperature: float, dropout: float) -> tuple[KNearest, Softmax]:
+    return KNearest(k), Softmax(temperature, dropout)
 
 
 def knn_attention(
@@ -76,10 +86,9 @@ def knn_attention(
         raise ValueError("pass attn_mask or is_causal, not both; the mask may be causal itself")
     if metric is not None and scale is not None:
         raise ValueError("pass metric or scale, not both")
-    chosen = "scaled_dot" if metric is None else metric
-    temperature = 1.0
+    chosen, temperature = _SCALED_DOT if metric is None else as_metric(metric), 1.0
     if scale is not None:
-        chosen, temperature = "dot", 1 / check_number("scale", scale, exclusive=True)
+        chosen, temperature = _DOT, 1 / check_number("scale", scale, exclusive=True)
     mask, bias = _mask(attn_mask, query, key, value)
     if bias is not None:  # it is added once scores are scaled
         bias = bias * temperature
@@ -87,11 +96,10 @@ def knn_attention(
         Points(query),
         Points(key),
         value,
-        as_metric(chosen),
-        Causal() if is_causal else All(),
-        KNearest(k),
-        Softmax(temperature, dropout_p),
-        Sum(),
+        chosen,
+        _CAUSAL if is_causal else _ALL,
+        *_stages(k, temperature, dropout_p),
+        _SUM,
         mask=mask,
         bias=bias,
     )

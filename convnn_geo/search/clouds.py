@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convnn_geo.checks import check_name
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.operators import operator
 from convnn_geo.points import Points
 from convnn_geo.search.nearest import Problem, implemented, measured
 from convnn_geo.search.query import Query
@@ -78,7 +79,7 @@ def find_in_clouds(
     return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)
 
 
-@torch.library.custom_op("convnn_geo::nearest_in_clouds", mutates_args=())
+@operator("nearest_in_clouds")
 def _nearest_in_clouds(
     kind: str,
     q: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convnn_geo.caching import keep
 from convnn_geo.metrics import Differences, Interpolation, Metric, Spatial, Sum
+from convnn_geo.operators import operator
 from convnn_geo.points import Grid, Points
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.smallest import k_smallest
@@ -59,7 +60,7 @@ class GridSearch(Engine):
         return index, distance, None
 
 
-@torch.library.custom_op("convnn_geo::nearest_on_grid", mutates_args=())
+@operator("nearest_on_grid")
 def _on_grid(
     target_size: Sequence[int],
     k: int,

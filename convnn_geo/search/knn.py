@@ -20,13 +20,14 @@ from convnn_geo.checks import (
 )
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.points import Points
+from convnn_geo.points import Points, row_starts
 from convnn_geo.search.clouds import find_in_clouds
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import Ragged, check_batch, too_many
 from convnn_geo.search.registry import find, with_self_first
 from convnn_geo.typing import SELF_POINTS
 
+_EUCLIDEAN = as_metric("euclidean")
 SHORT = ("error", "truncate", "pad")
 """What becomes of a k that is over the number of candidates."""
 
@@ -86,7 +87,7 @@ def knn(
         >>> knn(x, k=1, self_point="excluded").index.flatten().tolist()
         [1, 0, 3, 2]
     """
-    metric = as_metric(metric)
+    metric = _EUCLIDEAN if metric == "euclidean" else as_metric(metric)
     if k is None:
         raise TypeError("knn: expected the number of neighbours, k=")
     k = check_int("k", k)
@@ -156,7 +157,7 @@ class _Search:
         query = Query(target, source, self.metric, min(k, most), subset, memory=self.memory)
         if self.self_point == "natural":
             return find(query, self.backend).padded(k)
-        self_index = torch.arange(source.num_points, device=source.device)
+        self_index = row_starts(source.num_points, 1, source.device)
         if own:
             found = find(replace(query, excluded=self_index), self.backend)
         else:

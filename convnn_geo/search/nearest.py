@@ -18,6 +18,7 @@ from torch import Tensor
 from convnn_geo import compiled
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
 from convnn_geo.metrics.distances import take
+from convnn_geo.operators import operator
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import order_by_value_then_place
 from convnn_geo.shapes import broadcast_shapes
@@ -159,7 +160,7 @@ def implemented(
         torch.set_float32_matmul_precision(precision)
 
 
-@torch.library.custom_op("convnn_geo::nearest", mutates_args=())
+@operator("nearest")
 def _nearest(
     kind: str,
     q: Tensor,

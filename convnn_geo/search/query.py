@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Query:
         subset: where to look.
         excluded: ``(n,)``, one source for each target that is not to be found; None for none.
         memory: bytes that a slab of distances may take; by default what suits the device.
-        distances: the metric bound already, to save binding it twice.
+        bind: gives the metric bound to the points; by default it is bound here, without gradient.
         exact: report the chosen pairs' distances; otherwise what orders like them will do.
     """
 
@@ -40,14 +41,14 @@ class Query:
     subset: Subset = EVERYWHERE
     excluded: Tensor | None = None
     memory: int | None = None
-    distances: Distances | None = None
+    bind: Callable[[], Distances] | None = None
     exact: bool = True
 
     @once
     def bound(self) -> Distances:
         """The metric bound to the points."""
-        if self.distances is not None:
-            return self.distances
+        if self.bind is not None:
+            return self.bind()
         with torch.no_grad():
             return self.metric.bind(self.target, self.source)
 

@@ -192,7 +192,7 @@ class _Deferred(Engine):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """By the engine that is likely fastest."""
         points = Points(problem.q), Points(problem.keys)
-        query = Query(*points, Feature(), k, excluded=hidden.own, distances=problem.bound())
+        query = Query(*points, Feature(), k, excluded=hidden.own, bind=problem.bound)
         return IMPLEMENTATIONS[fastest(query)](problem, k, hidden, slab)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo import compiled
+from convnn_geo.operators import operator
 
 GROUPS = 128
 """Groups into which long rows are cut."""
@@ -35,7 +36,7 @@ def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return _k_smallest(values.detach(), k)
 
 
-@torch.library.custom_op("convnn_geo::k_smallest", mutates_args=())
+@operator("k_smallest")
 def _k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return select(values, k)
 

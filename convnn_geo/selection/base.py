@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from convnn_geo.candidates import Subset
 from convnn_geo.checks import check_int, check_name, check_number
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.search import Query, find, with_self_first
@@ -81,8 +82,8 @@ class KNearest(Selection):
             raise ValueError(
                 f"self_point={self.self_point!r} needs targets that are among the sources"
             )
-        query = replace(query, subset=query.subset.distinct())
-        wanted, spare = self.k * self.dilation, self._spare(query)
+        subset = query.subset.distinct()
+        wanted, spare = self.k * self.dilation, self._spare(subset, query.source.num_points)
         k = min(wanted, spare) if self.short == "pad" else wanted
         if k > spare:
             raise ValueError(
@@ -92,17 +93,16 @@ class KNearest(Selection):
                 + (" besides the point itself" if self.self_point == "excluded" else "")
                 + "; lower k, widen the candidates, or select by KNearest(..., short='pad')"
             )
-        query = replace(query, k=k)
+        excluded = own if self.self_point == "excluded" else None
+        query = replace(query, subset=subset, k=k, excluded=excluded)
         if self.self_point == "first":
             found = with_self_first(query, search, own)  # type: ignore[arg-type]
         else:
-            excluded = own if self.self_point == "excluded" else None
-            found = find(replace(query, excluded=excluded), search)
+            found = find(query, search)
         return _dilate(found, self.dilation).padded(self.k)
 
-    def _spare(self, query: Query) -> int:
-        """The most that a target may be left with, as far as sizes tell."""
-        subset, m = query.subset, query.source.num_points
+    def _spare(self, subset: Subset, m: int) -> int:
+        """The most of ``m`` sources that a target may be left with, as far as sizes tell."""
         named = m if subset.index is None else subset.index.shape[-1]
         most = named if subset.most is None else min(named, subset.most)
         if self.self_point == "natural":

@@ -1,0 +1,96 @@
+"""Operators of our own: opaque to who looks on, and plain function calls where nobody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Operator:
+    """A function of tensors, known to torch as ``torch.ops.convnn_geo.<name>``.
+
+    Tracers, modes, transforms and tensors of other classes see the operator that torch registers.
+    To call that costs more time than to launch a kernel, twice as much where gradients are wanted:
+    where nobody looks on the function is called directly, under the same rules. It knows nothing
+    of autograd, and returns tensors that are nobody else's.
+
+    Args:
+        name: of the operator.
+        function: what it does, annotated as :func:`torch.library.custom_op` wants it.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name, self.function = name, function
+        self.registered: Any = torch.library.custom_op(f"convnn_geo::{name}", mutates_args=())(
+            function
+        )
+        self.learns: Any = None
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Shapes and dtypes of the results, for tensors without values."""
+        self.registered.register_fake(function)
+        return function
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None]
+    ) -> None:
+        """The gradient; see :meth:`torch.library.CustomOpDef.register_autograd`."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            found = self._directly(*args)
+            setup_context(ctx, args, found)
+            return found
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self.learns = type(self.name, (torch.autograd.Function,), parts)
+
+    def _directly(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():  # no views, no graph: as torch calls operators
+            return self.function(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it with all arguments by place."""
+        if is_traced() or is_transformed():
+            return self.registered(*args)
+        wanted = False
+        for value in args:
+            if isinstance(value, Tensor):
+                if type(value) not in _PLAIN or value.is_meta:
+                    return self.registered(*args)
+                wanted = wanted or value.requires_grad
+        if wanted and self.learns is not None and torch.is_grad_enabled():
+            return self.learns.apply(*args)
+        return self._directly(*args)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the operator ``convnn_geo::<name>``.
+
+    Example:
+        >>> @operator("doctest_double")
+        ... def double(x: Tensor) -> Tensor:
+        ...     return x + x
+        >>> double(torch.ones(2)), torch.ops.convnn_geo.doctest_double(torch.ones(2))
+        (tensor([2., 2.]), tensor([2., 2.]))
+    """
+    return lambda function: Operator(name, function)
+
+
+def is_traced() -> bool:
+    """Whether a compiler, a tracer or a mode, such as that of fake tensors, sees each operator."""
+    compiling = torch.compiler.is_compiling()
+    return compiling or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+
+
+def is_transformed() -> bool:
+    """Inside ``torch.func`` or forward-mode differentiation, which custom operators do not know."""
+    if torch.compiler.is_compiling():
+        return False
+    dual = torch.autograd.forward_ad._current_level >= 0
+    return dual or torch._C._are_functorch_transforms_active()
