@@ -326,7 +326,11 @@ def _(
     biased: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, m = place.shape[:-2], keys.shape[-2]
-    grads = [weight.new_empty(*lead, *t.shape[-2:]) for t in (q, keys, value)]
+    own = [engine == "triton" and t.shape[:-2] == lead for t in (q, keys, value)]
+    grads = [
+        weight.new_empty((*lead, *t.shape[-2:]), dtype=t.dtype if whole else None)
+        for t, whole in zip((q, keys, value), own, strict=True)
+    ]
     to_bias = weight.new_empty((*lead, m) if biased or engine != "triton" else 0)
     return grads[0], grads[1], grads[2], to_bias
 
