@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
+from convnn_geo.gpu.survivors import _nearest_survivors, multiprocessors, plan
 from convnn_geo.gpu.tiles import (
     PADDING,
     hidden,
@@ -22,18 +24,11 @@ from convnn_geo.gpu.tiles import (
     products,
     squared_differences,
     squared_differences_of_pairs,
-    unordered,
 )
 
 SPARE = 4
 """Neighbours more than k, at least, that are kept where their order is to be settled."""
 _FILLED: tl.constexpr = tl.constexpr(-0x7FFFFFFF - 1)
-_WORST: tl.constexpr = tl.constexpr(-0x7FFFFFFFFFFFFFFF - 1)
-
-
-@triton.jit
-def _pairs(code, places):
-    return ~((code.to(tl.int64) << 32) | places.to(tl.int64))
 
 
 @triton.jit
@@ -65,18 +60,8 @@ def _keep_nearest(best, place, kth, code, columns):
 @triton.jit
 def _sorted(best, place, k, K: tl.constexpr):
     """Pairs, the nearest first; what is over ``k`` last."""
-    kept = tl.where((tl.arange(0, K) < k)[None, :], _pairs(best, place), _WORST)
+    kept = tl.where((tl.arange(0, K) < k)[None, :], pairs(best, place), WORST)
     return tl.sort(kept, dim=1, descending=True)
-
-
-@triton.jit
-def _value(pair):
-    return unordered((~pair >> 32).to(tl.int32))
-
-
-@triton.jit
-def _place(pair):
-    return (~pair & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -91,6 +76,7 @@ def _settled(
     q,
     key,
     rows,
+    wanted,
     own,
     square,
     slack,
@@ -114,18 +100,18 @@ def _settled(
     waits for the other rows, nor the host for the device.
     """
     unclear = rows < 0
-    before = _value(_slot(best, 0, K))
+    before = value_of(_slot(best, 0, K))
     for j in range(1, k + 1):  # where nobody is left to be next, it does not matter what is seen
-        value = _value(_slot(best, j, K))
+        value = value_of(_slot(best, j, K))
         apart = value - before > slack
         unclear = unclear | (apart == 0)  # NaN is not apart
         before = value
-    unclear = unclear & (rows < n)
-    value = _value(best) + square[:, None]
+    unclear = unclear & wanted
+    value = value_of(best) + square[:, None]
     if tl.max(unclear.to(tl.int32), 0) > 0:
         code, places = _none_yet(kept, BLOCK_N, K)
         for j in range(0, kept):
-            place = _place(_slot(best, j, K))
+            place = place_of(_slot(best, j, K))
             exact = squared_differences_of_pairs(
                 q, key, rows, place, unclear, q_row, key_row, d, BLOCK_D, ANGLES
             )
@@ -133,11 +119,11 @@ def _settled(
             code = tl.where(here, ordered(exact.to(tl.float32))[:, None], code)
             places = tl.where(here, place[:, None], places)
         again = _sorted(code, places, kept, K)
-        beyond = _value(_slot(best, kept - 1, K)) + square - slack
+        beyond = value_of(_slot(best, kept - 1, K)) + square - slack
         everybody = kept == m
         if HAS_OWN:
             everybody = kept == m - 1
-        found = (_value(_slot(again, k - 1, K)) < beyond) | everybody
+        found = (value_of(_slot(again, k - 1, K)) < beyond) | everybody
         lost = unclear & (found == 0)
         if tl.max(lost.to(tl.int32), 0) > 0:
             every, where = _none_yet(k, BLOCK_N, K)
@@ -154,7 +140,7 @@ def _settled(
                 every, where, kth = _keep_nearest(every, where, kth, tile, columns)
             again = tl.where(lost[:, None], _sorted(every, where, k, K), again)
         best = tl.where(unclear[:, None], again, best)
-        value = tl.where(unclear[:, None], _value(again), value)
+        value = tl.where(unclear[:, None], value_of(again), value)
     return value, best
 
 
@@ -172,11 +158,12 @@ def _nearest(
     key_start_ptr,
     value_ptr,
     place_ptr,
+    missed_ptr,
     blocks,
+    kept,
     n,
     m,
     k,
-    kept,
     heads,
     q_example,
     q_head,
@@ -203,8 +190,12 @@ def _nearest(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_OWN: tl.constexpr,
+    MISSED: tl.constexpr,
 ):
-    """One block of targets of one example against all its sources; most tiles hold no neighbour."""
+    """One block of targets of one example against all its sources; most tiles hold no neighbour.
+
+    ``MISSED``: only of those targets that a bound did not help.
+    """
     example = (tl.program_id(0) // blocks).to(tl.int64)
     outer, head = example // heads, example % heads
     rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,6 +211,11 @@ def _nearest(
         q, key = q_ptr + first * q_row, key_ptr + start * key_row
         if HAS_BIAS:
             bias = bias_ptr + start
+    wanted = rows < n
+    if MISSED:
+        wanted = tl.load(missed_ptr + first + rows, mask=wanted, other=0) != 0
+        if tl.max(wanted.to(tl.int32), 0) == 0:
+            return
     own = rows
     if HAS_OWN:
         own = tl.load(own_ptr + first + rows, mask=rows < n, other=-1).to(tl.int32)
@@ -245,25 +241,27 @@ def _nearest(
         if HAS_MASK:
             mask = mask_ptr + outer * mask_example + head * mask_head
             code = hidden(code, mask, rows, columns, n, m, mask_row)
+        if MISSED:
+            code = tl.where(wanted[:, None], code, 0)  # which the first sources satisfy
         real = tl.broadcast_to((columns < m)[None, :], [BLOCK_N, BLOCK_M])
         if HAS_OWN:
             real = real & (columns[None, :] != own[:, None])
         code = tl.where(real, code, PADDING)
         best, place, kth = _keep_nearest(best, place, kth, code, columns)
     pair = _sorted(best, place, kept, K)
-    value = _value(pair)
+    value = value_of(pair)
     if SETTLE:
         square = tl.load(square_ptr + first + rows, mask=rows < n, other=0.0)
         slack = tl.load(slack_ptr + first + rows, mask=rows < n, other=0.0)
         value, pair = _settled(
-            pair, q, key, rows, own, square, slack, n, m, q_row, key_row, k, kept, d, K,
+            pair, q, key, rows, wanted, own, square, slack, n, m, q_row, key_row, k, kept, d, K,
             BLOCK_N, BLOCK_M, BLOCK_D, ANGLES, HAS_OWN,
         )  # fmt: skip
     slot = tl.arange(0, K)
     at = (first + rows)[:, None].to(tl.int64) * k + slot[None, :]
-    stored = (rows < n)[:, None] & (slot < k)[None, :]
+    stored = wanted[:, None] & (slot < k)[None, :]
     tl.store(value_ptr + at, value, mask=stored)
-    tl.store(place_ptr + at, _place(pair), mask=stored)
+    tl.store(place_ptr + at, place_of(pair), mask=stored)
 
 
 @dataclass(frozen=True)
@@ -272,14 +270,20 @@ class Rounding:
 
     Args:
         center: ``(b, d)``, that products are taken about.
+        q: ``(n, d)``, less the center.
+        keys: ``(m, d)``, less the center.
         square: ``(n,)``, what is to be added to a product's value.
         slack: ``(n,)``, how far off differences of values may be.
+        rough: how many times as far where factors are rounded to TF32.
         least: sources of the smallest example.
     """
 
     center: Tensor
+    q: Tensor
+    keys: Tensor
     square: Tensor
     slack: Tensor
+    rough: float
     least: int
 
 
@@ -323,15 +327,7 @@ def nearest(
         float32 and int32; places count within the example. What is hidden has value infinity and
         comes last, after NaN.
     """
-    d, kept = q.shape[-1], k
-    center = square = slack = None
-    if rounding is not None:
-        center, square, slack = rounding.center, rounding.square, rounding.slack
-        roomy = max(16, triton.next_power_of_2(k + SPARE))
-        kept = min(
-            roomy if roomy <= gpu.LARGEST_K else k + SPARE, rounding.least - (own is not None)
-        )
-    width = max(16, triton.next_power_of_2(kept))
+    d, counted = q.shape[-1], k + (own is not None)
     if starts is None:
         examples, heads = q.shape[0] * q.shape[1], q.shape[1]
         n, m = q.shape[-2], keys.shape[-2]
@@ -341,30 +337,72 @@ def nearest(
         examples, n, m, strides = len(starts[0]) - 1, 0, 0, [0, 0, d, 0, 0, d, 0, 0]
     strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
     values = q.new_empty(q.shape[:-1].numel(), k, dtype=torch.float32)
-    places = torch.empty_like(values, dtype=torch.int32)
+    places, missed = torch.empty_like(values, dtype=torch.int32), None
     if not values.numel():
         return values, places
+    mask = None if mask is None else mask.view(torch.uint8)
+    numbers = (n, m, k, heads, *strides, scale)
+    kinds = {
+        "RAGGED": starts is not None,
+        "DIRECT": direct,
+        "ANGLES": angles,
+        "SETTLE": rounding is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_MASK": mask is not None,
+        "HAS_OWN": own is not None,
+    }
+    chosen = plan(m or len(keys) // examples, counted, d, q.dtype, direct)
+    if chosen is not None:
+        missed = values.new_empty(len(values), dtype=torch.uint8)
+        blocks = triton.cdiv(longest, chosen.rows)
+        programs = min(blocks * examples, chosen.programs * multiprocessors(q.device))
+        lines = programs * chosen.rows
+        lists = places.new_empty(lines * chosen.lists * chosen.length * 2)
+        survivors = places.new_empty(2, lines * chosen.listed)
+        near, slack, rough = (q, keys), None, 1.0
+        if rounding is not None:
+            near, slack, rough = (rounding.q, rounding.keys), rounding.slack, rounding.rough
+        _nearest_survivors[(programs,)](
+            *(*near, bias, mask, own, q, keys, slack, *(starts or (None, None)), values, places),
+            *(missed, lists, *survivors, blocks, examples, *numbers, rough),
+            d=d,
+            LISTS=chosen.lists,
+            LENGTH=chosen.length,
+            LISTED=chosen.listed,
+            BLOCK_N=chosen.rows,
+            BLOCK_M=chosen.columns,
+            BLOCK_D=chosen.axes,
+            STAGES=chosen.stages,
+            EVEN=m % chosen.columns == 0 and starts is None,
+            **kinds,
+            num_warps=chosen.warps,
+            maxnreg=chosen.registers,
+            enable_fp_fusion=not direct,  # sums of squares round as torch's do
+        )
+    kept = k
+    center = square = slack = None
+    if rounding is not None:
+        center, square, slack = rounding.center, rounding.square, rounding.slack
+        roomy = max(16, triton.next_power_of_2(k + SPARE))
+        kept = min(
+            roomy if roomy <= gpu.LARGEST_K else k + SPARE, rounding.least - (own is not None)
+        )
+    width = max(16, triton.next_power_of_2(kept))
     wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
     block = 16 if wide else 32
     blocks = triton.cdiv(longest, block)
     _nearest[(blocks * examples,)](
-        *(q, keys, bias, None if mask is None else mask.view(torch.uint8), own),
-        *(center, square, slack, *(starts or (None, None)), values, places),
-        *(blocks, n, m, k, kept, heads, *strides, scale),
+        *(q, keys, bias, mask, own, center, square, slack, *(starts or (None, None))),
+        *(values, places, missed, blocks, kept, *numbers),
         d=d,
         K=width,
         BLOCK_N=block,
         BLOCK_M=64,
         BLOCK_D=max(16, min(64 if q.dtype != torch.float32 else 32, triton.next_power_of_2(d))),
-        RAGGED=starts is not None,
-        DIRECT=direct,
-        ANGLES=angles,
         CENTERED=rounding is not None,
-        SETTLE=rounding is not None,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=mask is not None,
-        HAS_OWN=own is not None,
+        MISSED=missed is not None,
+        **kinds,
         num_warps=8 if width >= (256 if rounding is None else 64) else 4,
-        enable_fp_fusion=not direct,  # sums of squares round as torch's do
+        enable_fp_fusion=not direct,
     )
     return values, places

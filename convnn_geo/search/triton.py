@@ -85,12 +85,16 @@ def launch(
     bias = rounding = None
     if not _direct(q):
         center = keys.mean(-2, keepdim=True)
-        lengths = (q - center).norm(dim=-1), (keys - center).norm(dim=-1)
+        about = q - center, keys - center
+        lengths = about[0].norm(dim=-1), about[1].norm(dim=-1)
         bias = lengths[1].square()
         slack = _slack(*lengths, d)
         if angles:  # a zero key has squared length 1 by definition
             bias = bias + (keys.square().sum(-1) < 0.25)
-        rounding = Rounding(center.flatten(0, 1), lengths[0].square().flatten(), slack.flatten(), m)
+        rounding = Rounding(
+            *(center.flatten(0, 1), *(t.unsqueeze(1) for t in about)),
+            *(lengths[0].square().flatten(), slack.flatten(), _rough(d), m),
+        )
         bias = bias.unsqueeze(1)
     values, places = nearest(
         *(q.unsqueeze(1), keys.unsqueeze(1), k, None, n, bias, 2.0),
@@ -109,4 +113,19 @@ def _direct(q: Tensor) -> bool:
 def _slack(q: Tensor, keys: Tensor, d: int) -> Tensor:
     """Of differences between values, from lengths about the center."""
     length = q + keys.amax(-1, keepdim=True)
-    return 2 * (d + 4) * torch.finfo(torch.float32).eps * length.square()
+    return _share(d) * length.square()
+
+
+def _share(d: int) -> float:
+    """Of the square of the sum of two lengths, that rounding may make up."""
+    return 2 * (d + 4) * torch.finfo(torch.float32).eps
+
+
+def _rough(d: int) -> float:
+    """How much more is to be allowed for where products are of TF32.
+
+    A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
+    lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at
+    most a quarter of the square of the lengths' sum. A twentieth more covers products of errors.
+    """
+    return 1 + 1.05 * 2**-9 / _share(d)

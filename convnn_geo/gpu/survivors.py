@@ -1,0 +1,396 @@
+"""The k nearest of long rows: a bound first, then only whom it lets through.
+
+Pass 1 keeps the least distance of each of many groups of sources: one instruction a distance. As
+many groups as neighbours are wanted have their least below some bound, so that at least so many
+sources are, and few more. Pass 2 lists these survivors, and only lists are sorted. Rows whose list
+overflows or stays too short are marked, for the slower search that any row allows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from convnn_geo import gpu
+from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
+from convnn_geo.gpu.tiles import ordered, squared_differences, squared_differences_of_pairs
+
+_INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
+"""The interpreter multiplies no halves, and knows no machine code."""
+_STEPS: tl.constexpr = tl.constexpr(16)
+"""Bisections, at most: what is left of the range of distances matters to nobody."""
+_TURN: tl.constexpr = tl.constexpr(79)
+"""Columns by which groups turn from tile to tile, so that no regular order fills a few of them."""
+
+
+@triton.jit
+def _part(ptr, rows, n, stride, first, d: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+    """Some axes of rows; ``EVEN``: which are all there."""
+    axes = first + tl.arange(0, BLOCK_D)
+    there = (axes < d)[None, :]
+    if not EVEN:
+        there = there & (rows < n)[:, None]
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + axes[None, :], there, other=0.0)
+
+
+@triton.jit
+def _product(a, b, total, ROUGH: tl.constexpr):
+    """``total + a b^T``; ``ROUGH``: on tensor cores even of float32, which they round to TF32."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b.T, total, input_precision="tf32" if ROUGH else "ieee")
+
+
+@triton.jit
+def _distances(
+    q_part,
+    q,
+    key,
+    bias,
+    mask,
+    rows,
+    columns,
+    n,
+    m,
+    q_row,
+    key_row,
+    mask_row,
+    scale,
+    d: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIRECT: tl.constexpr,
+    ANGLES: tl.constexpr,
+    ROUGH: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Of a tile; NaN, which no comparison lets through, of what there is not or may not be found.
+
+    ``ROUGH``: by products of TF32.
+    """
+    if DIRECT:
+        value = squared_differences(
+            q, key, rows, columns, n, m, q_row, key_row, d, tl.float32, ANGLES
+        )
+    else:
+        total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+        if d <= BLOCK_D:
+            key_part = _part(key, columns, m, key_row, 0, d, BLOCK_D, EVEN)
+            total = _product(q_part, key_part, total, ROUGH)
+        else:
+            for first in tl.range(0, d, BLOCK_D, num_stages=1):
+                part = _part(q, rows, n, q_row, first, d, BLOCK_D, False)
+                other = _part(key, columns, m, key_row, first, d, BLOCK_D, EVEN)
+                total = _product(part, other, total, ROUGH)
+        value = -scale * total
+    if HAS_BIAS:
+        value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+    if not EVEN:
+        value += tl.where(columns < m, 0.0, float("nan"))[None, :]
+    if HAS_MASK:
+        seen = tl.load(
+            mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
+            mask=(rows < n)[:, None] & (columns < m)[None, :],
+            other=1,
+        )
+        value = tl.where(seen != 0, value, float("nan"))
+    return value
+
+
+@triton.jit
+def _halves(x):
+    """Both halves of the last axis."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).trans(0, 2, 1).split()
+
+
+@triton.jit
+def _narrow(x, LISTS: tl.constexpr):
+    """The first columns of a half, of a half of it, and so on: where threads hold them already."""
+    if x.shape[1] > LISTS:
+        left, _ = _halves(x)
+        x = _narrow(left, LISTS)
+    return x
+
+
+@triton.jit
+def _append_each(end, value, column, most):
+    """At the end of each list one distance and its column, if it is near enough: the new end.
+
+    Ends are addresses, and no list lies where the lower half of these would overflow.
+    """
+    if _INTERPRETED:
+        near, at = value <= most, end.to(tl.pointer_type(tl.int32))
+        tl.store(at, value.to(tl.int32, bitcast=True), mask=near)
+        tl.store(at + 1, column, mask=near)
+        end = tl.where(near, end + 8, end)
+    else:
+        end = tl.inline_asm_elementwise(
+            """{
+            .reg .pred near;
+            .reg .b32 low, high, value;
+            setp.le.f32 near, $2, $4;
+            mov.b32 value, $2;
+            @near st.global.v2.b32 [$1], {value, $3};
+            mov.b64 {low, high}, $1;
+            @near add.u32 low, low, 8;
+            mov.b64 $0, {low, high};
+            }""",
+            "=l,l,f,r,f",
+            [end, value, column, most],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    return end
+
+
+@triton.jit
+def _append(end, value, first, step: tl.constexpr, most):
+    """The same of a tile whose columns are every ``step``-th from the first on."""
+    LISTS: tl.constexpr = end.shape[1]
+    if value.shape[1] == LISTS:
+        columns = first + step * tl.arange(0, LISTS)
+        columns = tl.broadcast_to(columns[None, :], value.shape)
+        end = _append_each(end, value, columns, most)
+    else:
+        left, right = _halves(value)
+        end = _append(end, left, first, step, most)
+        first += step * left.shape[1]
+        end = _append(end, right, first, step, most)
+    return end
+
+
+@triton.jit
+def _count(chosen):
+    return tl.sum(tl.where(chosen, 1.0, 0.0), 1)
+
+
+@triton.jit
+def _bound(least, need):
+    """For each row a distance that ``need`` groups do not exceed, and few more do not.
+
+    Infinity where fewer than ``need`` groups have a finite one.
+    """
+    low = tl.min(least, 1)
+    high = tl.max(tl.where(least < float("inf"), least, low[:, None]), 1)
+    found = _count(least <= high[:, None])
+    most = need + need // 8
+    open_ = found > most
+    high = tl.where(found < need, float("inf"), high)
+    step = 0
+    while (step < _STEPS) & (tl.max(open_.to(tl.int32), 0) > 0):
+        middle = 0.5 * low + 0.5 * high
+        found = _count(least <= middle[:, None])
+        low = tl.where(found < need, middle, low)
+        high = tl.where(open_ & (found >= need), middle, high)
+        open_ = open_ & ((found < need) | (found > most))
+        step += 1
+    return high
+
+
+@triton.jit
+def _nearest_survivors(
+    q_ptr,
+    key_ptr,
+    bias_ptr,
+    mask_ptr,
+    own_ptr,
+    original_ptr,
+    original_key_ptr,
+    slack_ptr,
+    q_start_ptr,
+    key_start_ptr,
+    value_ptr,
+    place_ptr,
+    missed_ptr,
+    list_ptr,
+    value_list_ptr,
+    place_list_ptr,
+    blocks,
+    examples,
+    n,
+    m,
+    k,
+    heads,
+    q_example,
+    q_head,
+    q_row,
+    key_example,
+    key_head,
+    key_row,
+    bias_example,
+    bias_head,
+    mask_example,
+    mask_head,
+    mask_row,
+    scale,
+    rough,
+    d: tl.constexpr,
+    LISTS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    ANGLES: tl.constexpr,
+    SETTLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_OWN: tl.constexpr,
+):
+    """Programs take one block of targets after the other, and list survivors in their own memory.
+
+    ``SETTLE``: products only propose, squared differences in float64 decide among survivors.
+    """
+    need = k
+    if HAS_OWN:
+        need = k + 1  # one may be a target's own
+    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]).to(tl.int64) * (2 * LENGTH)
+    empty = (list_ptr + lists).to(tl.int64)
+    full: tl.constexpr = LENGTH - BLOCK_M // LISTS  # so that a tile more finds place
+    slots = tl.arange(0, LISTED)
+    survivors = lines[:, None] * LISTED + slots[None, :]
+    for block in range(tl.program_id(0), blocks * examples, tl.num_programs(0)):
+        example = (block // blocks).to(tl.int64)
+        outer, head = example // heads, example % heads
+        rows = block % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
+        key += head * key_head
+        bias, mask, first, start = bias_ptr, mask_ptr, example * n, example * m
+        targets, sources = n, m
+        if HAS_BIAS:
+            bias += outer * bias_example + head * bias_head
+        if HAS_MASK:
+            mask += outer * mask_example + head * mask_head
+        if RAGGED:
+            first, start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
+            targets = (tl.load(q_start_ptr + example + 1) - first).to(tl.int32)
+            sources = (tl.load(key_start_ptr + example + 1) - start).to(tl.int32)
+            q, key = q_ptr + first * q_row, key_ptr + start * key_row
+            if HAS_BIAS:
+                bias = bias_ptr + start
+        real = rows < targets
+        q_part = rows
+        if not DIRECT:
+            q_part = _part(q, rows, targets, q_row, 0, d, BLOCK_D, False)
+        least = tl.full([BLOCK_N, BLOCK_M], float("inf"), tl.float32)
+        for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
+            columns = tile * BLOCK_M + ((tl.arange(0, BLOCK_M) + tile * _TURN) & (BLOCK_M - 1))
+            value = _distances(
+                q_part, q, key, bias, mask, rows, columns, targets, sources, q_row, key_row,
+                mask_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS, HAS_MASK,
+            )  # fmt: skip
+            least = tl.minimum(least, value)
+        most = _bound(least, need)
+        if SETTLE:
+            slack = tl.load(slack_ptr + first + rows, mask=real, other=0.0) * rough
+            most = tl.where(slack < float("inf"), most + slack, float("nan"))
+        most = tl.where(real, most, float("nan"))  # whom nobody satisfies
+        most = tl.broadcast_to(most[:, None], [BLOCK_N, BLOCK_M])
+        if not DIRECT:
+            most, _ = most.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
+        most = _narrow(most, LISTS)
+        end = empty
+        for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
+            columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            value = _distances(
+                q_part, q, key, bias, mask, rows, columns, targets, sources, q_row, key_row,
+                mask_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS, HAS_MASK,
+            )  # fmt: skip
+            end = tl.minimum(end, empty + 8 * full)
+            if DIRECT:
+                end = _append(end, value, tile * BLOCK_M, 1, most)
+            else:  # a thread holds two columns side by side
+                even, odd = value.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
+                end = _append(end, even, tile * BLOCK_M, 2, most)
+                end = _append(end, odd, tile * BLOCK_M + 1, 2, most)
+        tl.debug_barrier()  # what one thread has listed, others read
+        length = (end - empty).to(tl.int32) // 8
+        before = tl.cumsum(length, 1) - length
+        for j in range(0, tl.max(tl.max(length, 1), 0)):
+            listed = (j < length) & (before + j < LISTED)
+            at, to = list_ptr + lists + 2 * j, lines[:, None] * LISTED + before + j
+            tl.store(value_list_ptr + to, tl.load(at, mask=listed), mask=listed)
+            tl.store(place_list_ptr + to, tl.load(at + 1, mask=listed), mask=listed)
+        complete = tl.max(length, 1) < full
+        length = tl.sum(length, 1)
+        tl.debug_barrier()
+        if SETTLE:
+            original = original_ptr + first * d
+            for j in range(0, tl.minimum(tl.max(length, 0), LISTED)):
+                place = tl.load(place_list_ptr + lines * LISTED + j, mask=j < length, other=0)
+                exact = squared_differences_of_pairs(
+                    original, original_key_ptr + start * d, rows, place, j < length, d, d, d,
+                    BLOCK_D, ANGLES,
+                )  # fmt: skip
+                exact = exact.to(tl.float32).to(tl.int32, bitcast=True)
+                tl.store(value_list_ptr + lines * LISTED + j, exact, mask=j < length)
+            tl.debug_barrier()
+        listed = slots[None, :] < length[:, None]
+        place = tl.load(place_list_ptr + survivors, mask=listed, other=0)
+        value = tl.load(value_list_ptr + survivors, mask=listed, other=0)
+        if HAS_OWN:
+            own = tl.load(own_ptr + first + rows, mask=real, other=-1).to(tl.int32)
+            listed = listed & (place != own[:, None])
+        enough = (_count(listed) >= k) & (length <= LISTED) & complete
+        pair = pairs(ordered(value.to(tl.float32, bitcast=True)), place)
+        pair = tl.sort(tl.where(listed, pair, WORST), dim=1, descending=True)
+        at = (first + rows)[:, None].to(tl.int64) * k + slots[None, :]
+        stored = (enough & real)[:, None] & (slots < k)[None, :]
+        tl.store(value_ptr + at, value_of(pair), mask=stored)
+        tl.store(place_ptr + at, place_of(pair), mask=stored)
+        tl.store(missed_ptr + first + rows, (enough == 0).to(tl.uint8), mask=real)
+        tl.debug_barrier()  # the lists are free again
+
+
+SHORTEST = 192
+"""Sources from which on a bound is worth a second pass."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search by a bound is spread over a GPU."""
+
+    rows: int
+    columns: int
+    axes: int
+    lists: int
+    length: int
+    listed: int
+    warps: int
+    stages: int
+    programs: int
+    """On each multiprocessor."""
+    registers: int | None
+    """Of a thread, at most, so that as many programs fit."""
+
+
+def plan(m: int, k: int, d: int, dtype: torch.dtype, direct: bool) -> Plan | None:
+    """For ``k`` of ``m`` sources, own ones counted; None where a bound is no help."""
+    if m < SHORTEST or k > 64:
+        return None
+    listed = max(16 if direct else 32, triton.next_power_of_2(2 * k))
+    axes = max(16, min(64, triton.next_power_of_2(d)))
+    if direct:
+        return Plan(32, 128, axes, 32, 16, listed, 4, 1, 4, 128)
+    if dtype == torch.float32:
+        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
+    return Plan(64, 128, axes, 4, 64, listed, 4, 2, 3, 168)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few, where one is only interpreted."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
