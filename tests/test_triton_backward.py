@@ -159,7 +159,7 @@ class TestGradients:
 
 
 def test_ranks_follow_targets_where_the_order_is_fixed(monkeypatch):
-    from convnn_geo.gpu.lists import lists
+    from convnn_geo.gpu.choosers import lists
 
     weight, place = (t.to(DEVICE) for t in pairs(150, 20, 5, (2,), hub=True))
     weight[:, ::4, 3] = 0.0

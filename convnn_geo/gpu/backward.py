@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.layout import laid_out, split
-from convnn_geo.gpu.lists import lists, sum_by_source
+from convnn_geo.gpu.choosers import lists, sum_by_source
 
 ROWS, AT_ONCE, WARPS = 16, 8, 4
 """Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps."""

@@ -1,228 +1,79 @@
-"""Pairs of targets and sources by source: lists of who chose each, and sums over them."""
+"""Lists in memory that threads fill each on its own: no thread waits for where others are.
+
+A tile of registers is cut into pieces as narrow as there are lists for a row, piece after piece is
+appended. Cut in halves, a tile stays where it is if a thread holds the same place of both; so do
+tiles of products but for their lowest bit, which two columns side by side have in one thread.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from convnn_geo.gpu.tiles import dot
+from convnn_geo import gpu
 
-HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
-"""Sources of a program, pairs whose rows it reads at once, warps and loads on their way.
-
-Tensor cores multiply 16 rows, used or not; of float32 threads multiply each.
-"""
-_COUNTED, _SETTLED = 1024, 64
-"""Pairs of a program that counts or lists them, and of one that brings them into order."""
+_INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
+"""The interpreter knows no machine code."""
 
 
 @triton.jit
-def _count(weight_ptr, place_ptr, rank_ptr, count_ptr, pairs, m, BLOCK: tl.constexpr):
-    """How many pairs choose each source, and which of them a pair is; -1 without weight."""
-    blocks = tl.cdiv(pairs, BLOCK)
-    example = (tl.program_id(0) // blocks).to(tl.int64)
-    pair = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    at = example * pairs + pair
-    place = tl.load(place_ptr + at, mask=pair < pairs, other=0)
-    used = tl.load(weight_ptr + at, mask=pair < pairs, other=0.0) != 0.0
-    # Counted one place further up, so that a running sum of counts is where lists start.
-    count = count_ptr + example * (m + 1) + place + 1
-    rank = tl.atomic_add(count, 1, mask=used, sem="relaxed")
-    tl.store(rank_ptr + at, tl.where(used, rank, -1), mask=pair < pairs)
+def _halves(x):
+    """Both halves of the last axis."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).trans(0, 2, 1).split()
 
 
 @triton.jit
-def _list(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr):
-    """Pairs in the lists of their sources."""
-    blocks = tl.cdiv(pairs, BLOCK)
-    example = (tl.program_id(0) // blocks).to(tl.int64)
-    pair = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.load(rank_ptr + example * pairs + pair, mask=pair < pairs, other=-1)
-    used = rank >= 0
-    place = tl.load(place_ptr + example * pairs + pair, mask=used, other=0)
-    at = tl.load(start_ptr + example * (m + 1) + place, mask=used, other=0) + rank
-    tl.store(list_ptr + example * pairs + at, pair, mask=used)
+def narrow(x, LISTS: tl.constexpr):
+    """The first columns of a half, of a half of it, and so on: where threads hold them already."""
+    if x.shape[1] > LISTS:
+        left, _ = _halves(x)
+        x = narrow(left, LISTS)
+    return x
 
 
 @triton.jit
-def _settle(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr):
-    """Ranks in the order of targets, whatever that of the lists is: how many come before."""
-    blocks = tl.cdiv(pairs, BLOCK)
-    example = (tl.program_id(0) // blocks).to(tl.int64)
-    place_ptr, list_ptr = place_ptr + example * pairs, list_ptr + example * pairs
-    start_ptr += example * (m + 1)
-    begin = tl.program_id(0) % blocks * BLOCK
-    listed = tl.load(start_ptr + m)
-    if begin < listed:
-        at = begin + tl.arange(0, BLOCK)
-        pair = tl.load(list_ptr + at, mask=at < listed, other=0)
-        place = tl.load(place_ptr + pair)
-        first = tl.load(start_ptr + place)
-        end = tl.load(start_ptr + place + 1)
-        within = at < listed
-        before = tl.zeros([BLOCK, 32], tl.int32)
-        low = tl.min(tl.where(within, first, begin), 0)
-        high = tl.max(tl.where(within, end, 0), 0)
-        for there in range(low, high, 32):
-            other_at = there + tl.arange(0, 32)
-            other = tl.load(list_ptr + other_at, mask=other_at < high, other=0)
-            same = (other_at[None, :] >= first[:, None]) & (other_at[None, :] < end[:, None])
-            before += (same & (other[None, :] < pair[:, None])).to(tl.int32)
-        tl.store(rank_ptr + example * pairs + pair, tl.sum(before, 1), mask=within)
+def _append_each(end, value, column, most):
+    """At the end of each list one distance and its column, if it is near enough: the new end.
 
-
-@triton.jit
-def _sum_by_source(
-    sent_ptr,
-    start_ptr,
-    q_ptr,
-    grad_ptr,
-    to_key_ptr,
-    to_value_ptr,
-    to_bias_ptr,
-    pairs,
-    m,
-    heads,
-    q_example,
-    q_head,
-    q_row: tl.constexpr,
-    grad_example,
-    grad_head,
-    grad_row: tl.constexpr,
-    scale,
-    d: tl.constexpr,
-    c: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """A block of sources, whose pairs lie side by side.
-
-    They are summed as a product of matrices: each pair's weight stands in the row of its source,
-    and 0 in the others. Where rows of pairs are infinite or NaN that product is NaN for all: then,
-    which is rare, they are added one by one to those that chose them.
+    Ends are addresses, and no list lies where the lower half of these would overflow.
     """
-    blocks = tl.cdiv(m, S)
-    example = (tl.program_id(0) // blocks).to(tl.int64)
-    outer, head = example // heads, example % heads
-    first = tl.program_id(0) % blocks * S
-    sources = first + tl.arange(0, S)
-    axes, channels = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    start_ptr += example * (m + 1)
-    start = tl.load(start_ptr + sources, mask=sources < m, other=0)
-    end = tl.load(start_ptr + sources + 1, mask=sources < m, other=0)
-    begin, finish = tl.load(start_ptr + first), tl.load(start_ptr + tl.minimum(first + S, m))
-    sent_ptr += 4 * example * pairs
-    queries = q_ptr + outer * q_example + head * q_head + axes
-    grads = grad_ptr + outer * grad_example + head * grad_head + channels
-    to_key = tl.zeros([S, BLOCK_D], tl.float32)
-    to_value = tl.zeros([S, BLOCK_C], tl.float32)
-    to_bias = tl.zeros([S], tl.float32)
-    for some in range(begin, finish, P):
-        at = some + tl.arange(0, P)
-        sent = sent_ptr + 4 * at.to(tl.int64)
-        row = tl.load(sent, mask=at < finish, other=0).to(tl.int64)
-        of_distance = tl.load(sent + 1, mask=at < finish, other=0).to(tl.float32, bitcast=True)
-        weight = tl.load(sent + 2, mask=at < finish, other=0).to(tl.float32, bitcast=True)
-        q = tl.load(
-            queries[None, :] + (row * q_row)[:, None],
-            mask=(at < finish)[:, None] & (axes < d)[None, :],
-            other=0.0,
+    if _INTERPRETED:
+        near, at = value <= most, end.to(tl.pointer_type(tl.int32))
+        tl.store(at, value.to(tl.int32, bitcast=True), mask=near)
+        tl.store(at + 1, column, mask=near)
+        end = tl.where(near, end + 8, end)
+    else:
+        end = tl.inline_asm_elementwise(
+            """{
+            .reg .pred near;
+            .reg .b32 low, high, value;
+            setp.le.f32 near, $2, $4;
+            mov.b32 value, $2;
+            @near st.global.v2.b32 [$1], {value, $3};
+            mov.b64 {low, high}, $1;
+            @near add.u32 low, low, 8;
+            mov.b64 $0, {low, high};
+            }""",
+            "=l,l,f,r,f",
+            [end, value, column, most],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
         )
-        grad = tl.load(
-            grads[None, :] + (row * grad_row)[:, None],
-            mask=(at < finish)[:, None] & (channels < c)[None, :],
-            other=0.0,
-        )
-        own = (at[None, :] >= start[:, None]) & (at[None, :] < end[:, None])
-        of_distance = tl.where(own, of_distance[None, :], 0.0)
-        to_key = dot(of_distance.to(q.dtype), q, to_key)
-        to_value = dot(tl.where(own, weight[None, :], 0.0).to(grad.dtype), grad, to_value)
-        if HAS_BIAS:
-            to_bias += tl.sum(of_distance, 1)
-    if tl.sum(0.0 * to_key) + tl.sum(0.0 * to_value) != 0.0:
-        to_key = tl.zeros([S, BLOCK_D], tl.float32)
-        to_value = tl.zeros([S, BLOCK_C], tl.float32)
-        for at in range(begin, finish):
-            sent = sent_ptr + 4 * tl.cast(at, tl.int64)
-            row = tl.load(sent).to(tl.int64)
-            of_distance = tl.load(sent + 1).to(tl.float32, bitcast=True)
-            weight = tl.load(sent + 2).to(tl.float32, bitcast=True)
-            q = tl.load(queries + row * q_row, mask=axes < d, other=0.0).to(tl.float32)
-            grad = tl.load(grads + row * grad_row, mask=channels < c, other=0.0)
-            grad = tl.where(weight != 0.0, weight * grad.to(tl.float32), 0.0)
-            own = ((at >= start) & (at < end))[:, None]
-            to_key += tl.where(own, of_distance * q[None, :], 0.0)
-            to_value += tl.where(own, grad[None, :], 0.0)
-    at = example * m + sources
-    tl.store(
-        to_key_ptr + at[:, None] * d + axes[None, :],
-        (-scale * to_key).to(to_key_ptr.dtype.element_ty),
-        mask=(sources < m)[:, None] & (axes < d)[None, :],
-    )
-    tl.store(
-        to_value_ptr + at[:, None] * c + channels[None, :],
-        to_value.to(to_value_ptr.dtype.element_ty),
-        mask=(sources < m)[:, None] & (channels < c)[None, :],
-    )
-    if HAS_BIAS:
-        tl.store(to_bias_ptr + at, to_bias, mask=sources < m)
+    return end
 
 
-def lists(weight: Tensor, place: Tensor, examples: int, m: int) -> tuple[Tensor, Tensor]:
-    """For each pair its rank in the list of its source, -1 without weight, and where lists start.
-
-    Starts are ``(examples, m + 1)``, from each example's first pair on. Ranks are in the order of
-    targets under ``torch.use_deterministic_algorithms``, otherwise in any order.
-    """
-    pairs, rank = place.shape[-2] * place.shape[-1], torch.empty_like(place)
-    count = place.new_zeros(examples, m + 1)
-    grid = (triton.cdiv(pairs, _COUNTED) * examples,)
-    _count[grid](weight, place, rank, count, pairs, m, BLOCK=_COUNTED)
-    start = count.cumsum(-1, dtype=count.dtype)
-    if torch.are_deterministic_algorithms_enabled():
-        listed = torch.empty_like(place)
-        _list[grid](place, rank, start, listed, pairs, m, BLOCK=_COUNTED)
-        _settle[(triton.cdiv(pairs, _SETTLED) * examples,)](
-            place, rank, start, listed, pairs, m, BLOCK=_SETTLED
-        )
-    return rank, start
-
-
-def sum_by_source(
-    sent: Tensor,
-    start: Tensor,
-    q: Tensor,
-    grad: Tensor,
-    to_keys: Tensor,
-    to_value: Tensor,
-    to_bias: Tensor,
-    pairs: int,
-    heads: int,
-    q_at: tuple[int, ...],
-    grad_at: tuple[int, ...],
-    scale: float,
-    axes: int,
-    channels: int,
-) -> None:
-    """Gradients to keys, values and, unless it is empty, to a bias, of what targets sent."""
-    (examples, m), d, c = start.shape, to_keys.shape[-1], to_value.shape[-1]
-    m -= 1
-    sources, some, warps, stages = FLOATS if torch.float32 in (q.dtype, grad.dtype) else HALVES
-    _sum_by_source[(triton.cdiv(m, sources) * examples,)](
-        *(sent, start, q, grad, to_keys, to_value, to_bias, pairs, m, heads),
-        *(*q_at, *grad_at, scale),
-        d=d,
-        c=c,
-        BLOCK_D=axes,
-        BLOCK_C=channels,
-        S=sources,
-        P=max(16, min(some, some * 64 // max(axes, channels))),
-        HAS_BIAS=bool(to_bias.numel()),
-        num_warps=warps,
-        num_stages=stages,
-    )
+@triton.jit
+def append(end, value, first, step: tl.constexpr, most):
+    """The same of a tile whose columns are every ``step``-th from the first on."""
+    LISTS: tl.constexpr = end.shape[1]
+    if value.shape[1] == LISTS:
+        columns = first + step * tl.arange(0, LISTS)
+        columns = tl.broadcast_to(columns[None, :], value.shape)
+        end = _append_each(end, value, columns, most)
+    else:
+        left, right = _halves(value)
+        end = append(end, left, first, step, most)
+        first += step * left.shape[1]
+        end = append(end, right, first, step, most)
+    return end

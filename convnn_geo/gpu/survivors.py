@@ -8,19 +8,16 @@ overflows or stays too short are marked, for the slower search that any row allo
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 
 from convnn_geo import gpu
+from convnn_geo.gpu.lists import append, narrow
 from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import ordered, squared_differences, squared_differences_of_pairs
 
 _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
-"""The interpreter multiplies no halves, and knows no machine code."""
+"""The interpreter multiplies no halves."""
 _STEPS: tl.constexpr = tl.constexpr(16)
 """Bisections, at most: what is left of the range of distances matters to nobody."""
 _TURN: tl.constexpr = tl.constexpr(79)
@@ -103,71 +100,14 @@ def _distances(
 
 
 @triton.jit
-def _halves(x):
-    """Both halves of the last axis."""
-    return x.reshape(x.shape[0], 2, x.shape[1] // 2).trans(0, 2, 1).split()
-
-
-@triton.jit
-def _narrow(x, LISTS: tl.constexpr):
-    """The first columns of a half, of a half of it, and so on: where threads hold them already."""
-    if x.shape[1] > LISTS:
-        left, _ = _halves(x)
-        x = _narrow(left, LISTS)
-    return x
-
-
-@triton.jit
-def _append_each(end, value, column, most):
-    """At the end of each list one distance and its column, if it is near enough: the new end.
-
-    Ends are addresses, and no list lies where the lower half of these would overflow.
-    """
-    if _INTERPRETED:
-        near, at = value <= most, end.to(tl.pointer_type(tl.int32))
-        tl.store(at, value.to(tl.int32, bitcast=True), mask=near)
-        tl.store(at + 1, column, mask=near)
-        end = tl.where(near, end + 8, end)
-    else:
-        end = tl.inline_asm_elementwise(
-            """{
-            .reg .pred near;
-            .reg .b32 low, high, value;
-            setp.le.f32 near, $2, $4;
-            mov.b32 value, $2;
-            @near st.global.v2.b32 [$1], {value, $3};
-            mov.b64 {low, high}, $1;
-            @near add.u32 low, low, 8;
-            mov.b64 $0, {low, high};
-            }""",
-            "=l,l,f,r,f",
-            [end, value, column, most],
-            dtype=tl.int64,
-            is_pure=False,
-            pack=1,
-        )
-    return end
-
-
-@triton.jit
-def _append(end, value, first, step: tl.constexpr, most):
-    """The same of a tile whose columns are every ``step``-th from the first on."""
-    LISTS: tl.constexpr = end.shape[1]
-    if value.shape[1] == LISTS:
-        columns = first + step * tl.arange(0, LISTS)
-        columns = tl.broadcast_to(columns[None, :], value.shape)
-        end = _append_each(end, value, columns, most)
-    else:
-        left, right = _halves(value)
-        end = _append(end, left, first, step, most)
-        first += step * left.shape[1]
-        end = _append(end, right, first, step, most)
-    return end
-
-
-@triton.jit
 def _count(chosen):
     return tl.sum(tl.where(chosen, 1.0, 0.0), 1)
+
+
+@triton.jit
+def _count_below(value, most):
+    """How many of each row are below: by the sign of a difference, in two instructions each."""
+    return -tl.sum((value - most[:, None]).to(tl.int32, bitcast=True) >> 31, 1)
 
 
 @triton.jit
@@ -178,14 +118,15 @@ def _bound(least, need):
     """
     low = tl.min(least, 1)
     high = tl.max(tl.where(least < float("inf"), least, low[:, None]), 1)
-    found = _count(least <= high[:, None])
+    found = _count(least <= high[:, None]).to(tl.int32)
+    low = tl.maximum(low, -3e38)  # so that a middle is finite
     most = need + need // 8
-    open_ = found > most
+    open_ = (found > most) & (low < high) & (high < float("inf"))
     high = tl.where(found < need, float("inf"), high)
     step = 0
     while (step < _STEPS) & (tl.max(open_.to(tl.int32), 0) > 0):
         middle = 0.5 * low + 0.5 * high
-        found = _count(least <= middle[:, None])
+        found = _count_below(least, middle)
         low = tl.where(found < need, middle, low)
         high = tl.where(open_ & (found >= need), middle, high)
         open_ = open_ & ((found < need) | (found > most))
@@ -299,7 +240,7 @@ def _nearest_survivors(
         most = tl.broadcast_to(most[:, None], [BLOCK_N, BLOCK_M])
         if not DIRECT:
             most, _ = most.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
-        most = _narrow(most, LISTS)
+        most = narrow(most, LISTS)
         end = empty
         for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
             columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -309,11 +250,11 @@ def _nearest_survivors(
             )  # fmt: skip
             end = tl.minimum(end, empty + 8 * full)
             if DIRECT:
-                end = _append(end, value, tile * BLOCK_M, 1, most)
+                end = append(end, value, tile * BLOCK_M, 1, most)
             else:  # a thread holds two columns side by side
                 even, odd = value.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
-                end = _append(end, even, tile * BLOCK_M, 2, most)
-                end = _append(end, odd, tile * BLOCK_M + 1, 2, most)
+                end = append(end, even, tile * BLOCK_M, 2, most)
+                end = append(end, odd, tile * BLOCK_M + 1, 2, most)
         tl.debug_barrier()  # what one thread has listed, others read
         length = (end - empty).to(tl.int32) // 8
         before = tl.cumsum(length, 1) - length
@@ -331,7 +272,7 @@ def _nearest_survivors(
                 place = tl.load(place_list_ptr + lines * LISTED + j, mask=j < length, other=0)
                 exact = squared_differences_of_pairs(
                     original, original_key_ptr + start * d, rows, place, j < length, d, d, d,
-                    BLOCK_D, ANGLES,
+                    min(BLOCK_D, 16), ANGLES,
                 )  # fmt: skip
                 exact = exact.to(tl.float32).to(tl.int32, bitcast=True)
                 tl.store(value_list_ptr + lines * LISTED + j, exact, mask=j < length)
@@ -351,46 +292,3 @@ def _nearest_survivors(
         tl.store(place_ptr + at, place_of(pair), mask=stored)
         tl.store(missed_ptr + first + rows, (enough == 0).to(tl.uint8), mask=real)
         tl.debug_barrier()  # the lists are free again
-
-
-SHORTEST = 192
-"""Sources from which on a bound is worth a second pass."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a search by a bound is spread over a GPU."""
-
-    rows: int
-    columns: int
-    axes: int
-    lists: int
-    length: int
-    listed: int
-    warps: int
-    stages: int
-    programs: int
-    """On each multiprocessor."""
-    registers: int | None
-    """Of a thread, at most, so that as many programs fit."""
-
-
-def plan(m: int, k: int, d: int, dtype: torch.dtype, direct: bool) -> Plan | None:
-    """For ``k`` of ``m`` sources, own ones counted; None where a bound is no help."""
-    if m < SHORTEST or k > 64:
-        return None
-    listed = max(16 if direct else 32, triton.next_power_of_2(2 * k))
-    axes = max(16, min(64, triton.next_power_of_2(d)))
-    if direct:
-        return Plan(32, 128, axes, 32, 16, listed, 4, 1, 4, 128)
-    if dtype == torch.float32:
-        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
-    return Plan(64, 128, axes, 4, 64, listed, 4, 2, 3, 168)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; a few, where one is only interpreted."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -85,15 +85,20 @@ def launch(
     bias = rounding = None
     if not _direct(q):
         center = keys.mean(-2, keepdim=True)
-        about = q - center, keys - center
-        lengths = about[0].norm(dim=-1), about[1].norm(dim=-1)
+        centered = q - center, keys - center
+        lengths = centered[0].norm(dim=-1), centered[1].norm(dim=-1)
         bias = lengths[1].square()
         slack = _slack(*lengths, d)
         if angles:  # a zero key has squared length 1 by definition
             bias = bias + (keys.square().sum(-1) < 0.25)
         rounding = Rounding(
-            *(center.flatten(0, 1), *(t.unsqueeze(1) for t in about)),
-            *(lengths[0].square().flatten(), slack.flatten(), _rough(d), m),
+            center=center.flatten(0, 1),
+            q=centered[0].unsqueeze(1),
+            keys=centered[1].unsqueeze(1),
+            square=lengths[0].square().flatten(),
+            slack=slack.flatten(),
+            rough=_rough(d),
+            least=m,
         )
         bias = bias.unsqueeze(1)
     values, places = nearest(

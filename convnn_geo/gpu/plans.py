@@ -1,0 +1,62 @@
+"""How a search by a bound is spread over a GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+SHORTEST = 192
+"""Sources from which on a bound is worth a second pass."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles, lists and programs.
+
+    Args:
+        rows: of a tile.
+        columns: of a tile, and as many groups.
+        axes: multiplied at once.
+        lists: that a row's survivors are appended to, one for each thread that holds some of it.
+        length: of each list, a power of two.
+        listed: survivors of a row, at most, that are sorted.
+        warps: of a program.
+        stages: tiles on their way from memory.
+        programs: on each multiprocessor.
+        registers: of a thread, at most, so that as many programs fit.
+    """
+
+    rows: int
+    columns: int
+    axes: int
+    lists: int
+    length: int
+    listed: int
+    warps: int
+    stages: int
+    programs: int
+    registers: int | None
+
+
+def plan(m: int, k: int, d: int, dtype: torch.dtype, direct: bool) -> Plan | None:
+    """For ``k`` of ``m`` sources, own ones counted; None where a bound is no help."""
+    if m < SHORTEST or k > 64:
+        return None
+    listed = max(16 if direct else 32, triton.next_power_of_2(2 * k))
+    axes = max(16, min(64, triton.next_power_of_2(d)))
+    if direct:
+        return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16, 128)
+    if dtype == torch.float32:
+        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
+    return Plan(64, 128, axes, 4, 64, listed, 4, 2, 3, 168)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few, where one is only interpreted."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
