@@ -68,13 +68,13 @@ class Operation:
             subset = subset.restrict(self.source.mask.unsqueeze(-2))
         return subset
 
-    def query(self) -> Query:
-        """What is asked of the search: everything but k."""
+    def query(self, k: int = 1) -> Query:
+        """What is asked of the search; a selection may want another number of the nearest."""
         return Query(
             self.target,
             self.source,
             self.metric,
-            1,
+            k,
             self.subset,
             bind=lambda: self._searched,
             exact=False,  # who wants the distances of chosen pairs asks for them, with gradient

@@ -15,9 +15,9 @@ class Operator:
     """A function of tensors, known to torch as ``torch.ops.convnn_geo.<name>``.
 
     Tracers, modes, transforms and tensors of other classes see the operator that torch registers.
-    To call that costs more time than to launch a kernel, twice as much where gradients are wanted:
-    where nobody looks on the function is called directly, under the same rules. It knows nothing
-    of autograd, and returns tensors that are nobody else's.
+    To call that costs more time than to launch a kernel, several times as much where gradients are
+    wanted: where nobody looks on the function is called directly, under the same rules. It knows
+    nothing of autograd, and returns tensors that are nobody else's.
 
     Args:
         name: of the operator.
@@ -51,7 +51,7 @@ class Operator:
         self.learns = type(self.name, (torch.autograd.Function,), parts)
 
     def _directly(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():  # no views, no graph: as torch calls operators
+        with torch._C._AutoDispatchBelowADInplaceOrView():  # no graph, and no result is a view
             return self.function(*args)
 
     def __call__(self, *args: Any) -> Any:

@@ -371,9 +371,13 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     kind, q, keys, value, bias, _, keep, _, scale, temperature, engine, _ = inputs
     ctx.kind, ctx.rest = kind, (scale, temperature, engine)
     ctx.save_for_backward(q, keys, value, bias, keep, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward gets zeros as large as these
 
 
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 12
     q, keys, value, bias, keep, weight, place = ctx.saved_tensors
     if torch.is_grad_enabled() and not is_traced():  # to be differentiated again
         inputs = [t for t in (q, keys, value, bias) if t is not None]

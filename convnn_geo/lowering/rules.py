@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -100,5 +99,5 @@ def triton_search(op: Operation) -> str:
     selection = op.selection
     if op.search != "auto" or op.whole or not isinstance(selection, KNearest):
         return op.search
-    query = replace(op.query(), k=selection.k * selection.dilation)
+    query = op.query(selection.k * selection.dilation)
     return op.search if ENGINES["triton"].refuses(query) else "triton"
