@@ -41,17 +41,24 @@ class Plan:
     registers: int | None
 
 
-def plan(m: int, k: int, d: int, dtype: torch.dtype, direct: bool) -> Plan | None:
-    """For ``k`` of ``m`` sources, own ones counted; None where a bound is no help."""
-    if m < SHORTEST or k > 64:
+def plan(
+    m: int, k: int, d: int, dtype: torch.dtype, direct: bool, rough: bool = False
+) -> Plan | None:
+    """For ``k`` of ``m`` sources; None where a bound is no help, or registers don't suffice.
+
+    ``rough``: products of float32 are only rough, so that tensor cores make them.
+    """
+    if m < SHORTEST or k > 32:
         return None
     listed = max(16 if direct else 32, triton.next_power_of_2(2 * k))
     axes = max(16, min(64, triton.next_power_of_2(d)))
     if direct:
         return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16, 128)
-    if dtype == torch.float32:
+    if dtype != torch.float32:
+        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 3, 168)
+    if rough:
         return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
-    return Plan(64, 128, axes, 4, 64, listed, 4, 2, 3, 168)
+    return Plan(32, 64, min(32, axes), 8, 32, listed, 4, 2, 2, None)
 
 
 @functools.cache

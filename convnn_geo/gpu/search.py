@@ -80,7 +80,7 @@ def nearest(
         float32 and int32; places count within the example. What is hidden has value infinity and
         comes last, after NaN.
     """
-    d, counted = q.shape[-1], k + (own is not None)
+    d = q.shape[-1]
     if starts is None:
         examples, heads = q.shape[0] * q.shape[1], q.shape[1]
         n, m = q.shape[-2], keys.shape[-2]
@@ -104,7 +104,7 @@ def nearest(
         "HAS_MASK": mask is not None,
         "HAS_OWN": own is not None,
     }
-    chosen = plan(m or len(keys) // examples, counted, d, q.dtype, direct)
+    chosen = plan(m or len(keys) // examples, k, d, q.dtype, direct, rounding is not None)
     if chosen is not None:
         missed = values.new_empty(len(values), dtype=torch.uint8)
         blocks = triton.cdiv(longest, chosen.rows)
