@@ -10,10 +10,14 @@ from convnn_geo import gpu
 from convnn_geo.gpu.backward import attend_backward
 from convnn_geo.gpu.found import _combine
 from convnn_geo.gpu.layout import empty_result, laid_out, leading, split
+from convnn_geo.gpu.plans import plan
 from convnn_geo.gpu.rows import _attend_rows, tile
 from convnn_geo.gpu.search import nearest
 
 __all__ = ["attend", "attend_backward"]
+
+SHORT = 256
+"""Sources up to which whole rows cost less than a search, where a bound shortens it."""
 
 
 @gpu.on_its_device
@@ -49,8 +53,10 @@ def attend(
     shape = (*lead, n, k)
     gathers = q.dtype == torch.float32  # no tensor core multiplies it
     alike = gathers or q.dtype == value.dtype
-    crowded, shared = wanted and mask is not None, gpu.shared_memory(q.device)
-    chosen = tile(m, d, c, q.dtype, shared, crowded) if alike else None
+    shared = gpu.shared_memory(q.device)
+    chosen = None
+    if alike and not (m > SHORT and plan(m, k, d, q.dtype, False)):
+        chosen = tile(n, m, d, c, q.dtype, shared, wanted, mask is not None)
     stores = wanted or chosen is None or gathers
     weight = value.new_empty(shape if stores else 0, dtype=torch.float32)
     place = torch.empty_like(weight, dtype=torch.int32)

@@ -16,8 +16,11 @@ from convnn_geo import gpu
 from convnn_geo.gpu.layout import laid_out, split
 from convnn_geo.gpu.choosers import lists, sum_by_source
 
-ROWS, AT_ONCE, WARPS = 16, 8, 4
-"""Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps."""
+ROWS, AT_ONCE, WARPS = 16, (4, 8), 4
+"""Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps.
+
+The first number is for up to 16 neighbours, which leave registers to more programs.
+"""
 
 
 @triton.jit
@@ -229,6 +232,7 @@ def attend_backward(
     slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
     sent = place.new_empty(*place.shape, 4)
     axes, channels = _block(d), _block(c)
+    at_once = AT_ONCE[k > 16]
     wide = max(axes * keys.itemsize, channels * value.itemsize)
     _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
         *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
@@ -238,7 +242,7 @@ def attend_backward(
         BLOCK_N=ROWS,
         BLOCK_D=axes,
         BLOCK_C=channels,
-        J=max(1, min(AT_ONCE, AT_ONCE * 128 // wide)),
+        J=max(1, min(at_once, at_once * 128 // wide)),
         PAIRS=triton.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
         num_warps=WARPS,

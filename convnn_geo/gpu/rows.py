@@ -151,23 +151,23 @@ class Tile:
 
 
 def tile(
-    m: int, d: int, c: int, dtype: torch.dtype, shared: int, crowded: bool = False
+    n: int, m: int, d: int, c: int, dtype: torch.dtype, shared: int, stores: bool, masked: bool
 ) -> Tile | None:
-    """The tile for rows of ``m`` scores, given ``shared`` bytes a block; None where none fits.
+    """The tile for ``n`` rows of ``m`` scores, given ``shared`` bytes a block; None where none fits.
 
-    A thread holds 64 scores at most, so that registers suffice, or 32 where they are ``crowded``
-    by a mask and by weights to be stored; float32 is multiplied by threads,
-    which hold parts of both factors as well.
+    Registers decide: many rows share what is read, but weights to be stored, and a mask beside
+    them, crowd these out; float32 is multiplied by threads, which hold parts of both factors.
     """
     columns = max(16, triton.next_power_of_2(m))
     half = dtype != torch.float32
     if m > LONGEST or (not half and columns * max(d, 64) > 512 * 64):
         return None
     size, wide = dtype.itemsize, max(16, triton.next_power_of_2(c))
-    rows = 32 if half and columns <= 256 and not crowded else 16
-    warps = 4 if half and columns <= 512 else 8
-    if half and crowded:
-        warps = max(4, columns // 64)
+    rows, warps = 16, 4 if half and columns <= 512 else 8
+    if half and columns <= 256 and not (stores and masked):
+        rows, warps = (32, 4) if stores else (128, 8)
+    while rows > 16 and rows >= 2 * n:
+        rows, warps = rows // 2, max(4, warps // 2)
     axes = max(16, min(64 if half else 32, triton.next_power_of_2(d)))
     channels = min(64, wide)
     weights = rows * columns * size  # on their way to the second product

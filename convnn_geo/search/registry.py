@@ -84,9 +84,11 @@ def fastest(query: Query) -> str:
         engine = None if passed.get(name) else ENGINES.get(name)
         if engine is not None and not engine.approximate and engine.refuses(query) is None:
             return name
-    many = query.source.num_points >= 4096
-    cells = many and ENGINES[Cells.name].refuses(query) is None
-    return Cells.name if cells else Dense.name
+    fused = ENGINES[Triton.name].refuses(query) is None
+    many = query.source.num_points >= (32768 if fused else 4096)
+    if many and ENGINES[Cells.name].refuses(query) is None:
+        return Cells.name
+    return Triton.name if fused else Dense.name
 
 
 def explain_search(query: Query) -> list[tuple[str, str | None]]:
