@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convnn_geo.bench import machine
-from convnn_geo.search import ENGINES, engines
+from convnn_geo.bench import compare, inputs, machine, peer
+from convnn_geo.search import ENGINES, engines, knn
 
 PICTURES = Path(__file__).parent / "pictures"
 KEPT = ("winners_random_euclidean", "scaling_random_k9_batch1", "recall_random_k9_batch1")
 CASES = ("metric", "input", "n", "dimension", "k", "batch")
+NEAR = 1.15
+"""What auto may take of what the best does."""
 _EXACT = [name for name in engines() if not ENGINES[name].approximate and name != "keops"]
 REAL = {
     "engines": "all,auto",
@@ -61,20 +65,40 @@ def by_case(results: Sequence[dict[str, Any]]) -> dict[Case, dict[str, dict[str,
     return cases
 
 
-def from_best(row: Mapping[str, dict[str, Any]]) -> float | None:
+def from_best(case: Case, row: Mapping[str, dict[str, Any]]) -> float | None:
     """What auto takes over what the best exact engine does; None where none answers in time.
 
-    Of tenth percentiles, which the machine's other work disturbs least.
+    Of tenth percentiles, which the machine's other work disturbs least. Where that is far from 1
+    either way, by noise or by choice, the two are timed again in turns: the median of their ratios.
     """
-    exact = [
-        r["p10"]
+    exact = {
+        name: r["p10"]
         for name, r in row.items()
         if r["median"] is not None and r["recall"] > 0.9999 and name != "auto"
-    ]
+    }
     if not exact:
         return None
-    own = row["auto"]["p10"]
-    return math.inf if own is None else own / min(exact)
+    own, best = row["auto"]["p10"], min(exact, key=exact.__getitem__)
+    if own is None:
+        return math.inf
+    ratio = own / exact[best]
+    if 1 / NEAR <= ratio <= NEAR:
+        return ratio
+    with multiprocessing.get_context("spawn").Pool(1) as apart:
+        return apart.apply(in_turns, (case, best, max(3, min(11, int(10 / (own + exact[best]))))))
+
+
+def in_turns(case: Case, best: str, rounds: int) -> float:
+    """Auto over another engine, call after call."""
+    metric, name, n, dimension, k, batch = case
+    points = inputs.points(name, n, dimension, batch, 0)
+
+    def call(engine: str) -> Callable[[], object]:
+        if engine == peer.NAME:
+            return peer.search(points, metric, k)
+        return partial(knn, points, k=k, metric=inputs.metric(metric), backend=engine)
+
+    return compare({best: call(best), "auto": call("auto")}, rounds, 0.1)[1].ratio
 
 
 def every_engine(results: Sequence[dict[str, Any]]) -> Iterable[str]:
@@ -85,7 +109,7 @@ def every_engine(results: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield "|" + "---|" * (len(shown) + len(engines) + 1)
     ratios = []
     for case, row in by_case(results).items():
-        ratio = from_best(row)
+        ratio = from_best(case, row)
         ratios.append(ratio)
         names = [str(value) for name, value in zip(CASES, case, strict=True) if name in shown]
         cells = [_cell(row.get(name, {})) for name in engines]
@@ -98,7 +122,7 @@ def every_engine(results: Sequence[dict[str, Any]]) -> Iterable[str]:
 
 def whole_grid(results: Sequence[dict[str, Any]]) -> Iterable[str]:
     """A row for each metric, number of points and dimension: auto over the best by k and batch."""
-    cases = {case: from_best(row) for case, row in by_case(results).items()}
+    cases = {case: from_best(case, row) for case, row in by_case(results).items()}
     columns = sorted({(batch, k) for *_, k, batch in cases})
     heads = [f"{batch} x, k = {k}" for batch, k in columns]
     yield f"| metric | n | dimension | {' | '.join(heads)} |"
@@ -118,9 +142,11 @@ def whole_grid(results: Sequence[dict[str, Any]]) -> Iterable[str]:
 
 def _count(ratios: Sequence[float | None]) -> str:
     found = [ratio for ratio in ratios if ratio is not None]
-    near = sum(ratio <= 1.15 for ratio in found)
+    near = sum(ratio <= NEAR for ratio in found)
     return (
-        "Ratios are of tenth percentiles, which the machine's other work disturbs least.\n\n"
+        "Ratios are of tenth percentiles, which the machine's other work disturbs least; those "
+        f"over {NEAR} or under 1 / {NEAR} were measured again, auto and the best in turns: medians."
+        "\n\n"
         f"Claim: within 1.15 of the best on 9 of 10; measured on {near} of {len(found)}."
     )
 
