@@ -30,13 +30,15 @@ def sections() -> dict[str, str]:
     return {re.findall(r"`benchmarks/(\w+)\.py`", part)[0]: part.rstrip() + "\n" for part in parts}
 
 
-def run(script: Path) -> str:
-    """A script's section; a failure stops."""
+def run(script: Path, before: str | None) -> str:
+    """A script's section, or the one before where it awaits another machine; a failure stops."""
     claim = (ast.get_docstring(ast.parse(script.read_text())) or script.stem).splitlines()[0]
     print(claim, flush=True)
     done = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True)
     tables = done.stdout.split("\n", 1)[1].strip()  # the first line names the machine, as here
     print(tables, flush=True)
+    if tables.startswith("Awaits") and before is not None:  # measured where there was a GPU
+        return before
     where = f"{date.today().isoformat()}, {machine()}"
     return f"## {claim}\n\n`benchmarks/{script.name}` on {where}\n\n{tables}\n"
 
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *scripts], help="scripts; all by default")
     found = sections()
     for name in parser.parse_args().names or scripts:
-        found[name] = run(scripts[name])
+        found[name] = run(scripts[name], found.get(name))
         kept = [found[name] for name in scripts if name in found]
         RESULTS.write_text("\n".join([HEAD, *kept]))
 

@@ -312,6 +312,20 @@ def test_between_and_beyond_measured_cases_costs_grow_as_they_did(cache):
     assert seconds(50, 20)["dense"] == pytest.approx(2.0 * (20 / 30) ** growth)
 
 
+def test_what_was_not_measured_goes_to_our_kernels_where_they_run(monkeypatch):
+    from convnn_geo import gpu
+
+    def choice(n, dimension):
+        points = Points(torch.rand(n, dimension))
+        return explain_search(Query(points, points, Feature(), 9))[-1]
+
+    monkeypatch.setattr("convnn_geo.search.registry.expected", lambda query: {})
+    assert choice(5000, 3) == ("cells", None) and choice(5000, 64) == ("dense", None)
+    monkeypatch.setattr(gpu, "refuses", lambda device: None)
+    assert choice(5000, 3) == ("triton", None) and choice(40000, 64) == ("triton", None)
+    assert choice(40000, 3) == ("cells", None)
+
+
 def test_costs_are_those_of_the_directions_in_which_points_vary():
     """Of a unit vector in three dimensions there are two; of directions alone none are left out."""
     points = Points(torch.rand(50, 3), torch.rand(50, 2))

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.gpu.layout import laid_out, split
 from convnn_geo.gpu.choosers import lists, sum_by_source
+from convnn_geo.gpu.layout import laid_out, split
 
 ROWS, AT_ONCE, WARPS = 16, (4, 8), 4
 """Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps.

@@ -134,10 +134,7 @@ def _narrowed(value, k, low, many, high, few, STEPS: tl.constexpr, HALVES: tl.co
         margin = tl.where(step < 2, 0.05, 0.4)
         share = tl.minimum(tl.maximum(share, margin), 1.0 - margin)
         guess = tl.where(many == k, low, low + (high - low) * share)
-        if HALVES:
-            count = _shares_of_halves(value, guess)
-        else:
-            count = _shares(value, guess)
+        count = _shares_of_halves(value, guess) if HALVES else _shares(value, guess)
         enough = count >= k
         low, many = tl.where(enough, guess, low), tl.where(enough, count, many)
         high, few = tl.where(enough, high, guess), tl.where(enough, few, count)

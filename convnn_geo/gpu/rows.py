@@ -153,7 +153,7 @@ class Tile:
 def tile(
     n: int, m: int, d: int, c: int, dtype: torch.dtype, shared: int, stores: bool, masked: bool
 ) -> Tile | None:
-    """The tile for ``n`` rows of ``m`` scores, given ``shared`` bytes a block; None where none fits.
+    """The tile for ``n`` rows of ``m`` scores, ``shared`` bytes a block at most; None if none fits.
 
     Registers decide: many rows share what is read, but weights to be stored, and a mask beside
     them, crowd these out; float32 is multiplied by threads, which hold parts of both factors.

@@ -85,16 +85,16 @@ def launch(
     bias = rounding = None
     if not _direct(q):
         center = keys.mean(-2, keepdim=True)
-        centered = q - center, keys - center
-        lengths = centered[0].norm(dim=-1), centered[1].norm(dim=-1)
-        bias = lengths[1].square()
-        slack = _slack(*lengths, d)
+        sides = [t - center for t in ((keys,) if _same(q, keys) else (q, keys))]
+        lengths = [side.norm(dim=-1) for side in sides]
+        bias = lengths[-1].square()
+        slack = _slack(lengths[0], lengths[-1], d)
         if angles:  # a zero key has squared length 1 by definition
             bias = bias + (keys.square().sum(-1) < 0.25)
         rounding = Rounding(
             center=center.flatten(0, 1),
-            q=centered[0].unsqueeze(1),
-            keys=centered[1].unsqueeze(1),
+            q=sides[0].unsqueeze(1),
+            keys=sides[-1].unsqueeze(1),
             square=lengths[0].square().flatten(),
             slack=slack.flatten(),
             rough=_rough(d),
@@ -109,6 +109,10 @@ def launch(
         rounding=rounding,
     )
     return values / 2 if angles else values, places
+
+
+def _same(q: Tensor, keys: Tensor) -> bool:
+    return q.data_ptr() == keys.data_ptr() and q.shape == keys.shape
 
 
 def _direct(q: Tensor) -> bool:
