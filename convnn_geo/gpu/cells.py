@@ -19,7 +19,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.pairs import place_of, value_of
-from convnn_geo.gpu.tiles import ordered
+from convnn_geo.gpu.tiles import PADDING
 
 CROWD = 2.8
 """Standard deviations by which a ball as wide as cells reach is to hold more than k points."""
@@ -35,8 +35,8 @@ _ROUNDING = tl.constexpr(2.0**-20)
 """Share of its place, counted in cells, by which rounding may move a point, and more."""
 _NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 """Comes after every pair of a distance and a place."""
-_INFINITE = tl.constexpr(0x7F800000)
-"""The code of an infinite distance."""
+_NAN = tl.constexpr(0x7FC00000)
+"""The code of NaN."""
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def _count(
 
 @triton.jit
 def _fill(
-    point_ptr, cell_ptr, rank_ptr, start_ptr, sorted_ptr, order_ptr, total, n,
+    point_ptr, cell_ptr, rank_ptr, start_ptr, sorted_ptr, total, n,
     d: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Points and their places in the order of cells; in a cell, in any."""
@@ -149,10 +149,24 @@ def _fill(
     real = at < total
     cell = tl.load(cell_ptr + at, mask=real, other=0)
     to = tl.load(start_ptr + cell) + tl.load(rank_ptr + at, mask=real, other=0)
+    line = sorted_ptr + to.to(tl.int64) * 4
     for axis in tl.static_range(0, 3):
         x = _coordinate(point_ptr, at, real, axis, d)
-        tl.store(sorted_ptr + tl.cast(axis, tl.int64) * total + to, x, mask=real)
-    tl.store(order_ptr + to, at % n, mask=real)
+        tl.store(line + axis + axis // 2, x.to(tl.int32, bitcast=True), mask=real)
+    tl.store(line + 2, at % n, mask=real)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _point(sorted_ptr, at):
+    """Coordinates of sorted points; the last word has the place, too."""
+    both = tl.load(sorted_ptr + at * 2)
+    last = tl.load(sorted_ptr + at * 2 + 1)
+    return _float(both), _float(both >> 32), _float(last >> 32), last & 0xFFFFFFFF
 
 
 @triton.jit
@@ -209,10 +223,8 @@ def _box(place, cell, count, scale, slack, radius, ring, full):
 @triton.jit
 def _search(
     source_ptr,
-    order_ptr,
     start_ptr,
     target_ptr,
-    row_ptr,
     axis_ptr,
     own_ptr,
     value_ptr,
@@ -231,14 +243,11 @@ def _search(
     searching = at < targets
     at = tl.minimum(at, targets - 1)
     example = at // n
-    row = example * n + tl.load(row_ptr + at)
+    tx, ty, tz, place = _point(target_ptr, at)
+    row = example * n + place.to(tl.int32)
     own = row
     if HAS_OWN:
         own = tl.load(own_ptr + row).to(tl.int32)
-    source_y = source_ptr + tl.cast(sources, tl.int64)
-    source_z = source_y + sources
-    target_y = target_ptr + tl.cast(targets, tl.int64)
-    tx, ty, tz = tl.load(target_ptr + at), tl.load(target_y + at), tl.load(target_y + targets + at)
     low, scale_x, edge_x, count_x = _axis(axis_ptr, example, 0)
     px = (tx - low) * scale_x
     low, scale_y, edge_y, count_y = _axis(axis_ptr, example, 1)
@@ -275,19 +284,17 @@ def _search(
                 begin = tl.load(line + z0, mask=looked, other=0)
                 end = tl.load(line + z1 + 1, mask=looked, other=0)
                 for step in range(0, tl.max(end - begin, 0)):
-                    there = begin + step < end
-                    source = source_ptr + begin + step
-                    dx = tx - tl.load(source, mask=there, other=0.0)
-                    dy = ty - tl.load(source_y + begin + step, mask=there, other=0.0)
-                    dz = tz - tl.load(source_z + begin + step, mask=there, other=0.0)
-                    place = tl.load(order_ptr + begin + step, mask=there, other=0)
-                    code = ordered(dx * dx + dy * dy + dz * dz)
-                    pair = (code.to(tl.int64) << 32) | place.to(tl.int64)
+                    at = begin + step
+                    x_, y_, z_, place = _point(source_ptr, tl.minimum(at, sources - 1))
+                    dx, dy, dz = tx - x_, ty - y_, tz - z_
+                    bits = (dx * dx + dy * dy + dz * dz).to(tl.int32, bitcast=True)
+                    code = tl.minimum(bits & 0x7FFFFFFF, _NAN)
+                    there = at < end
                     if HAS_OWN:
-                        there = there & (place != own)
-                    pair = tl.where(there, pair, _NOBODY)
-                    if _any(pair < best[K - 1]):
-                        best = _inserted(best, pair, K)
+                        there = there & (place.to(tl.int32) != own)
+                    code = tl.where(there, code, PADDING)
+                    if _any(code <= (best[K - 1] >> 32).to(tl.int32)):
+                        best = _inserted(best, (code.to(tl.int64) << 32) | place, K)
         square = value_of(~best[K - 1])
         gap = _gap(px, x0, x1, count_x, slack_x, edge_x)
         gap = tl.minimum(gap, _gap(py, y0, y1, count_y, slack_y, edge_y))
@@ -312,7 +319,7 @@ def _shares(k: int, d: int) -> tuple[float, int]:
     return (k + CROWD * math.sqrt(k)) / (ball * ring**d), ring
 
 
-def _sorted(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sorted(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Coordinates ``(3, b n)`` and places ``(b n,)`` by cell, and where cells start."""
     (b, n, d), total = points.shape, points.shape[0] * points.shape[1]
     cell = torch.empty(2, total, dtype=torch.int32, device=points.device)
@@ -321,9 +328,9 @@ def _sorted(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Tensor, T
     plain = {"d": d, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     _count[grid](points, axes, cell[0], cell[1], counts, total, n, cells, **plain)
     starts = counts.cumsum(0, dtype=torch.int32)
-    coordinates, order = points.new_empty(3, total), torch.empty_like(cell[0])
-    _fill[grid](points, cell[0], cell[1], starts, coordinates, order, total, n, **plain)
-    return coordinates, order, starts
+    points_ = torch.empty(total, 4, dtype=torch.int32, device=points.device)
+    _fill[grid](points, cell[0], cell[1], starts, points_, total, n, **plain)
+    return points_.view(torch.int64), starts
 
 
 @gpu.on_its_device
@@ -347,12 +354,12 @@ def nearest(
     cells = max(1, int(m / shares))
     axes = keys.new_empty(b, 4, 3)
     _lay_out[(b,)](keys, axes, m, cells, d=d, BLOCK=_BLOCK, num_warps=16, enable_fp_fusion=False)
-    sources, order, starts = _sorted(keys, axes, cells)
-    targets, rows = (sources, order) if same else _sorted(q, axes, cells)[:2]
+    sources, starts = _sorted(keys, axes, cells)
+    targets = sources if same else _sorted(q, axes, cells)[0]
     values = q.new_empty(b * n, k)
     places = torch.empty_like(values, dtype=torch.int64)
     _search[(triton.cdiv(b * n, LANES),)](
-        *(sources, order, starts, targets, rows, axes, own, values, places),
+        *(sources, starts, targets, axes, own, values, places),
         *(b * m, b * n, n, cells),
         K=k,
         RING=ring,
