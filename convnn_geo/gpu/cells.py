@@ -39,54 +39,44 @@ _NAN = tl.constexpr(0x7FC00000)
 """The code of NaN."""
 
 
-@triton.jit
-def _lay_out(
-    key_ptr, axis_ptr, m, cells, d: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["cells"])
+def _lay_out(low_ptr, high_ptr, axis_ptr, cells, d: tl.constexpr):
     """One example's grid: for each axis its corner, cells a unit, a cell's edge and their number.
 
     Cells are about as wide as they are long; an axis shorter than that has but one. So has one
-    without extent, and one that numbers do not span.
+    whose extent is no number, or none that divides.
     """
     axes = tl.arange(0, 4)
     axis = axes - (3 - d)  # those that there are come last
     there = (axis >= 0) & (axis < d)
-    low = tl.full([BLOCK, 4], float("inf"), tl.float32)
-    high = -low
-    key_ptr += tl.program_id(0).to(tl.int64) * m * d
-    for start in range(0, m, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        x = tl.load(
-            key_ptr + rows.to(tl.int64)[:, None] * d + axis[None, :],
-            mask=(rows < m)[:, None] & there[None, :],
-            other=float("inf"),
-        )
-        finite = tl.abs(x) < float("inf")
-        low = tl.minimum(low, tl.where(finite, x, float("inf")))
-        high = tl.maximum(high, tl.where(finite, x, float("-inf")))
-    first, last = tl.min(low, 0), tl.max(high, 0)
-    extent = last - first
-    free = (extent > 0) & (extent < float("inf"))
+    example = tl.program_id(0)
+    low = tl.load(low_ptr + example * d + axis, mask=there, other=0.0)
+    extent = tl.load(high_ptr + example * d + axis, mask=there, other=0.0) - low
+    several = (extent > 0) & (extent < float("inf"))  # cells on this axis
+    extent = tl.where(several, extent, 1.0)
     edge = extent
     for _ in tl.static_range(3):
-        size = tl.sum(tl.where(free, tl.log2(extent), 0.0), 0) - tl.log2(cells.to(tl.float32))
-        size /= tl.maximum(tl.sum(free.to(tl.float32), 0), 1.0)
-        edge = tl.exp2(size + 1e-4)
-        free = free & (extent >= edge)
-    count = tl.where(free, tl.minimum(tl.floor(extent / edge), _LONGEST), 1.0)
-    count = tl.maximum(count, 1.0)
+        size = tl.sum(tl.where(several, tl.log2(extent), 0.0), 0) - tl.log2(
+            tl.cast(cells, tl.float32)
+        )
+        number = tl.sum(several.to(tl.float32), 0)
+        edge = tl.exp2(size / tl.maximum(number, 1.0) + 1e-4)
+        several = several & (extent >= edge)
+    count = tl.minimum(tl.maximum(tl.floor(extent / edge), 1.0), _LONGEST)
     scale = count / extent
-    count = tl.where(free & (scale < float("inf")), count, 1.0)
-    number = tl.sum(tl.where(axes == 0, count, 0.0), 0).to(tl.int64)
-    for one in tl.static_range(1, 3):
+    several = several & (count > 1) & (scale < float("inf"))
+    count = tl.where(several, count, 1.0)
+    number = tl.cast(1, tl.int64)
+    for one in tl.static_range(3):
         number *= tl.sum(tl.where(axes == one, count, 0.0), 0).to(tl.int64)
-    count = tl.where(number <= cells, count, 1.0)  # should logarithms ever be that far off
-    several = count > 1
-    at = axis_ptr + tl.program_id(0) * 12 + axes
-    tl.store(at, tl.where(several, first, 0.0), mask=axes < 3)
-    tl.store(at + 3, tl.where(several, scale, 0.0), mask=axes < 3)
-    tl.store(at + 6, tl.where(several, tl.div_rn(1.0, scale), 0.0), mask=axes < 3)
-    tl.store(at + 9, count, mask=axes < 3)
+    several = several & (number <= cells)  # should logarithms ever be that far off
+    scale = tl.where(several, scale, 0.0)
+    edge = tl.where(several, tl.div_rn(1.0, tl.where(several, scale, 1.0)), 0.0)
+    at = axis_ptr + example * 12 + axes
+    tl.store(at, tl.where(several, low, 0.0), mask=axes < 3)
+    tl.store(at + 3, scale, mask=axes < 3)
+    tl.store(at + 6, edge, mask=axes < 3)
+    tl.store(at + 9, tl.where(several, count, 1.0), mask=axes < 3)
 
 
 @triton.jit
@@ -118,7 +108,7 @@ def _last(place, count):
     return tl.where(place < count - 1, tl.maximum(place, 0.0), count - 1).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "n", "cells"])
 def _count(
     point_ptr, axis_ptr, cell_ptr, rank_ptr, count_ptr, total, n, cells,
     d: tl.constexpr, BLOCK: tl.constexpr,
@@ -129,7 +119,7 @@ def _count(
     example = tl.where(real, at // n, 0)
     cell = tl.zeros([BLOCK], tl.int32)
     for axis in tl.static_range(0, 3):
-        low, scale, edge, count = _axis(axis_ptr, example, axis)
+        low, scale, _, count = _axis(axis_ptr, example, axis)
         x = _coordinate(point_ptr, at, real, axis, d)
         cell = cell * count.to(tl.int32) + _first((x - low) * scale, count)
     cell += example * cells
@@ -139,12 +129,12 @@ def _count(
     tl.store(rank_ptr + at, rank, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "n"])
 def _fill(
     point_ptr, cell_ptr, rank_ptr, start_ptr, sorted_ptr, total, n,
     d: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Points and their places in the order of cells; in a cell, in any."""
+    """Rows of x, y, place and z in the order of cells; in a cell, in any."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = at < total
     cell = tl.load(cell_ptr + at, mask=real, other=0)
@@ -152,7 +142,7 @@ def _fill(
     line = sorted_ptr + to.to(tl.int64) * 4
     for axis in tl.static_range(0, 3):
         x = _coordinate(point_ptr, at, real, axis, d)
-        tl.store(line + axis + axis // 2, x.to(tl.int32, bitcast=True), mask=real)
+        tl.store(line + (axis + axis // 2), x.to(tl.int32, bitcast=True), mask=real)
     tl.store(line + 2, at % n, mask=real)
 
 
@@ -163,7 +153,7 @@ def _float(bits):
 
 @triton.jit
 def _point(sorted_ptr, at):
-    """Coordinates of sorted points; the last word has the place, too."""
+    """Coordinates and places of sorted points, read two at a time."""
     both = tl.load(sorted_ptr + at * 2)
     last = tl.load(sorted_ptr + at * 2 + 1)
     return _float(both), _float(both >> 32), _float(last >> 32), last & 0xFFFFFFFF
@@ -174,19 +164,19 @@ def _emptied(best, which, K: tl.constexpr):
     """Lists without neighbours, of some targets."""
     found = (tl.where(which, _NOBODY, best[0]),)
     for i in tl.static_range(1, K):
-        found = found + (tl.where(which, _NOBODY, best[i]),)
+        found = found + (tl.where(which, _NOBODY, best[i]),)  # noqa: RUF005
     return found
 
 
 @triton.jit
 def _inserted(best, pair, K: tl.constexpr):
     """Lists in order with one more pair each; the last drops out."""
-    before, nearer = best[0], pair < best[0]
-    found = (tl.where(nearer, pair, before),)
+    nearer = pair < best[0]
+    found = (tl.where(nearer, pair, best[0]),)
     for i in tl.static_range(1, K):
-        here = pair < best[i]
-        found = found + (tl.where(nearer, before, tl.where(here, pair, best[i])),)
-        before, nearer = best[i], here
+        pair = tl.where(nearer, best[i - 1], pair)
+        nearer = pair < best[i]
+        found = found + (tl.where(nearer, pair, best[i]),)  # noqa: RUF005
     return found
 
 
@@ -220,7 +210,7 @@ def _box(place, cell, count, scale, slack, radius, ring, full):
     return _first(at - reach, count), _last(at + reach, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sources", "targets", "n", "cells"])
 def _search(
     source_ptr,
     start_ptr,
@@ -262,7 +252,7 @@ def _search(
 
     best = (tl.full([LANES], _NOBODY, tl.int64),)
     for _ in tl.static_range(1, K):
-        best = best + (best[0],)
+        best = best + (best[0],)  # noqa: RUF005
     full = at < 0  # whose list is
     radius, ring = tl.zeros([LANES], tl.float32), tl.full([LANES], RING, tl.float32)
     while _any(searching):
@@ -320,7 +310,7 @@ def _shares(k: int, d: int) -> tuple[float, int]:
 
 
 def _sorted(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Coordinates ``(3, b n)`` and places ``(b n,)`` by cell, and where cells start."""
+    """Rows ``(b n, 2)`` of x, y and place, z by cell, two in one number, and where cells start."""
     (b, n, d), total = points.shape, points.shape[0] * points.shape[1]
     cell = torch.empty(2, total, dtype=torch.int32, device=points.device)
     counts = torch.zeros(b * cells + 1, dtype=torch.int32, device=points.device)
@@ -328,9 +318,9 @@ def _sorted(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     plain = {"d": d, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     _count[grid](points, axes, cell[0], cell[1], counts, total, n, cells, **plain)
     starts = counts.cumsum(0, dtype=torch.int32)
-    points_ = torch.empty(total, 4, dtype=torch.int32, device=points.device)
-    _fill[grid](points, cell[0], cell[1], starts, points_, total, n, **plain)
-    return points_.view(torch.int64), starts
+    rows = torch.empty(total, 4, dtype=torch.int32, device=points.device)
+    _fill[grid](points, cell[0], cell[1], starts, rows, total, n, **plain)
+    return rows.view(torch.int64), starts
 
 
 @gpu.on_its_device
@@ -353,7 +343,8 @@ def nearest(
     shares, ring = _shares(k, d)
     cells = max(1, int(m / shares))
     axes = keys.new_empty(b, 4, 3)
-    _lay_out[(b,)](keys, axes, m, cells, d=d, BLOCK=_BLOCK, num_warps=16, enable_fp_fusion=False)
+    low, high = keys.aminmax(dim=1)
+    _lay_out[(b,)](low, high, axes, cells, d=d, num_warps=1, enable_fp_fusion=False)
     sources, starts = _sorted(keys, axes, cells)
     targets = sources if same else _sorted(q, axes, cells)[0]
     values = q.new_empty(b * n, k)

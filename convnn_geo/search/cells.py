@@ -84,8 +84,8 @@ class _Grid:
 class Cells(PointEngine):
     """Looks into the cells around each target until nothing outside can be nearer.
 
-    In C on the CPU, where that can be compiled, and by torch elsewhere. Clouds that lie in tight
-    clusters go to a tree.
+    In C on the CPU, where that can be compiled, in Triton on GPUs, and by torch elsewhere. On the
+    CPU clouds that lie in tight clusters go to a tree.
     """
 
     name = "cells"
