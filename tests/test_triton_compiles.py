@@ -125,6 +125,18 @@ def test_search_engine(launches, tmp_path, d, k, angles, own):
     check(launches, tmp_path, SEARCHES if k <= 32 else {"_nearest"})
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("d", "k"), [(3, 9), (2, 20), (1, 1), pytest.param(3, 64, marks=pytest.mark.slow)]
+)
+def test_cells(launches, tmp_path, d, k, own):
+    from convnn_geo.gpu.cells import nearest
+
+    points = torch.randn(2, 1000, d)
+    nearest(points, points, k, torch.arange(1000).repeat(2) if own else None)
+    check(launches, tmp_path, {"_lay_out", "_count", "_fill", "_search"})
+
+
 @pytest.mark.parametrize(
     ("n", "k", "dtype"),
     [

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convnn_geo import compiled
+from convnn_geo import compiled, gpu
 from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Differences
 from convnn_geo.search.coincident import Thinned
@@ -19,6 +19,10 @@ from convnn_geo.search.points import PointEngine, alone, together
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import k_smallest
+from convnn_geo.shapes import broadcast_shapes
+
+LARGEST_K = 64
+"""Neighbours, at most, that a thread of a GPU keeps."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class _Grid:
 class Cells(PointEngine):
     """Looks into the cells around each target until nothing outside can be nearer.
 
-    In C on the CPU, where that can be compiled, and by torch elsewhere. Clouds that lie in tight
-    clusters go to a tree.
+    In C on the CPU, where that can be compiled, in Triton on GPUs, and by torch elsewhere. On the
+    CPU clouds that lie in tight clusters go to a tree.
     """
 
     name = "cells"
@@ -96,9 +100,11 @@ class Cells(PointEngine):
         return reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
-        """Example by example in C; by a tree or by proposals what that does not serve."""
+        """In one launch on a GPU, example by example in C, or as other engines."""
         plain = problem.kind == "points" and problem.axes is None and problem.q.numel() > 0
         plain = plain and 0 < k <= problem.keys.shape[-2] - (hidden.own is not None)
+        if plain and _on_a_gpu(problem, k):
+            return _in_triton(problem, k, hidden.own)
         if not plain or not (all_finite(problem.q) and all_finite(problem.keys)):
             return super().nearest(problem, k, hidden, slab)
         found = []
@@ -119,6 +125,29 @@ class Cells(PointEngine):
         return torch.stack(
             [_around(points, keys, asked) for points, keys in zip(q, prepared, strict=True)]
         )
+
+
+def _on_a_gpu(problem: Problem, k: int) -> bool:
+    """Whether a problem is one for our kernel."""
+    points = (problem.q, problem.keys)
+    single = all(t.dtype == torch.float32 and t.numel() < 2**30 for t in points)
+    return single and k <= LARGEST_K and gpu.refuses(problem.q.device) is None
+
+
+def _in_triton(problem: Problem, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All examples at once, finite or not."""
+    from convnn_geo.gpu.cells import nearest
+
+    q, keys = problem.q, problem.keys
+    same = q.data_ptr() == keys.data_ptr() and q.shape == keys.shape
+    same = same and q.stride() == keys.stride()
+    lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2])
+    q, keys = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, keys))
+    q, keys = q.contiguous(), keys.contiguous()
+    if own is not None:
+        own = own.expand(*lead, own.shape[-1]).reshape(-1)
+    values, places = nearest(q, keys, k, own, same)
+    return values.view(*lead, -1, k), places.view(*lead, -1, k)
 
 
 def _in_c(q: Tensor, keys: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor] | None:
