@@ -48,6 +48,15 @@ def check(x, y=None, k=9, self_point="natural"):
     assert (same | (found.distance.isnan() & wanted.distance.isnan())).all()
 
 
+@pytest.fixture(autouse=True, params=[128])
+def lanes(request, monkeypatch):
+    """More targets a program, for whose number an interpreter takes its time."""
+    from convnn_geo.gpu import cells
+
+    if gpu.interpreted():
+        monkeypatch.setattr(cells, "LANES", request.param)
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Arguments of searches in cells while a test runs."""
@@ -98,6 +107,7 @@ def test_more_neighbors_than_a_thread_keeps(launches):
     assert not launches
 
 
+@pytest.mark.parametrize("lanes", [32], indirect=True)
 def test_examples_in_one_launch(launches):
     x = torch.stack([torch.rand(50, 3), torch.rand(50, 3) * 1e-3, torch.ones(50, 3)])
     x[1, :3] = torch.eye(3) * 1e3
