@@ -30,12 +30,12 @@ RULES: tuple[Rule, ...] = (
     Pooling(),
     Attention(),
     NeighborAttention(),
+    TritonAttention(),
     Gather(),
     MessagePassingRule(),
-    TritonAttention(),
     TritonTaps(),
 )
-"""The last two run when asked for: until they are timed on a GPU, ``gather`` ends the search."""
+"""``gather`` ends the search of ``"auto"``: what comes after it runs when asked for."""
 
 _WIDTH = max(len(rule.name) for rule in RULES)
 
@@ -98,6 +98,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
           pooling            refused: the kernel is Taps, neither Mean nor Max
           attention          refused: the kernel is Taps, not Sum
           neighbor_attention refused: the kernel is Taps, not Sum
+          triton_attention   refused: the kernel is Taps, not Sum
           search             ... (grid: the metric looks at more than positions...)
     """
     name = type(layer).__name__
