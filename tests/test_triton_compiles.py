@@ -149,6 +149,7 @@ def test_cells(launches, tmp_path, d, k, own):
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_attention(launches, tmp_path, n, k, dtype, deterministic):
+    from convnn_geo.gpu import attention
     from convnn_geo.gpu.attention import attend, attend_backward
 
     q = torch.randn(1, 3, n, 64, dtype=dtype)
@@ -162,7 +163,10 @@ def test_attention(launches, tmp_path, n, k, dtype, deterministic):
     backward = {"_count", "_backward_of_targets", "_sum_by_source"}
     if deterministic:
         backward |= {"_list", "_settle"}
-    check(launches, tmp_path, {"_attend_rows"} | backward)
+    forward = {"_attend_rows"}
+    if n > attention.SHORT:
+        forward = {"_nearest_survivors", "_nearest", "_combine"}
+    check(launches, tmp_path, forward | backward)
 
 
 @pytest.mark.parametrize(
@@ -243,11 +247,17 @@ def test_tiles_fit_into_shared_memory(launches, m, d, dtype, monkeypatch):
 def test_where_nothing_fits_rows_are_searched():
     from convnn_geo.gpu.rows import tile
 
-    assert tile(1024, 64, 64, torch.bfloat16, SHARED[90]).columns == 1024
-    assert tile(1025, 64, 64, torch.bfloat16, SHARED[90]) is None
-    assert tile(1024, 64, 64, torch.bfloat16, 48 * 1024) is None
-    wide, narrow = (tile(512, 256, 256, torch.bfloat16, SHARED[g]) for g in (90, 89))
+    def fitting(m, d, shared, n=500, dtype=torch.bfloat16, stores=False, masked=False):
+        return tile(n, m, d, d, dtype, shared, stores, masked)
+
+    assert fitting(1024, 64, SHARED[90]).columns == 1024
+    assert fitting(1025, 64, SHARED[90]) is None
+    assert fitting(1024, 64, 48 * 1024) is None
+    wide, narrow = (fitting(512, 256, SHARED[g]) for g in (90, 89))
     assert wide.axes == wide.channels == 64 and narrow.axes <= 64
+    assert fitting(197, 64, SHARED[90]).rows == 128 and fitting(49, 64, SHARED[90], 49).rows == 64
+    assert fitting(197, 64, SHARED[90], stores=True).rows == 32
+    assert fitting(197, 64, SHARED[90], stores=True, masked=True).rows == 16
 
 
 def test_many_examples(launches):

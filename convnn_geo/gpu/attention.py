@@ -17,7 +17,7 @@ from convnn_geo.gpu.search import nearest
 __all__ = ["attend", "attend_backward"]
 
 SHORT = 256
-"""Sources up to which whole rows cost less than a search, where a bound shortens it."""
+"""Sources up to which whole rows cost less than a search by a bound, which multiplies twice."""
 
 
 @gpu.on_its_device
@@ -53,9 +53,9 @@ def attend(
     shape = (*lead, n, k)
     gathers = q.dtype == torch.float32  # no tensor core multiplies it
     alike = gathers or q.dtype == value.dtype
-    shared = gpu.shared_memory(q.device)
-    chosen = None
-    if alike and not (m > SHORT and plan(m, k, d, q.dtype, False)):
+    bounded = m > SHORT and plan(m, k, d, q.dtype, False) is not None
+    chosen, shared = None, gpu.shared_memory(q.device)
+    if alike and not bounded:
         chosen = tile(n, m, d, c, q.dtype, shared, wanted, mask is not None)
     stores = wanted or chosen is None or gathers
     weight = value.new_empty(shape if stores else 0, dtype=torch.float32)

@@ -1,8 +1,8 @@
 """What a search costs on each engine, as measured: by this table ``backend="auto"`` chooses.
 
-The table that comes with the package was measured on two CPU cores and an H100. ``convnn-geo bench graph
---calibrate`` measures one on the user's machine and stores it in the user's cache directory; it
-goes before the other.
+The table that comes with the package was measured on two CPU cores and on an H100. ``convnn-geo
+bench graph --calibrate`` measures one on the user's machine and stores it in the user's cache
+directory; it goes before the other.
 """
 
 from __future__ import annotations
