@@ -46,6 +46,19 @@ def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
     return launch
 
 
+def cdiv(n: int, size: int) -> int:
+    """How many parts of a size there are in ``n``, the last one perhaps smaller.
+
+    Triton's own takes as long as a small operation of torch, and launches ask several times.
+    """
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below ``n``, which is over 0."""
+    return 1 << (n - 1).bit_length()
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block of threads can share: 227 KB on an H100, 99 KB on many others."""
     if device.type != "cuda":

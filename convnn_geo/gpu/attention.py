@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from convnn_geo import gpu
@@ -74,7 +73,7 @@ def attend(
     out_at = laid_out(out, lead, 2)[1]
     examples, heads = split(lead)
     if chosen is not None:
-        _attend_rows[(triton.cdiv(n, chosen.rows) * examples * heads,)](
+        _attend_rows[(gpu.cdiv(n, chosen.rows) * examples * heads,)](
             *(q, keys, value, bias, None if mask is None else mask.view(torch.uint8), keep, out),
             *((weight, place) if stores else (None, None)),
             *(n, m, k, heads, *q_at, *keys_at, *value_at, *bias_at, *mask_at, *out_at),
@@ -96,12 +95,12 @@ def attend(
         )
         return out, weight, place
     found, place = nearest(q, keys, k, None, n, bias, scale, mask)
-    _combine[(triton.cdiv(n, 16) * examples * heads,)](
+    _combine[(gpu.cdiv(n, 16) * examples * heads,)](
         *(found, value, keep, out, found, place, n, k, heads, *value_at, *out_at, temperature),
         c=c,
-        K=max(2, triton.next_power_of_2(k)),
+        K=max(2, gpu.next_power_of_2(k)),
         BLOCK_N=16,
-        BLOCK_C=max(16, min(256, triton.next_power_of_2(c))),
+        BLOCK_C=max(16, min(256, gpu.next_power_of_2(c))),
         HAS_KEEP=keep is not None,
     )
     return out, found.view(shape), place.view(shape)
@@ -109,5 +108,5 @@ def attend(
 
 def _groups(m: int, k: int) -> int:
     """Into how many groups rows of ``m`` are divided, so that more than ``k`` hold somebody."""
-    groups = max(32, triton.next_power_of_2(3 * k))
+    groups = max(32, gpu.next_power_of_2(3 * k))
     return groups if groups <= m else 0

@@ -234,7 +234,7 @@ def attend_backward(
     axes, channels = _block(d), _block(c)
     at_once = AT_ONCE[k > 16]
     wide = max(axes * keys.itemsize, channels * value.itemsize)
-    _backward_of_targets[(triton.cdiv(n, ROWS) * examples,)](
+    _backward_of_targets[(gpu.cdiv(n, ROWS) * examples,)](
         *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
         *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
         d=d,
@@ -243,7 +243,7 @@ def attend_backward(
         BLOCK_D=axes,
         BLOCK_C=channels,
         J=max(1, min(at_once, at_once * 128 // wide)),
-        PAIRS=triton.next_power_of_2(min(ROWS * k, 64 * WARPS)),
+        PAIRS=gpu.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
         num_warps=WARPS,
     )
@@ -255,4 +255,4 @@ def attend_backward(
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, gpu.next_power_of_2(size))

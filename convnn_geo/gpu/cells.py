@@ -222,7 +222,7 @@ def nearest(
     targets = sources if same else sorted_by_cell(q, axes, cells)[0]
     values = q.new_empty(b * n, k)
     places = torch.empty_like(values, dtype=torch.int64)
-    _search[(triton.cdiv(b * n, LANES),)](
+    _search[(gpu.cdiv(b * n, LANES),)](
         *(sources, starts, targets, axes, own, values, places),
         *(b * m, b * n, n, cells),
         K=k,

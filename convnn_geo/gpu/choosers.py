@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convnn_geo import gpu
 from convnn_geo.gpu.tiles import dot
 
 HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
@@ -181,13 +182,13 @@ def lists(weight: Tensor, place: Tensor, examples: int, m: int) -> tuple[Tensor,
     """
     pairs, rank = place.shape[-2] * place.shape[-1], torch.empty_like(place)
     count = place.new_zeros(examples, m + 1)
-    grid = (triton.cdiv(pairs, _COUNTED) * examples,)
+    grid = (gpu.cdiv(pairs, _COUNTED) * examples,)
     _count[grid](weight, place, rank, count, pairs, m, BLOCK=_COUNTED)
     start = count.cumsum(-1, dtype=count.dtype)
     if torch.are_deterministic_algorithms_enabled():
         listed = torch.empty_like(place)
         _list[grid](place, rank, start, listed, pairs, m, BLOCK=_COUNTED)
-        _settle[(triton.cdiv(pairs, _SETTLED) * examples,)](
+        _settle[(gpu.cdiv(pairs, _SETTLED) * examples,)](
             place, rank, start, listed, pairs, m, BLOCK=_SETTLED
         )
     return rank, start
@@ -213,7 +214,7 @@ def sum_by_source(
     (examples, m), d, c = start.shape, to_keys.shape[-1], to_value.shape[-1]
     m -= 1
     sources, some, warps, stages = FLOATS if torch.float32 in (q.dtype, grad.dtype) else HALVES
-    _sum_by_source[(triton.cdiv(m, sources) * examples,)](
+    _sum_by_source[(gpu.cdiv(m, sources) * examples,)](
         *(sent, start, q, grad, to_keys, to_value, to_bias, pairs, m, heads),
         *(*q_at, *grad_at, scale),
         d=d,

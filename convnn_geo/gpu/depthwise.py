@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convnn_geo import gpu
 from convnn_geo.gpu.scatter import by_source, of_rank, splits, sum_by_source
 
 _ROWS = 32
@@ -130,7 +131,7 @@ def forward(
 ) -> Tensor:
     """Fill ``out (n, d)``; arguments are those of :func:`convnn_geo.gpu.taps.gather_taps`."""
     (k, n), d, block = index.shape, taps.shape[1], _block(taps.shape[1])
-    _forward_depthwise[(triton.cdiv(n, _ROWS), triton.cdiv(d, block))](
+    _forward_depthwise[(gpu.cdiv(n, _ROWS), gpu.cdiv(d, block))](
         *(rows, index, rho, taps, bias, out, n, k),
         c=rows.shape[1],
         d=d,
@@ -153,7 +154,7 @@ def backward(
     """Gradients to rows, rho and taps, as of :func:`convnn_geo.gpu.taps.gather_taps_backward`."""
     (k, n), d, (m, c) = index.shape, taps.shape[1], rows.shape
     block = _block(d)
-    blocks = triton.cdiv(d, block)
+    blocks = gpu.cdiv(d, block)
     sizes = {"c": c, "d": d, "BLOCK_N": _ROWS, "BLOCK_D": block, "HAS_RHO": rho is not None}
     to_rows = to_rho = to_taps = None
     if needed[0]:
@@ -163,7 +164,7 @@ def backward(
         order = None if atomic else by_source(index, m)
         for tap in range(1 if atomic else k):
             back = to_rows if atomic else to_rows.new_empty(n, d)
-            _backward_depthwise_rows[(triton.cdiv(n, _ROWS), k if atomic else 1, blocks)](
+            _backward_depthwise_rows[(gpu.cdiv(n, _ROWS), k if atomic else 1, blocks)](
                 *(rows, index, rho, taps, grad, back, of_rho, n, k, tap), **sizes, ATOMIC=atomic
             )
             if order is not None:
@@ -181,4 +182,4 @@ def backward(
 
 
 def _block(d: int) -> int:
-    return max(16, min(64, triton.next_power_of_2(d)))
+    return max(16, min(64, gpu.next_power_of_2(d)))

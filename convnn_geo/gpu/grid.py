@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convnn_geo import gpu
+
 _BLOCK = 1024
 """Points of a program that sorts."""
 _LONGEST = tl.constexpr(65536)
@@ -145,7 +147,7 @@ def sorted_by_cell(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Te
     (b, n, d), total = points.shape, points.shape[0] * points.shape[1]
     cell = torch.empty(2, total, dtype=torch.int32, device=points.device)
     counts = torch.zeros(b * cells + 1, dtype=torch.int32, device=points.device)
-    grid = (triton.cdiv(total, _BLOCK),)
+    grid = (gpu.cdiv(total, _BLOCK),)
     plain = {"d": d, "BLOCK": _BLOCK, "enable_fp_fusion": False}
     _count[grid](points, axes, cell[0], cell[1], counts, total, n, cells, **plain)
     starts = counts.cumsum(0, dtype=torch.int32)

@@ -6,7 +6,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
+
+from convnn_geo import gpu
 
 SHORTEST = 192
 """Sources from which on a bound is worth a second pass."""
@@ -50,8 +51,8 @@ def plan(
     """
     if m < SHORTEST or k > 32:
         return None
-    listed = max(16 if direct else 32, triton.next_power_of_2(2 * k))
-    axes = max(16, min(64, triton.next_power_of_2(d)))
+    listed = max(16 if direct else 32, gpu.next_power_of_2(2 * k))
+    axes = max(16, min(64, gpu.next_power_of_2(d)))
     if direct:
         return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16, 128)
     if dtype != torch.float32:

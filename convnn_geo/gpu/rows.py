@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from convnn_geo import gpu
 from convnn_geo.gpu.choice import bound, last_tie, threshold
 from convnn_geo.gpu.tiles import PADDING, hidden, ordered, products, unseen
 from convnn_geo.gpu.values import gathered, weighted
@@ -158,17 +159,17 @@ def tile(
     Registers decide: many rows share what is read, but weights to be stored, and a mask beside
     them, crowd these out; float32 is multiplied by threads, which hold parts of both factors.
     """
-    columns = max(16, triton.next_power_of_2(m))
+    columns = max(16, gpu.next_power_of_2(m))
     half = dtype != torch.float32
     if m > LONGEST or (not half and columns * max(d, 64) > 512 * 64):
         return None
-    size, wide = dtype.itemsize, max(16, triton.next_power_of_2(c))
+    size, wide = dtype.itemsize, max(16, gpu.next_power_of_2(c))
     rows, warps = 16, 4 if half and columns <= 512 else 8
     if half and columns <= 256 and not (stores and masked):
         rows, warps = (32, 4) if stores else (128, 8)
     while rows > 16 and rows >= 2 * n:
         rows, warps = rows // 2, max(4, warps // 2)
-    axes = max(16, min(64 if half else 32, triton.next_power_of_2(d)))
+    axes = max(16, min(64 if half else 32, gpu.next_power_of_2(d)))
     channels = min(64, wide)
     weights = rows * columns * size  # on their way to the second product
     while columns * max(axes, channels) * size + weights > shared:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from convnn_geo import gpu
+
 _PROGRAMS = 1024
 """Programs that fill a GPU."""
 _PART = 512
@@ -52,8 +54,8 @@ def by_source(index: Tensor, m: int) -> tuple[Tensor, Tensor]:
 
 def sum_by_source(back: Tensor, order: tuple[Tensor, Tensor], tap: int, total: Tensor) -> None:
     """Add the rows ``back (n, c)`` that targets send by one tap to those of sources, ``(m, c)``."""
-    (m, c), block = total.shape, max(16, min(128, triton.next_power_of_2(total.shape[1])))
-    _sum_by_source[(m, triton.cdiv(c, block))](
+    (m, c), block = total.shape, max(16, min(128, gpu.next_power_of_2(total.shape[1])))
+    _sum_by_source[(m, gpu.cdiv(c, block))](
         *(back, order[0][tap], order[1][tap], total), c=c, BLOCK_C=block
     )
 
@@ -64,5 +66,5 @@ def splits(n: int, programs: int) -> tuple[int, int]:
     Taps are few: without it nine programs would sum over all pixels of a batch.
     """
     count = max(1, min(_PROGRAMS // max(programs, 1), n // _PART))
-    part = triton.cdiv(triton.cdiv(n, count), 32) * 32
-    return triton.cdiv(n, part), part
+    part = gpu.cdiv(gpu.cdiv(n, count), 32) * 32
+    return gpu.cdiv(n, part), part

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from convnn_geo import gpu
@@ -107,7 +106,7 @@ def nearest(
     chosen = plan(m or len(keys) // examples, k, d, q.dtype, direct, rounding is not None)
     if chosen is not None:
         missed = values.new_empty(len(values), dtype=torch.uint8)
-        blocks = triton.cdiv(longest, chosen.rows)
+        blocks = gpu.cdiv(longest, chosen.rows)
         programs = min(blocks * examples, chosen.programs * multiprocessors(q.device))
         lines = programs * chosen.rows
         lists = places.new_empty(lines * chosen.lists * chosen.length * 2)
@@ -136,14 +135,14 @@ def nearest(
     center = square = slack = None
     if rounding is not None:
         center, square, slack = rounding.center, rounding.square, rounding.slack
-        roomy = max(16, triton.next_power_of_2(k + SPARE))
+        roomy = max(16, gpu.next_power_of_2(k + SPARE))
         kept = min(
             roomy if roomy <= gpu.LARGEST_K else k + SPARE, rounding.least - (own is not None)
         )
-    width = max(16, triton.next_power_of_2(kept))
+    width = max(16, gpu.next_power_of_2(kept))
     wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
     block = 16 if wide else 32
-    blocks = triton.cdiv(longest, block)
+    blocks = gpu.cdiv(longest, block)
     _nearest[(blocks * examples,)](
         *(q, keys, bias, mask, own, center, square, slack, *(starts or (None, None))),
         *(values, places, missed, blocks, kept, *numbers),
@@ -151,7 +150,7 @@ def nearest(
         K=width,
         BLOCK_N=block,
         BLOCK_M=64,
-        BLOCK_D=max(16, min(64 if q.dtype != torch.float32 else 32, triton.next_power_of_2(d))),
+        BLOCK_D=max(16, min(64 if q.dtype != torch.float32 else 32, gpu.next_power_of_2(d))),
         CENTERED=rounding is not None,
         MISSED=missed is not None,
         **kinds,

@@ -207,7 +207,7 @@ def gather_taps(
     if c_group == 1:
         return depthwise.forward(rows, index, rho, taps, bias, out)
     block_n, block_d = 32, _block(d // groups)
-    _forward[(triton.cdiv(n, block_n), triton.cdiv(d // groups, block_d), groups)](
+    _forward[(gpu.cdiv(n, block_n), gpu.cdiv(d // groups, block_d), groups)](
         *(rows, index, rho, taps, bias, out, n, k),
         **_sizes(c, d, c_group, groups),
         BLOCK_N=block_n,
@@ -251,7 +251,7 @@ def gather_taps_backward(
         order = None if atomic else by_source(index, len(rows))
         for tap in range(1 if atomic else k):
             back = to_rows if atomic else to_rows.new_empty(n, c)
-            _backward_of_rows[(triton.cdiv(n, 32), k if atomic else 1, groups)](
+            _backward_of_rows[(gpu.cdiv(n, 32), k if atomic else 1, groups)](
                 *(rows, index, rho, taps, grad, back, of_rho, n, k, tap),
                 **sizes,
                 **blocks,
@@ -262,8 +262,8 @@ def gather_taps_backward(
                 sum_by_source(back, order, tap, to_rows)
         to_rho = None if of_rho is None else of_rho.sum(0)
     if needed[1]:
-        channel_blocks = triton.cdiv(c_group, blocks["BLOCK_C"])
-        tiles = channel_blocks * triton.cdiv(d // groups, blocks["BLOCK_D"])
+        channel_blocks = gpu.cdiv(c_group, blocks["BLOCK_C"])
+        tiles = channel_blocks * gpu.cdiv(d // groups, blocks["BLOCK_D"])
         count, part = splits(n, tiles * k * groups)
         of_taps = taps.new_empty(count, *taps.shape, dtype=torch.float32)
         _backward_of_taps[(tiles * count, k, groups)](
@@ -283,4 +283,4 @@ def _sizes(c: int, d: int, c_group: int, groups: int) -> dict[str, int]:
 
 
 def _block(size: int) -> int:
-    return max(16, min(64, triton.next_power_of_2(size)))
+    return max(16, min(64, gpu.next_power_of_2(size)))
