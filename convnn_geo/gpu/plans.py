@@ -56,7 +56,7 @@ def plan(
     if direct:
         return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16, 128)
     if dtype != torch.float32:
-        return Plan(64, 128, axes, 4, 32, listed, 4, 2, 3, 168)
+        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
     if rough:
         return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
     return Plan(32, 64, min(32, axes), 8, 32, listed, 4, 2, 2, None)

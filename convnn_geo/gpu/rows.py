@@ -165,7 +165,7 @@ def tile(
         return None
     size, wide = dtype.itemsize, max(16, gpu.next_power_of_2(c))
     rows, warps = 16, 4 if half and columns <= 512 else 8
-    if half and columns <= 256 and not (stores and masked):
+    if half and columns <= 256 and not masked:
         rows, warps = (32, 4) if stores else (128, 8)
     while rows > 16 and rows >= 2 * n:
         rows, warps = rows // 2, max(4, warps // 2)
