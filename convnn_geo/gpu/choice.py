@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from convnn_geo import gpu
-from convnn_geo.gpu.tiles import PADDING, ordered, unordered
+from convnn_geo.gpu.tiles import PADDING, how_many, ordered, unordered
 
 _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
 """The interpreter knows no assembly."""
@@ -15,12 +15,6 @@ _BY_VALUE: tl.constexpr = tl.constexpr(12)
 _NOTHING: tl.constexpr = tl.constexpr(float("-inf"))
 _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 """The code of the largest finite float."""
-
-
-@triton.jit
-def _count(chosen):
-    """How many of each row: in floats, as sums of bits would be packed bit by bit."""
-    return tl.sum(tl.where(chosen, 1.0, 0.0), 1)
 
 
 @triton.jit
@@ -46,7 +40,7 @@ def bound(code, k):
     while tl.max((low < high).to(tl.int32), 0) > 0:
         middle = tl.where(low < high, _middle(low, high, step), low)
         step += tl.where(high <= _LARGEST, 1, 0)
-        count = _count(code <= middle[:, None])
+        count = how_many(code <= middle[:, None])
         high = tl.where(count >= k, middle, high)
         low = tl.where(count == k, middle, tl.where(count > k, low, middle + 1))
     return high
@@ -60,22 +54,16 @@ def last_tie(code, most, columns, k):
     there are some.
     """
     last = tl.full([code.shape[0]], code.shape[1] - 1, tl.int32)
-    if tl.max(_count(code <= most[:, None]), 0) > k:
+    if tl.max(how_many(code <= most[:, None]), 0) > k:
         first = tl.zeros_like(last)
-        spare = k - _count(code < most[:, None])
+        spare = k - how_many(code < most[:, None])
         while tl.max((first < last).to(tl.int32), 0) > 0:
             middle = (first + last) >> 1
             within = (code == most[:, None]) & (columns[None, :] <= middle[:, None])
-            enough = _count(within) >= spare
+            enough = how_many(within) >= spare
             last = tl.where(enough, middle, last)
             first = tl.where(enough, first, tl.minimum(middle + 1, last))
     return last
-
-
-@triton.jit
-def _shares(value, least):
-    """How many of each row are not below ``least``."""
-    return tl.sum(tl.where(value >= least[:, None], 1.0, 0.0), 1)
 
 
 @triton.jit
@@ -134,7 +122,7 @@ def _narrowed(value, k, low, many, high, few, STEPS: tl.constexpr, HALVES: tl.co
         margin = tl.where(step < 2, 0.05, 0.4)
         share = tl.minimum(tl.maximum(share, margin), 1.0 - margin)
         guess = tl.where(many == k, low, low + (high - low) * share)
-        count = _shares_of_halves(value, guess) if HALVES else _shares(value, guess)
+        count = _shares_of_halves(value, guess) if HALVES else how_many(value >= guess[:, None])
         enough = count >= k
         low, many = tl.where(enough, guess, low), tl.where(enough, count, many)
         high, few = tl.where(enough, high, guess), tl.where(enough, few, count)
@@ -182,10 +170,10 @@ def threshold(value, k, real, GROUPS: tl.constexpr):
     guess = low
     if not _INTERPRETED:
         guess = _by_halves(value, k, low, top)
-    count = _shares(value, guess)
+    count = how_many(value >= guess[:, None])
     if tl.max(((count != k) & real).to(tl.int32), 0) > 0:
         enough = count >= k
-        many = tl.where(enough, count, _shares(value, low))
+        many = tl.where(enough, count, how_many(value >= low[:, None]))
         low, high = tl.where(enough, guess, low), tl.where(enough, top, guess)
         few = tl.where(enough, one, count)
         guess, count, high, few = _narrowed(value, k, low, many, high, few, 12, False)

@@ -12,8 +12,9 @@ import triton.language as tl
 
 from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import (
+    HIDDEN,
     PADDING,
-    hidden,
+    allowed,
     ordered,
     products,
     squared_differences,
@@ -232,7 +233,7 @@ def _nearest(
         code = ordered(value)
         if HAS_MASK:
             mask = mask_ptr + outer * mask_example + head * mask_head
-            code = hidden(code, mask, rows, columns, n, m, mask_row)
+            code = tl.where(allowed(mask, rows, columns, n, m, mask_row), code, HIDDEN)
         if MISSED:
             code = tl.where(wanted[:, None], code, 0)  # which the first sources satisfy
         real = tl.broadcast_to((columns < m)[None, :], [BLOCK_N, BLOCK_M])

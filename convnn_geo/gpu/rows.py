@@ -10,7 +10,7 @@ import triton.language as tl
 
 from convnn_geo import gpu
 from convnn_geo.gpu.choice import bound, last_tie, threshold
-from convnn_geo.gpu.tiles import PADDING, hidden, ordered, products, unseen
+from convnn_geo.gpu.tiles import HIDDEN, PADDING, allowed, ordered, products
 from convnn_geo.gpu.values import gathered, weighted
 
 LONGEST = 1024
@@ -82,7 +82,7 @@ def _attend_rows(
         near = scale * product - tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
     if HAS_MASK:
         mask = mask_ptr + outer * mask_example + head * mask_head
-        near = unseen(near, mask, rows, columns, n, m, mask_row)
+        near = tl.where(allowed(mask, rows, columns, n, m, mask_row), near, float("-inf"))
     inside = (columns < FULL) | (columns < m)  # the first half is known when it is compiled
     near = tl.where(inside[None, :], near, float("-inf"))
     least, unsettled, top = threshold(near, k, rows < n, GROUPS)
@@ -90,7 +90,7 @@ def _attend_rows(
     if tl.max(unsettled.to(tl.int32), 0) > 0:
         code = ordered(-near)
         if HAS_MASK:
-            code = hidden(code, mask, rows, columns, n, m, mask_row)
+            code = tl.where(allowed(mask, rows, columns, n, m, mask_row), code, HIDDEN)
         code = tl.where(inside[None, :], code, PADDING)
         most = bound(code, k)
         last = last_tie(code, most, columns, k)

@@ -14,7 +14,13 @@ import triton.language as tl
 from convnn_geo import gpu
 from convnn_geo.gpu.lists import append, narrow
 from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
-from convnn_geo.gpu.tiles import ordered, squared_differences, squared_differences_of_pairs
+from convnn_geo.gpu.tiles import (
+    allowed,
+    how_many,
+    ordered,
+    squared_differences,
+    squared_differences_of_pairs,
+)
 
 _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
 """The interpreter multiplies no halves."""
@@ -90,18 +96,8 @@ def _distances(
     if not EVEN:
         value += tl.where(columns < m, 0.0, float("nan"))[None, :]
     if HAS_MASK:
-        seen = tl.load(
-            mask + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
-            mask=(rows < n)[:, None] & (columns < m)[None, :],
-            other=1,
-        )
-        value = tl.where(seen != 0, value, float("nan"))
+        value = tl.where(allowed(mask, rows, columns, n, m, mask_row), value, float("nan"))
     return value
-
-
-@triton.jit
-def _count(chosen):
-    return tl.sum(tl.where(chosen, 1.0, 0.0), 1)
 
 
 @triton.jit
@@ -118,7 +114,7 @@ def _bound(least, need):
     """
     low = tl.min(least, 1)
     high = tl.max(tl.where(least < float("inf"), least, low[:, None]), 1)
-    found = _count(least <= high[:, None]).to(tl.int32)
+    found = how_many(least <= high[:, None]).to(tl.int32)
     low = tl.maximum(low, -3e38)  # so that a middle is finite
     most = need + need // 8
     open_ = (found > most) & (low < high) & (high < float("inf"))
@@ -283,7 +279,7 @@ def _nearest_survivors(
         if HAS_OWN:
             own = tl.load(own_ptr + first + rows, mask=real, other=-1).to(tl.int32)
             listed = listed & (place != own[:, None])
-        enough = (_count(listed) >= k) & (length <= LISTED) & complete
+        enough = (how_many(listed) >= k) & (length <= LISTED) & complete
         pair = pairs(ordered(value.to(tl.float32, bitcast=True)), place)
         pair = tl.sort(tl.where(listed, pair, WORST), dim=1, descending=True)
         at = (first + rows)[:, None].to(tl.int64) * k + slots[None, :]

@@ -159,22 +159,17 @@ def squared_differences_of_pairs(
 
 
 @triton.jit
-def hidden(code, mask_ptr, rows, columns, n, m, mask_row):
-    """Codes of a tile, those that a mask does not allow behind all that it does."""
+def allowed(mask_ptr, rows, columns, n, m, mask_row):
+    """Whether a mask allows the pairs of a tile."""
     seen = tl.load(
         mask_ptr + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
         mask=(rows < n)[:, None] & (columns < m)[None, :],
         other=1,
     )
-    return tl.where(seen != 0, code, HIDDEN)
+    return seen != 0
 
 
 @triton.jit
-def unseen(near, mask_ptr, rows, columns, n, m, mask_row):
-    """Similarities of a tile, minus infinity where a mask does not allow them."""
-    seen = tl.load(
-        mask_ptr + rows[:, None].to(tl.int64) * mask_row + columns[None, :],
-        mask=(rows < n)[:, None] & (columns < m)[None, :],
-        other=1,
-    )
-    return tl.where(seen != 0, near, float("-inf"))
+def how_many(chosen):
+    """Of each row: in floats, as sums of bits would be packed bit by bit."""
+    return tl.sum(tl.where(chosen, 1.0, 0.0), 1)
