@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_cases import DEVICE, TRITON
 
 from convnn_geo import gpu
 from convnn_geo.lowering import choose, explain, run
@@ -13,17 +14,6 @@ from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.search import knn
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-triton = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        gpu.refuses(torch.device(DEVICE)) is not None,
-        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-    ),
-    # numpy's words for what a GPU does without one
-    pytest.mark.filterwarnings("ignore:invalid value encountered"),
-    pytest.mark.filterwarnings("ignore:All-NaN slice encountered"),
-]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -43,7 +33,7 @@ CLOUDS = {
 
 
 class TestSearch:
-    pytestmark = triton
+    pytestmark = TRITON
 
     def starts(self, *sizes):
         return torch.tensor([0, *sizes]).cumsum(0).to(DEVICE)
@@ -174,7 +164,7 @@ def plain_attention(q, k, v, count, mask=None, bias=None, scale=None):
 
 
 class TestAttention:
-    pytestmark = triton
+    pytestmark = TRITON
 
     @pytest.mark.parametrize("row", [512, 8])  # in one kernel, and in two
     @pytest.mark.parametrize(
@@ -426,7 +416,7 @@ class TestAttention:
 
 
 class TestTaps:
-    pytestmark = triton
+    pytestmark = TRITON
 
     @pytest.mark.parametrize(
         "c, d, groups", [(5, 7, 1), (16, 40, 1), (70, 6, 1), (8, 12, 4), (6, 6, 6), (4, 8, 4)]
@@ -582,7 +572,7 @@ def test_refusals(monkeypatch, make, reason):
 
 
 class TestAutocast:
-    pytestmark = triton
+    pytestmark = TRITON
     """Layers in half precision whose distances stay in float32."""
 
     def found(self, layer, x, backend):
@@ -640,7 +630,7 @@ def called(layer):
 
 
 @pytest.mark.triton
-@triton[1]
+@TRITON[1]
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_host_never_waits_for_a_layer(name, monkeypatch):
     call = called(LAYERS[name]())
@@ -674,7 +664,7 @@ def test_a_cuda_graph_replays_a_layer(name):
 
 
 @pytest.mark.triton
-@triton[1]
+@TRITON[1]
 @pytest.mark.parametrize("name", ["convolution by differences", "attention"])
 def test_one_graph_holds_a_layer(name):
     layer = LAYERS[name]().to(DEVICE)

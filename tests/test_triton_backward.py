@@ -2,19 +2,9 @@
 
 import pytest
 import torch
+from triton_cases import DEVICE, TRITON
 
-from convnn_geo import gpu
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        gpu.refuses(torch.device(DEVICE)) is not None,
-        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-    ),
-    pytest.mark.filterwarnings("ignore:invalid value encountered"),
-    pytest.mark.filterwarnings("ignore:overflow encountered"),
-]
+pytestmark = TRITON
 ROUGH = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.float16: {"rtol": 5e-3, "atol": 5e-3},

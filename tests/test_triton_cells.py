@@ -4,22 +4,13 @@ import math
 
 import pytest
 import torch
+from triton_cases import DEVICE, TRITON
 
 from convnn_geo import gpu
 from convnn_geo.search import knn
 from convnn_geo.search.cells import LARGEST_K
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        gpu.refuses(torch.device(DEVICE)) is not None,
-        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-    ),
-    # numpy's words for what a GPU does without one
-    pytest.mark.filterwarnings("ignore:invalid value encountered"),
-    pytest.mark.filterwarnings("ignore:overflow encountered"),
-]
+pytestmark = TRITON
 CLOUDS = {
     "uniform": lambda n, d: torch.rand(n, d),
     "lattice": lambda n, d: torch.randint(4, (n, d)).float(),

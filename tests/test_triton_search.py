@@ -2,17 +2,9 @@
 
 import pytest
 import torch
+from triton_cases import DEVICE, TRITON
 
-from convnn_geo import gpu
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        gpu.refuses(torch.device(DEVICE)) is not None,
-        reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = TRITON
 
 
 @pytest.fixture
