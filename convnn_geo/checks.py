@@ -113,10 +113,13 @@ def check_alike(name: str, first: Tensor, other_name: str, second: Tensor) -> No
         )
 
 
+_CASTING = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+"""Kinds of devices that know autocast; those of tensors without values, say, do not."""
+
+
 def casts(device: torch.device) -> bool:
     """Whether autocast is on for a device: features may then have fewer bits than positions."""
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return device.type in _CASTING and torch.is_autocast_enabled(device.type)
 
 
 def check_edges(edge_index: Any, device: torch.device) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu import rows as short
 from convnn_geo.gpu.backward import attend_backward
 from convnn_geo.gpu.found import _combine
-from convnn_geo.gpu.layout import empty_result, laid_out, leading, split
+from convnn_geo.gpu.launching import launch
+from convnn_geo.gpu.layout import empty_result, laid_out, leading, split, strides
 from convnn_geo.gpu.plans import plan
-from convnn_geo.gpu.rows import _attend_rows, tile
+from convnn_geo.gpu.rows import Tile, _attend_rows, tile
 from convnn_geo.gpu.search import nearest
+from convnn_geo.shapes import broadcast_shapes
 
 __all__ = ["attend", "attend_backward"]
 
@@ -46,57 +54,42 @@ def attend(
         temperature: weights are ``softmax(-distance / temperature)``.
         wanted: whether weights and places are; otherwise they are empty.
     """
+    given = (bias, mask, keep) != (None, None, None)
+    if not given and scale > 0 and keys.shape[-2] <= short.LONGEST:
+        plain = _plain(*_seen(q), *_seen(keys), *_seen(value), k, wanted)
+        if plain is not None:
+            return _rows(plain, q, keys, value, None, None, None, k, scale, temperature)
     lead = leading(q, keys, value, bias, mask)
     (n, d), (m, c) = q.shape[-2:], value.shape[-2:]
-    out = empty_result(value, lead, n)
-    shape = (*lead, n, k)
-    gathers = q.dtype == torch.float32  # no tensor core multiplies it
-    alike = gathers or q.dtype == value.dtype
-    bounded = m > SHORT and plan(m, k, d, q.dtype, False) is not None
-    chosen, shared = None, gpu.shared_memory(q.device)
-    if alike and not bounded:
-        chosen = tile(n, m, d, c, q.dtype, shared, wanted, mask is not None)
-    stores = wanted or chosen is None or gathers
-    weight = value.new_empty(shape if stores else 0, dtype=torch.float32)
-    place = torch.empty_like(weight, dtype=torch.int32)
+    out, shape = empty_result(value, lead, n), (*lead, n, k)
     if not out.numel():
-        return out, weight.zero_(), place.zero_()
+        weight = value.new_zeros(shape, dtype=torch.float32)
+        return out, weight, weight.to(torch.int32)
+    chosen = _tile(n, m, d, c, q.dtype, value.dtype, q.device, k, wanted, mask is not None)
     (q, q_at), (keys, keys_at), (value, value_at) = (laid_out(t, lead, 2) for t in (q, keys, value))
     if bias is None and scale <= 0:  # nearness is the product itself, where it may
         bias = keys.new_zeros(m)
     bias, bias_at = laid_out(None if bias is None else bias.float(), lead, 1)
-    mask, mask_at = laid_out(mask, lead, 2)
+    mask, mask_at = laid_out(None if mask is None else mask.view(torch.uint8), lead, 2)
     if mask is not None and mask.shape[-2] != n:
         mask = mask.expand(*mask.shape[:2], n, m)
         mask_at = mask.stride()[:-1]
     keep = None if keep is None else keep.float().expand(shape).contiguous()
     out_at = laid_out(out, lead, 2)[1]
-    examples, heads = split(lead)
     if chosen is not None:
-        _attend_rows[(gpu.cdiv(n, chosen.rows) * examples * heads,)](
-            *(q, keys, value, bias, None if mask is None else mask.view(torch.uint8), keep, out),
-            *((weight, place) if stores else (None, None)),
-            *(n, m, k, heads, *q_at, *keys_at, *value_at, *bias_at, *mask_at, *out_at),
-            *(scale, temperature),
-            d=d,
-            c=c,
-            BLOCK_N=chosen.rows,
-            M=chosen.columns,
-            BLOCK_D=chosen.axes,
-            BLOCK_C=chosen.channels,
-            HAS_BIAS=bias is not None,
-            HAS_MASK=mask is not None,
-            HAS_KEEP=keep is not None,
-            STORES=stores,
-            GATHERS=gathers,
-            GROUPS=_groups(m, k) if mask is None else 0,
-            FULL=m // 64 * 64,
-            num_warps=chosen.warps,
-        )
-        return out, weight, place
-    found, place = nearest(q, keys, k, None, n, bias, scale, mask)
-    _combine[(gpu.cdiv(n, 16) * examples * heads,)](
-        *(found, value, keep, out, found, place, n, k, heads, *value_at, *out_at, temperature),
+        strides = (*q_at, *keys_at, *value_at, *bias_at, *mask_at, *out_at)
+        rows = Rows(chosen, lead, n, m, d, c, strides, wanted or q.dtype == torch.float32)
+        return _rows(rows, q, keys, value, bias, mask, keep, k, scale, temperature)
+    if bias is None:  # what is found are products
+        temperature /= scale
+    found, place = nearest(q, keys, k, None, n, bias, scale, mask, any_order=True)
+    examples, heads = split(lead)
+    launch(
+        _combine,
+        (gpu.cdiv(n, 16) * examples * heads,),
+        (found, value, keep, out, found, place),
+        (n, k, heads, *value_at, *out_at),
+        (temperature,),
         c=c,
         K=max(2, gpu.next_power_of_2(k)),
         BLOCK_N=16,
@@ -106,7 +99,132 @@ def attend(
     return out, found.view(shape), place.view(shape)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A call of the kernel for short rows.
+
+    Args:
+        tile: of its programs.
+        lead: leading axes of the result.
+        n: queries.
+        m: keys.
+        d: channels of both.
+        c: channels of values.
+        strides: of queries, keys, values, bias, mask and result, along examples, heads and rows.
+        stores: whether weights and places are kept.
+    """
+
+    tile: Tile
+    lead: torch.Size
+    n: int
+    m: int
+    d: int
+    c: int
+    strides: tuple[int, ...]
+    stores: bool
+
+
+def _rows(
+    rows: Rows,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    k: int,
+    scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tile, (examples, heads) = rows.tile, split(rows.lead)
+    out = empty_result(value, rows.lead, rows.n)
+    shape = (*rows.lead, rows.n, k) if rows.stores else 0
+    weight = value.new_empty(shape, dtype=torch.float32)
+    place = torch.empty_like(weight, dtype=torch.int32)
+    kept = (weight, place) if rows.stores else (None, None)
+    launch(
+        _attend_rows,
+        (gpu.cdiv(rows.n, tile.rows) * examples * heads,),
+        (q, keys, value, bias, mask, keep, out, *kept),
+        (rows.n, rows.m, k, heads, *rows.strides),
+        (scale, temperature),
+        d=rows.d,
+        c=rows.c,
+        BLOCK_N=tile.rows,
+        M=tile.columns,
+        BLOCK_D=tile.axes,
+        BLOCK_C=tile.channels,
+        HAS_BIAS=bias is not None,
+        HAS_MASK=mask is not None,
+        HAS_KEEP=keep is not None,
+        STORES=rows.stores,
+        GATHERS=q.dtype == torch.float32,  # no tensor core multiplies it
+        GROUPS=_groups(rows.m, k) if mask is None else 0,
+        FULL=rows.m // 64 * 64,
+        num_warps=tile.warps,
+    )
+    return out, weight, place
+
+
+def _seen(tensor: Tensor) -> tuple[Any, ...]:
+    """What a plan for a tensor follows from."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+@functools.lru_cache(1024)
+def _plain(
+    q: torch.Size,
+    q_at: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: torch.Size,
+    keys_at: tuple[int, ...],
+    _: torch.dtype,
+    __: torch.device,
+    value: torch.Size,
+    value_at: tuple[int, ...],
+    value_dtype: torch.dtype,
+    ___: torch.device,
+    k: int,
+    wanted: bool,
+) -> Rows | None:
+    """The call for tensors that can be read as they lie; None where one can't, or is empty."""
+    lead = broadcast_shapes(q[:-2], keys[:-2], value[:-2])
+    (n, d), (m, c) = q[-2:], value[-2:]
+    found = [strides(*t, lead) for t in ((q, q_at), (keys, keys_at), (value, value_at))]
+    if None in found or not math.prod(lead) * n * c:
+        return None
+    tile = _tile(n, m, d, c, dtype, value_dtype, device, k, wanted, False)
+    if tile is None:
+        return None
+    b, heads = split(lead)
+    result = strides((b, heads, n, c), (heads * n * c, c, heads * c, 1), torch.Size((b, heads)))
+    nothing = (0,) * 5  # of a bias and a mask
+    steps = (*found[0], *found[1], *found[2], *nothing, *result)  # type: ignore[misc]
+    return Rows(tile, lead, n, m, d, c, steps, wanted or dtype == torch.float32)
+
+
+def _tile(
+    n: int,
+    m: int,
+    d: int,
+    c: int,
+    dtype: torch.dtype,
+    value_dtype: torch.dtype,
+    device: torch.device,
+    k: int,
+    wanted: bool,
+    masked: bool,
+) -> Tile | None:
+    """That of whole rows; None where they do not fit, or a search by a bound costs less."""
+    if m > SHORT and plan(m, k, d, dtype, False) is not None:
+        return None
+    if dtype not in (torch.float32, value_dtype):  # tensor cores multiply what is alike
+        return None
+    return tile(n, m, d, c, dtype, gpu.shared_memory(device), wanted, masked)
+
+
 def _groups(m: int, k: int) -> int:
     """Into how many groups rows of ``m`` are divided, so that more than ``k`` hold somebody."""
-    groups = max(32, gpu.next_power_of_2(3 * k))
+    groups = max(64 if m >= 64 else 32, gpu.next_power_of_2(3 * k))
     return groups if groups <= m else 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.choosers import lists, sum_by_source
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.layout import laid_out, split
 
 ROWS, AT_ONCE, WARPS = 16, (4, 8), 4
@@ -234,9 +235,12 @@ def attend_backward(
     axes, channels = _block(d), _block(c)
     at_once = AT_ONCE[k > 16]
     wide = max(axes * keys.itemsize, channels * value.itemsize)
-    _backward_of_targets[(gpu.cdiv(n, ROWS) * examples,)](
-        *(keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
-        *(n, m, k, heads, *keys_at, *value_at, *grad_at, scale, temperature),
+    launch(
+        _backward_of_targets,
+        (gpu.cdiv(n, ROWS) * examples,),
+        (keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
+        (n, m, k, heads, *keys_at, *value_at, *grad_at),
+        (scale, temperature),
         d=d,
         c=c,
         BLOCK_N=ROWS,

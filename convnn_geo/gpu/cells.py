@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.grid import axis_of, cell_of, laid_out, point, sorted_by_cell
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.pairs import place_of, value_of
 from convnn_geo.gpu.tiles import PADDING
 
@@ -222,9 +223,11 @@ def nearest(
     targets = sources if same else sorted_by_cell(q, axes, cells)[0]
     values = q.new_empty(b * n, k)
     places = torch.empty_like(values, dtype=torch.int64)
-    _search[(gpu.cdiv(b * n, LANES),)](
-        *(sources, starts, targets, axes, own, values, places),
-        *(b * m, b * n, n, cells),
+    launch(
+        _search,
+        (gpu.cdiv(b * n, LANES),),
+        (sources, starts, targets, axes, own, values, places),
+        (b * m, b * n, n, cells),
         K=k,
         RING=ring,
         LANES=LANES,

@@ -12,6 +12,13 @@ _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
 """The interpreter knows no assembly."""
 _BY_VALUE: tl.constexpr = tl.constexpr(12)
 """Steps between values, which part those near one another soonest; the rest go between bits."""
+_OF_GROUPS: tl.constexpr = tl.constexpr(6)
+"""Steps towards a threshold among the largest of groups, which are few."""
+_AT_ONCE: tl.constexpr = tl.constexpr(3)
+"""Steps among all, before it is asked whether all rows have found theirs."""
+_ROUNDS: tl.constexpr = tl.constexpr(6)
+_FEW: tl.constexpr = tl.constexpr(8)
+"""More than are wanted, at most, that drop out one by one."""
 _NOTHING: tl.constexpr = tl.constexpr(float("-inf"))
 _LARGEST: tl.constexpr = tl.constexpr(0x7F7FFFFF)
 """The code of the largest finite float."""
@@ -67,39 +74,38 @@ def last_tie(code, most, columns, k):
 
 
 @triton.jit
-def _add_halves(a, b):
-    return tl.inline_asm_elementwise(
-        "add.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
+def above(value, least, sharp):
+    """1 where a value is above ``least``, 0 where it is not, by one instruction.
+
+    A difference is made ``sharp`` times as large and cut off at 0 and 1: where it is tiny even so,
+    what comes out is between.
+    """
+    if _INTERPRETED:
+        above = tl.where(value > least[:, None], 1.0, 0.0)
+    else:
+        above = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;",
+            "=f,f,f,f",
+            [value, sharp[:, None], -(least * sharp)[:, None]],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return above
 
 
 @triton.jit
-def _halves(a, b):
-    """Two numbers as halves in one register."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1
-    )
+def below(low, top):
+    """Somewhat less than the least of each row, so that this one, too, is above it."""
+    return low - ((top - low) * 0.0009765625 + tl.abs(low) * 2.384185791015625e-07 + 1e-37)
 
 
 @triton.jit
-def _shares_of_halves(value, least):
-    """How many halves of each row are not below ``least``: two at once."""
-    ones = tl.inline_asm_elementwise(
-        "set.ge.f16x2.f16x2 $0, $1, $2;",
-        "=r,r,r",
-        [value, _halves(least, least)[:, None]],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-    return tl.inline_asm_elementwise(
-        "{.reg .f16 a, b; mov.b32 {a, b}, $1; add.f16 a, a, b; cvt.f32.f16 $0, a;}",
-        "=f,r",
-        [tl.reduce(ones, 1, _add_halves)],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
+def sharpness(low, top):
+    """For :func:`above`: 2^30 over about the range of values, a power of two."""
+    exponent = 284 - ((top - low).to(tl.int32, bitcast=True) >> 23 & 255)
+    exponent = tl.maximum(tl.minimum(exponent, 254), 1)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -109,72 +115,69 @@ def _logarithm(count):
 
 
 @triton.jit
-def _narrowed(value, k, low, many, high, few, STEPS: tl.constexpr, HALVES: tl.constexpr):
-    """Bounds that ``many`` and ``few`` of each row are not below, around the one that ``k`` are.
+def narrowed(value, k, low, many, high, few, sharp, STEPS: tl.constexpr):
+    """Bounds that ``many`` and ``few`` of each row are above, around one that ``k`` are.
 
-    Counts of scores fall about exponentially towards the largest: that gives two guesses, then
-    intervals are halved, or nearly so.
+    Counts of scores fall about exponentially towards the largest, which gives guesses that are
+    kept away from what is known already.
     """
     wanted = _logarithm(tl.zeros_like(low) + k + 0.5)
-    for step in range(STEPS):
+    for _ in tl.range(STEPS, loop_unroll_factor=1):  # a longer kernel is fetched more slowly
         apart = tl.maximum(_logarithm(many) - _logarithm(few), 1.0)
         share = tl.fdiv(_logarithm(many) - wanted, apart)
-        margin = tl.where(step < 2, 0.05, 0.4)
-        share = tl.minimum(tl.maximum(share, margin), 1.0 - margin)
+        share = tl.minimum(tl.maximum(share, 0.3), 0.7)
         guess = tl.where(many == k, low, low + (high - low) * share)
-        count = _shares_of_halves(value, guess) if HALVES else how_many(value >= guess[:, None])
+        count = tl.sum(above(value, guess, sharp), 1)
         enough = count >= k
         low, many = tl.where(enough, guess, low), tl.where(enough, count, many)
-        high, few = tl.where(enough, high, guess), tl.where(enough, few, count)
+        high, few = tl.where(enough, high, guess), tl.where(enough, few, tl.maximum(count, 0.5))
     return low, many, high, few
 
 
 @triton.jit
-def _by_halves(value, k, low, top):
-    """A better guess than ``low``: values as halves lie densest about it, which tells them apart.
+def _next(value, low):
+    """The least of each row that is above ``low``.
 
-    Two are counted at once.
+    As integers, negative numbers come before all others, and the smallest of them first: two
+    instructions find the least, where floats take four.
     """
-    R: tl.constexpr = value.shape[0]
-    M: tl.constexpr = value.shape[1]
-    zero = tl.zeros_like(top)
-    scale = 1.0 / tl.where(top > low, top - low, 1.0)
-    even, odd = tl.split(
-        tl.reshape(value * scale[:, None] - (low * scale)[:, None], [R, M // 2, 2])
-    )
-    halves = _halves(even, odd)
-    many = _shares_of_halves(halves, zero)
-    about, _, _, _ = _narrowed(halves, k, zero, many, zero + 1.0, zero + 1.0, 12, True)
-    about = about.to(tl.float16).to(tl.float32)
-    ulp = (about.to(tl.int32, bitcast=True) & 0x7F800000) - (11 << 23)  # half of one
-    ulp = tl.maximum(ulp, 0x33000000).to(tl.float32, bitcast=True)
-    return tl.where(about > 0.0, low + (top - low) * (about - ulp), low)
+    below = tl.min((low[:, None] - value).to(tl.int32, bitcast=True), 1)
+    return low - below.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _most(spare, real):
+    """Of all rows that are real; at least 0."""
+    return tl.max(tl.where(real, tl.maximum(spare, 0.0), 0.0), 0)
 
 
 @triton.jit
 def threshold(value, k, real, GROUPS: tl.constexpr):
-    """For each row what ``k`` are not below, whether there is none, and its largest value.
+    """For each row what ``k`` are above, whether there is none, and its largest value.
 
     Groups of columns, if there are more than ``k`` in all rows, give a first bound: of their
-    largest values ``k`` are not below it, hardly more of the rest are. Ties and infinities may
-    leave no threshold. Rows that are not ``real`` are not looked for.
+    largest values ``k`` are above it, hardly more of the rest are. The last of these drop out one
+    by one. Ties and infinities may leave no threshold. Rows that are not ``real`` are not looked
+    for.
     """
     if GROUPS:
         first = tl.max(tl.reshape(value, [value.shape[0], value.shape[1] // GROUPS, GROUPS]), 1)
         low, top = tl.min(first, 1), tl.max(first, 1)
-        one = tl.zeros_like(top) + 1.0
-        low, many, high, few = _narrowed(first, k, low, one * GROUPS, top, one, 4, False)
     else:
         low, top = tl.min(tl.where(value > _NOTHING, value, -_NOTHING), 1), tl.max(value, 1)
-        one = tl.zeros_like(top) + 1.0
-    guess = low
-    if not _INTERPRETED:
-        guess = _by_halves(value, k, low, top)
-    count = how_many(value >= guess[:, None])
-    if tl.max(((count != k) & real).to(tl.int32), 0) > 0:
-        enough = count >= k
-        many = tl.where(enough, count, how_many(value >= low[:, None]))
-        low, high = tl.where(enough, guess, low), tl.where(enough, top, guess)
-        few = tl.where(enough, one, count)
-        guess, count, high, few = _narrowed(value, k, low, many, high, few, 12, False)
-    return guess, (count != k) & real, top
+    low, one = below(low, top), tl.zeros_like(top) + 1.0
+    sharp = sharpness(low, top)
+    if GROUPS:
+        low, many, high, few = narrowed(
+            first, k, low, one * GROUPS, top, 0.5 * one, sharp, _OF_GROUPS
+        )
+    many, high, few = tl.sum(above(value, low, sharp), 1), top, 0.5 * one
+    if _most(many - k, real) > _FEW:
+        for _ in range(_ROUNDS):
+            if _most(many - k, real) > _FEW:
+                low, many, high, few = narrowed(value, k, low, many, high, few, sharp, _AT_ONCE)
+    spare = many - k
+    for dropped in range(tl.minimum(_most(spare, real), _FEW).to(tl.int32)):
+        low = tl.where(spare > dropped, _next(value, low), low)
+    count = how_many(value > low[:, None])
+    return low, (count != k) & real, top

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.tiles import dot
 
 HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
@@ -183,14 +184,14 @@ def lists(weight: Tensor, place: Tensor, examples: int, m: int) -> tuple[Tensor,
     pairs, rank = place.shape[-2] * place.shape[-1], torch.empty_like(place)
     count = place.new_zeros(examples, m + 1)
     grid = (gpu.cdiv(pairs, _COUNTED) * examples,)
-    _count[grid](weight, place, rank, count, pairs, m, BLOCK=_COUNTED)
+    launch(_count, grid, (weight, place, rank, count), (pairs, m), BLOCK=_COUNTED)
     start = count.cumsum(-1, dtype=count.dtype)
     if torch.are_deterministic_algorithms_enabled():
         listed = torch.empty_like(place)
-        _list[grid](place, rank, start, listed, pairs, m, BLOCK=_COUNTED)
-        _settle[(gpu.cdiv(pairs, _SETTLED) * examples,)](
-            place, rank, start, listed, pairs, m, BLOCK=_SETTLED
-        )
+        tensors = (place, rank, start, listed)
+        launch(_list, grid, tensors, (pairs, m), BLOCK=_COUNTED)
+        grid = (gpu.cdiv(pairs, _SETTLED) * examples,)
+        launch(_settle, grid, tensors, (pairs, m), BLOCK=_SETTLED)
     return rank, start
 
 
@@ -214,9 +215,12 @@ def sum_by_source(
     (examples, m), d, c = start.shape, to_keys.shape[-1], to_value.shape[-1]
     m -= 1
     sources, some, warps, stages = FLOATS if torch.float32 in (q.dtype, grad.dtype) else HALVES
-    _sum_by_source[(gpu.cdiv(m, sources) * examples,)](
-        *(sent, start, q, grad, to_keys, to_value, to_bias, pairs, m, heads),
-        *(*q_at, *grad_at, scale),
+    launch(
+        _sum_by_source,
+        (gpu.cdiv(m, sources) * examples,),
+        (sent, start, q, grad, to_keys, to_value, to_bias),
+        (pairs, m, heads, *q_at, *grad_at),
+        (scale,),
         d=d,
         c=c,
         BLOCK_D=axes,

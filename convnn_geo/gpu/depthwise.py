@@ -5,12 +5,15 @@ Several results may come of one channel: result ``o`` looks at channel ``o // (d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.scatter import by_source, of_rank, splits, sum_by_source
 
 _ROWS = 32
@@ -131,8 +134,11 @@ def forward(
 ) -> Tensor:
     """Fill ``out (n, d)``; arguments are those of :func:`convnn_geo.gpu.taps.gather_taps`."""
     (k, n), d, block = index.shape, taps.shape[1], _block(taps.shape[1])
-    _forward_depthwise[(gpu.cdiv(n, _ROWS), gpu.cdiv(d, block))](
-        *(rows, index, rho, taps, bias, out, n, k),
+    launch(
+        _forward_depthwise,
+        (gpu.cdiv(n, _ROWS), gpu.cdiv(d, block)),
+        (rows, index, rho, taps, bias, out),
+        (n, k),
         c=rows.shape[1],
         d=d,
         BLOCK_N=_ROWS,
@@ -155,7 +161,8 @@ def backward(
     (k, n), d, (m, c) = index.shape, taps.shape[1], rows.shape
     block = _block(d)
     blocks = gpu.cdiv(d, block)
-    sizes = {"c": c, "d": d, "BLOCK_N": _ROWS, "BLOCK_D": block, "HAS_RHO": rho is not None}
+    sizes: dict[str, Any] = {"c": c, "d": d, "BLOCK_N": _ROWS, "BLOCK_D": block}
+    sizes["HAS_RHO"] = rho is not None
     to_rows = to_rho = to_taps = None
     if needed[0]:
         atomic = not torch.are_deterministic_algorithms_enabled()
@@ -164,8 +171,13 @@ def backward(
         order = None if atomic else by_source(index, m)
         for tap in range(1 if atomic else k):
             back = to_rows if atomic else to_rows.new_empty(n, d)
-            _backward_depthwise_rows[(gpu.cdiv(n, _ROWS), k if atomic else 1, blocks)](
-                *(rows, index, rho, taps, grad, back, of_rho, n, k, tap), **sizes, ATOMIC=atomic
+            launch(
+                _backward_depthwise_rows,
+                (gpu.cdiv(n, _ROWS), k if atomic else 1, blocks),
+                (rows, index, rho, taps, grad, back, of_rho),
+                (n, k, tap),
+                **sizes,
+                ATOMIC=atomic,
             )
             if order is not None:
                 sum_by_source(back, order, tap, to_rows)
@@ -174,8 +186,12 @@ def backward(
     if needed[1]:
         count, part = splits(n, k * blocks)
         of_taps = taps.new_empty(count, *taps.shape, dtype=torch.float32)
-        _backward_depthwise_taps[(count, k, blocks)](
-            *(rows, index, rho, grad, of_taps, n, k, part), **sizes
+        launch(
+            _backward_depthwise_taps,
+            (count, k, blocks),
+            (rows, index, rho, grad, of_taps),
+            (n, k, part),
+            **sizes,
         )
         to_taps = of_taps.sum(0)
     return to_rows, to_rho, to_taps

@@ -6,12 +6,15 @@ are; how they are spread over axes is decided there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.launching import launch
 
 _BLOCK = 1024
 """Points of a program that sorts."""
@@ -138,7 +141,8 @@ def laid_out(points: Tensor, cells: int) -> Tensor:
     """
     (b, _, d), (low, high) = points.shape, points.aminmax(dim=1)
     axes = points.new_empty(b, 4, 3)
-    _lay_out[(b,)](low, high, axes, cells, d=d, num_warps=1, enable_fp_fusion=False)
+    tensors = (low, high, axes)
+    launch(_lay_out, (b,), tensors, (cells,), d=d, num_warps=1, enable_fp_fusion=False)
     return axes
 
 
@@ -148,9 +152,10 @@ def sorted_by_cell(points: Tensor, axes: Tensor, cells: int) -> tuple[Tensor, Te
     cell = torch.empty(2, total, dtype=torch.int32, device=points.device)
     counts = torch.zeros(b * cells + 1, dtype=torch.int32, device=points.device)
     grid = (gpu.cdiv(total, _BLOCK),)
-    plain = {"d": d, "BLOCK": _BLOCK, "enable_fp_fusion": False}
-    _count[grid](points, axes, cell[0], cell[1], counts, total, n, cells, **plain)
+    plain: dict[str, Any] = {"d": d, "BLOCK": _BLOCK, "enable_fp_fusion": False}
+    tensors = (points, axes, cell[0], cell[1], counts)
+    launch(_count, grid, tensors, (total, n, cells), **plain)
     starts = counts.cumsum(0, dtype=torch.int32)
     rows = torch.empty(total, 4, dtype=torch.int32, device=points.device)
-    _fill[grid](points, cell[0], cell[1], starts, rows, total, n, **plain)
+    launch(_fill, grid, (points, cell[0], cell[1], starts, rows), (total, n), **plain)
     return rows.view(torch.int64), starts

@@ -227,7 +227,7 @@ def _nearest(
             product = products(
                 q, key, center, rows, columns, n, m, q_row, key_row, d, BLOCK_D, CENTERED
             )
-            value = -scale * product
+            value = -scale * product if HAS_BIAS else -product
             if HAS_BIAS:
                 value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
         code = ordered(value)

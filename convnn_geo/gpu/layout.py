@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -44,6 +45,17 @@ def laid_out(
     if len(lead) != 2:
         wide = wide.reshape(*split(lead), *shape)
     return wide, wide.stride()[:-1]
+
+
+def strides(
+    shape: Sequence[int], stride: Sequence[int], lead: torch.Size
+) -> tuple[int, int, int] | None:
+    """Those of :func:`laid_out` for ``(..., n, c)``; None where it would copy."""
+    if len(lead) > 2 or (stride[-1] != 1 and shape[-1] > 1):
+        return None
+    steps = [0 if size == 1 else step for size, step in zip(shape[:-2], stride[:-2], strict=True)]
+    example, head = [0] * (2 - len(steps)) + steps
+    return example, head, stride[-2]
 
 
 def split(lead: torch.Size) -> tuple[int, int]:

@@ -27,3 +27,18 @@ def value_of(pair):
 def place_of(pair):
     """The place in a pair."""
     return (~pair & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def in_any_order(code, k):
+    """Columns by their codes, the least first, and whether the first ``k`` surely are the least.
+
+    A column takes the place of a code's last bits, so that half as much is sorted: of codes that
+    differ by these alone it is not clear which is less.
+    """
+    M: tl.constexpr = code.shape[1]
+    columns = tl.arange(0, M)[None, :]
+    sorted_ = tl.sort((code & -M) | columns, dim=1)
+    last = tl.max(tl.where(columns == k - 1, sorted_, -0x7FFFFFFF - 1), 1)
+    beyond = tl.max(tl.where(columns == k, sorted_, -0x7FFFFFFF - 1), 1)
+    return sorted_ & (M - 1), ((last ^ beyond) & -M) != 0

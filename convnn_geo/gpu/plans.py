@@ -27,7 +27,6 @@ class Plan:
         warps: of a program.
         stages: tiles on their way from memory.
         programs: on each multiprocessor.
-        registers: of a thread, at most, so that as many programs fit.
     """
 
     rows: int
@@ -39,7 +38,11 @@ class Plan:
     warps: int
     stages: int
     programs: int
-    registers: int | None
+
+    @property
+    def scratch(self) -> int:
+        """Integers that a program needs: its lists, and all survivors of each row together."""
+        return 2 * self.rows * (self.lists * self.length + self.listed)
 
 
 def plan(
@@ -51,15 +54,18 @@ def plan(
     """
     if m < SHORTEST or k > 32:
         return None
+    return _plan(k, d, dtype, direct, rough)
+
+
+@functools.cache
+def _plan(k: int, d: int, dtype: torch.dtype, direct: bool, rough: bool) -> Plan:
     listed = max(16 if direct else 32, gpu.next_power_of_2(2 * k))
     axes = max(16, min(64, gpu.next_power_of_2(d)))
     if direct:
-        return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16, 128)
-    if dtype != torch.float32:
-        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
-    if rough:
-        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2, None)
-    return Plan(32, 64, min(32, axes), 8, 32, listed, 4, 2, 2, None)
+        return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16)
+    if dtype != torch.float32 or rough:
+        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2)
+    return Plan(32, 64, min(32, axes), 8, 32, listed, 4, 2, 2)
 
 
 @functools.cache

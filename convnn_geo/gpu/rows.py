@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +99,9 @@ def _attend_rows(
         chosen = (code < most[:, None]) | tied
         lost = tl.sum(tl.where(chosen & (near != near), near, 0.0), 1)  # NaN
         near = tl.where(chosen, tl.where(near > _LOWEST, near, _LOWEST), float("-inf"))
-        least = tl.zeros_like(least) + _LOWEST
+        least = tl.zeros_like(least) - float("inf")
     top = tl.where(tl.abs(top) < float("inf"), top, 0.0)
-    chosen = near >= least[:, None]
+    chosen = near > least[:, None]
     step = 1.4426950408889634 / temperature
     if not HAS_BIAS:
         step *= scale
@@ -159,9 +160,16 @@ def tile(
     Registers decide: many rows share what is read, but weights to be stored, and a mask beside
     them, crowd these out; float32 is multiplied by threads, which hold parts of both factors.
     """
+    return None if m > LONGEST else _tile(n, m, d, c, dtype, shared, stores, masked)
+
+
+@functools.lru_cache(1024)
+def _tile(
+    n: int, m: int, d: int, c: int, dtype: torch.dtype, shared: int, stores: bool, masked: bool
+) -> Tile | None:
     columns = max(16, gpu.next_power_of_2(m))
     half = dtype != torch.float32
-    if m > LONGEST or (not half and columns * max(d, 64) > 512 * 64):
+    if not half and columns * max(d, 64) > 512 * 64:
         return None
     size, wide = dtype.itemsize, max(16, gpu.next_power_of_2(c))
     rows, warps = 16, 4 if half and columns <= 512 else 8

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.launching import launch
 
 _PROGRAMS = 1024
 """Programs that fill a GPU."""
@@ -55,9 +56,8 @@ def by_source(index: Tensor, m: int) -> tuple[Tensor, Tensor]:
 def sum_by_source(back: Tensor, order: tuple[Tensor, Tensor], tap: int, total: Tensor) -> None:
     """Add the rows ``back (n, c)`` that targets send by one tap to those of sources, ``(m, c)``."""
     (m, c), block = total.shape, max(16, min(128, gpu.next_power_of_2(total.shape[1])))
-    _sum_by_source[(m, gpu.cdiv(c, block))](
-        *(back, order[0][tap], order[1][tap], total), c=c, BLOCK_C=block
-    )
+    tensors = (back, order[0][tap], order[1][tap], total)
+    launch(_sum_by_source, (m, gpu.cdiv(c, block)), tensors, c=c, BLOCK_C=block)
 
 
 def splits(n: int, programs: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.insertion import _nearest
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.plans import multiprocessors, plan
 from convnn_geo.gpu.survivors import _nearest_survivors
 
@@ -54,6 +55,8 @@ def nearest(
     own: Tensor | None = None,
     angles: bool = False,
     rounding: Rounding | None = None,
+    integers: torch.dtype = torch.int32,
+    any_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Values and places ``(n, k)`` of the nearest in each example, in order, ties by place.
 
@@ -66,7 +69,7 @@ def nearest(
             examples are of equal size.
         longest: targets of the largest example.
         bias: ``(m,)``, or ``(b, heads, m)``, or None; distances are ``bias - scale <q, key>``.
-        scale: of the product.
+        scale: of the product; without a bias it is 1.
         mask: ``(b, heads, n, m)`` for examples of equal size, True where allowed.
         heads: examples that share the mask's first axis.
         direct: by squared differences instead; for few axes.
@@ -74,28 +77,32 @@ def nearest(
         angles: vectors have length one, or zero: these have squared distance 2 from all.
         rounding: neighbours that products do not tell apart come in the order of their squared
             differences, summed in float64 and rounded to float32.
+        integers: type of the places.
+        any_order: the nearest may come in any order.
 
     Returns:
-        float32 and int32; places count within the example. What is hidden has value infinity and
-        comes last, after NaN.
+        Values in float32, and places; these count within the example. What is hidden has value
+        infinity and comes last, after NaN.
     """
     d = q.shape[-1]
     if starts is None:
-        examples, heads = q.shape[0] * q.shape[1], q.shape[1]
-        n, m = q.shape[-2], keys.shape[-2]
-        strides = [*q.stride()[:-1], *keys.stride()[:-1]]
+        (b, heads, n, _), m = q.shape, keys.shape[-2]
+        examples, targets = b * heads, b * heads * n
+        strides = (*q.stride()[:-1], *keys.stride()[:-1])
         strides += (0, 0) if bias is None else bias.stride()[:-1]
     else:
-        examples, n, m, strides = len(starts[0]) - 1, 0, 0, [0, 0, d, 0, 0, d, 0, 0]
+        examples, targets, n, m = len(starts[0]) - 1, len(q), 0, 0
+        strides = (0, 0, d, 0, 0, d, 0, 0)
     strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
-    values = q.new_empty(q.shape[:-1].numel(), k, dtype=torch.float32)
-    places, missed = torch.empty_like(values, dtype=torch.int32), None
+    values = q.new_empty(targets, k, dtype=torch.float32)
+    places, missed = torch.empty_like(values, dtype=integers), None
     if not values.numel():
         return values, places
     mask = None if mask is None else mask.view(torch.uint8)
-    numbers = (n, m, k, heads, *strides, scale)
+    numbers = (n, m, k, heads, *strides)
+    begin: tuple[Tensor | None, Tensor | None] = starts or (None, None)
     kinds = {
-        "RAGGED": starts is not None,
+        "RAGGED": not n,
         "DIRECT": direct,
         "ANGLES": angles,
         "SETTLE": rounding is not None,
@@ -105,18 +112,32 @@ def nearest(
     }
     chosen = plan(m or len(keys) // examples, k, d, q.dtype, direct, rounding is not None)
     if chosen is not None:
-        missed = values.new_empty(len(values), dtype=torch.uint8)
+        missed = values.new_empty(targets, dtype=torch.uint8)
         blocks = gpu.cdiv(longest, chosen.rows)
         programs = min(blocks * examples, chosen.programs * multiprocessors(q.device))
-        lines = programs * chosen.rows
-        lists = places.new_empty(lines * chosen.lists * chosen.length * 2)
-        survivors = places.new_empty(2, lines * chosen.listed)
+        lists = missed.new_empty(programs * chosen.scratch, dtype=torch.int32)
         near, slack, rough = (q, keys), None, 1.0
         if rounding is not None:
             near, slack, rough = (rounding.q, rounding.keys), rounding.slack, rounding.rough
-        _nearest_survivors[(programs,)](
-            *(*near, bias, mask, own, q, keys, slack, *(starts or (None, None)), values, places),
-            *(missed, lists, *survivors, blocks, examples, *numbers, rough),
+        launch(
+            _nearest_survivors,
+            (programs,),
+            (
+                *near,
+                bias,
+                mask,
+                own,
+                q,
+                keys,
+                slack,
+                *begin,
+                values,
+                places,
+                missed,
+                lists,
+            ),
+            (blocks, examples, *numbers),
+            (scale, rough),
             d=d,
             LISTS=chosen.lists,
             LENGTH=chosen.length,
@@ -125,10 +146,10 @@ def nearest(
             BLOCK_M=chosen.columns,
             BLOCK_D=chosen.axes,
             STAGES=chosen.stages,
-            EVEN=m % chosen.columns == 0 and starts is None,
+            ANY_ORDER=any_order,
+            EVEN=n > 0 and m % chosen.columns == 0,
             **kinds,
             num_warps=chosen.warps,
-            maxnreg=chosen.registers,
             enable_fp_fusion=not direct,  # sums of squares round as torch's do
         )
     kept = k
@@ -143,9 +164,12 @@ def nearest(
     wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
     block = 16 if wide else 32
     blocks = gpu.cdiv(longest, block)
-    _nearest[(blocks * examples,)](
-        *(q, keys, bias, mask, own, center, square, slack, *(starts or (None, None))),
-        *(values, places, missed, blocks, kept, *numbers),
+    launch(
+        _nearest,
+        (blocks * examples,),
+        (q, keys, bias, mask, own, center, square, slack, *begin, values, places, missed),
+        (blocks, kept, *numbers),
+        (scale,),
         d=d,
         K=width,
         BLOCK_N=block,

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 
 from convnn_geo import gpu
+from convnn_geo.gpu.choice import above, below, narrowed, sharpness
 from convnn_geo.gpu.lists import append, narrow
-from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
+from convnn_geo.gpu.pairs import WORST, in_any_order, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import (
+    PADDING,
     allowed,
     how_many,
     ordered,
@@ -23,9 +25,9 @@ from convnn_geo.gpu.tiles import (
 )
 
 _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
-"""The interpreter multiplies no halves."""
-_STEPS: tl.constexpr = tl.constexpr(16)
-"""Bisections, at most: what is left of the range of distances matters to nobody."""
+"""The interpreter neither multiplies nor negates halves."""
+_STEPS: tl.constexpr = tl.constexpr(8)
+"""Towards a bound: of a million rows of random scores none then lets in twice as many as wanted."""
 _TURN: tl.constexpr = tl.constexpr(79)
 """Columns by which groups turn from tile to tile, so that no regular order fills a few of them."""
 
@@ -38,6 +40,17 @@ def _part(ptr, rows, n, stride, first, d: tl.constexpr, BLOCK_D: tl.constexpr, E
     if not EVEN:
         there = there & (rows < n)[:, None]
     return tl.load(ptr + rows[:, None].to(tl.int64) * stride + axes[None, :], there, other=0.0)
+
+
+@triton.jit
+def _negated_part(
+    ptr, rows, n, stride, first, d: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr
+):
+    """The same with the opposite sign."""
+    part = _part(ptr, rows, n, stride, first, d, BLOCK_D, EVEN)
+    if _INTERPRETED:
+        part = part.to(tl.float32)
+    return -part
 
 
 @triton.jit
@@ -74,6 +87,8 @@ def _distances(
 ):
     """Of a tile; NaN, which no comparison lets through, of what there is not or may not be found.
 
+    ``q_part``: of targets, negated, so that products are distances.
+
     ``ROUGH``: by products of TF32.
     """
     if DIRECT:
@@ -87,10 +102,10 @@ def _distances(
             total = _product(q_part, key_part, total, ROUGH)
         else:
             for first in tl.range(0, d, BLOCK_D, num_stages=1):
-                part = _part(q, rows, n, q_row, first, d, BLOCK_D, False)
+                part = _negated_part(q, rows, n, q_row, first, d, BLOCK_D, False)
                 other = _part(key, columns, m, key_row, first, d, BLOCK_D, EVEN)
                 total = _product(part, other, total, ROUGH)
-        value = -scale * total
+        value = scale * total if HAS_BIAS else total
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
     if not EVEN:
@@ -101,33 +116,19 @@ def _distances(
 
 
 @triton.jit
-def _count_below(value, most):
-    """How many of each row are below: by the sign of a difference, in two instructions each."""
-    return -tl.sum((value - most[:, None]).to(tl.int32, bitcast=True) >> 31, 1)
-
-
-@triton.jit
 def _bound(least, need):
     """For each row a distance that ``need`` groups do not exceed, and few more do not.
 
     Infinity where fewer than ``need`` groups have a finite one.
     """
-    low = tl.min(least, 1)
-    high = tl.max(tl.where(least < float("inf"), least, low[:, None]), 1)
-    found = how_many(least <= high[:, None]).to(tl.int32)
-    low = tl.maximum(low, -3e38)  # so that a middle is finite
-    most = need + need // 8
-    open_ = (found > most) & (low < high) & (high < float("inf"))
-    high = tl.where(found < need, float("inf"), high)
-    step = 0
-    while (step < _STEPS) & (tl.max(open_.to(tl.int32), 0) > 0):
-        middle = 0.5 * low + 0.5 * high
-        found = _count_below(least, middle)
-        low = tl.where(found < need, middle, low)
-        high = tl.where(open_ & (found >= need), middle, high)
-        open_ = open_ & ((found < need) | (found > most))
-        step += 1
-    return high
+    near = -least
+    top = tl.max(near, 1)
+    low = below(tl.min(tl.where(near > -float("inf"), near, top[:, None]), 1), top)
+    one = tl.zeros_like(top) + 1.0
+    sharp = sharpness(low, top)
+    many = tl.sum(above(near, low, sharp), 1)
+    low, _, _, _ = narrowed(near, need, low, many, top, 0.5 * one, sharp, _STEPS)
+    return tl.where(how_many(near > low[:, None]) >= need, -low, float("inf"))
 
 
 @triton.jit
@@ -146,8 +147,6 @@ def _nearest_survivors(
     place_ptr,
     missed_ptr,
     list_ptr,
-    value_list_ptr,
-    place_list_ptr,
     blocks,
     examples,
     n,
@@ -179,6 +178,7 @@ def _nearest_survivors(
     DIRECT: tl.constexpr,
     ANGLES: tl.constexpr,
     SETTLE: tl.constexpr,
+    ANY_ORDER: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -187,14 +187,18 @@ def _nearest_survivors(
     """Programs take one block of targets after the other, and list survivors in their own memory.
 
     ``SETTLE``: products only propose, squared differences in float64 decide among survivors.
+    ``ANY_ORDER``: the nearest may come in any order.
     """
     need = k
     if HAS_OWN:
         need = k + 1  # one may be a target's own
     lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]).to(tl.int64) * (2 * LENGTH)
+    lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]) * (2 * LENGTH)
     empty = (list_ptr + lists).to(tl.int64)
+    AT_ONCE: tl.constexpr = max(1, 32 // LISTS)  # entries of a list on their way
     full: tl.constexpr = LENGTH - BLOCK_M // LISTS  # so that a tile more finds place
+    value_list_ptr = list_ptr + tl.num_programs(0) * BLOCK_N * LISTS * LENGTH * 2
+    place_list_ptr = value_list_ptr + tl.num_programs(0) * BLOCK_N * LISTED
     slots = tl.arange(0, LISTED)
     survivors = lines[:, None] * LISTED + slots[None, :]
     for block in range(tl.program_id(0), blocks * examples, tl.num_programs(0)):
@@ -219,7 +223,7 @@ def _nearest_survivors(
         real = rows < targets
         q_part = rows
         if not DIRECT:
-            q_part = _part(q, rows, targets, q_row, 0, d, BLOCK_D, False)
+            q_part = _negated_part(q, rows, targets, q_row, 0, d, BLOCK_D, False)
         least = tl.full([BLOCK_N, BLOCK_M], float("inf"), tl.float32)
         for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
             columns = tile * BLOCK_M + ((tl.arange(0, BLOCK_M) + tile * _TURN) & (BLOCK_M - 1))
@@ -254,11 +258,14 @@ def _nearest_survivors(
         tl.debug_barrier()  # what one thread has listed, others read
         length = (end - empty).to(tl.int32) // 8
         before = tl.cumsum(length, 1) - length
-        for j in range(0, tl.max(tl.max(length, 1), 0)):
-            listed = (j < length) & (before + j < LISTED)
-            at, to = list_ptr + lists + 2 * j, lines[:, None] * LISTED + before + j
-            tl.store(value_list_ptr + to, tl.load(at, mask=listed), mask=listed)
-            tl.store(place_list_ptr + to, tl.load(at + 1, mask=listed), mask=listed)
+        for some in range(0, tl.max(tl.max(length, 1), 0), AT_ONCE):
+            j = (some + tl.arange(0, AT_ONCE))[None, None, :]
+            listed = (j < length[:, :, None]) & (before[:, :, None] + j < LISTED)
+            at = list_ptr + lists[:, :, None] + 2 * j
+            to = (lines[:, None] * LISTED + before)[:, :, None] + j
+            value, place = tl.load(at, mask=listed), tl.load(at + 1, mask=listed)
+            tl.store(value_list_ptr + to, value, mask=listed)
+            tl.store(place_list_ptr + to, place, mask=listed)
         complete = tl.max(length, 1) < full
         length = tl.sum(length, 1)
         tl.debug_barrier()
@@ -280,11 +287,24 @@ def _nearest_survivors(
             own = tl.load(own_ptr + first + rows, mask=real, other=-1).to(tl.int32)
             listed = listed & (place != own[:, None])
         enough = (how_many(listed) >= k) & (length <= LISTED) & complete
-        pair = pairs(ordered(value.to(tl.float32, bitcast=True)), place)
-        pair = tl.sort(tl.where(listed, pair, WORST), dim=1, descending=True)
-        at = (first + rows)[:, None].to(tl.int64) * k + slots[None, :]
-        stored = (enough & real)[:, None] & (slots < k)[None, :]
-        tl.store(value_ptr + at, value_of(pair), mask=stored)
-        tl.store(place_ptr + at, place_of(pair), mask=stored)
+        value = value.to(tl.float32, bitcast=True)
+        unsettled, before = enough & real, (first + block % blocks * BLOCK_N) * k
+        at = (tl.arange(0, BLOCK_N) * k)[:, None] + slots[None, :]
+        if ANY_ORDER:
+            slot, clear = in_any_order(tl.where(listed, ordered(value), PADDING), k)
+            stored = (clear & unsettled)[:, None] & (slots < k)[None, :]
+            slot += lines[:, None] * LISTED
+            found = tl.load(value_list_ptr + slot, mask=stored).to(tl.float32, bitcast=True)
+            tl.store(value_ptr + before + at, found, mask=stored)
+            tl.store(
+                place_ptr + before + at, tl.load(place_list_ptr + slot, mask=stored), mask=stored
+            )
+            unsettled = unsettled & (clear == 0)
+        if tl.max(unsettled.to(tl.int32), 0) > 0:
+            pair = tl.where(listed, pairs(ordered(value), place), WORST)
+            pair = tl.sort(pair, dim=1, descending=True)
+            stored = unsettled[:, None] & (slots < k)[None, :]
+            tl.store(value_ptr + before + at, value_of(pair), mask=stored)
+            tl.store(place_ptr + before + at, place_of(pair), mask=stored)
         tl.store(missed_ptr + first + rows, (enough == 0).to(tl.uint8), mask=real)
         tl.debug_barrier()  # the lists are free again

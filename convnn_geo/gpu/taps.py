@@ -6,6 +6,8 @@ channel is a group of its own there are no products of matrices: see depthwise.p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu import depthwise
+from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.scatter import by_source, of_rank, splits, sum_by_source
 from convnn_geo.gpu.tiles import dot
 
@@ -207,8 +210,11 @@ def gather_taps(
     if c_group == 1:
         return depthwise.forward(rows, index, rho, taps, bias, out)
     block_n, block_d = 32, _block(d // groups)
-    _forward[(gpu.cdiv(n, block_n), gpu.cdiv(d // groups, block_d), groups)](
-        *(rows, index, rho, taps, bias, out, n, k),
+    launch(
+        _forward,
+        (gpu.cdiv(n, block_n), gpu.cdiv(d // groups, block_d), groups),
+        (rows, index, rho, taps, bias, out),
+        (n, k),
         **_sizes(c, d, c_group, groups),
         BLOCK_N=block_n,
         BLOCK_C=_block(c_group),
@@ -242,7 +248,11 @@ def gather_taps_backward(
     if c_group == 1:
         return depthwise.backward(rows, index, rho, taps, grad, needed)
     sizes = _sizes(c, d, c_group, groups)
-    blocks = {"BLOCK_N": 32, "BLOCK_C": _block(c_group), "BLOCK_D": _block(d // groups)}
+    blocks: dict[str, Any] = {
+        "BLOCK_N": 32,
+        "BLOCK_C": _block(c_group),
+        "BLOCK_D": _block(d // groups),
+    }
     to_rows = to_rho = to_taps = None
     if needed[0]:
         atomic = not torch.are_deterministic_algorithms_enabled()
@@ -251,8 +261,11 @@ def gather_taps_backward(
         order = None if atomic else by_source(index, len(rows))
         for tap in range(1 if atomic else k):
             back = to_rows if atomic else to_rows.new_empty(n, c)
-            _backward_of_rows[(gpu.cdiv(n, 32), k if atomic else 1, groups)](
-                *(rows, index, rho, taps, grad, back, of_rho, n, k, tap),
+            launch(
+                _backward_of_rows,
+                (gpu.cdiv(n, 32), k if atomic else 1, groups),
+                (rows, index, rho, taps, grad, back, of_rho),
+                (n, k, tap),
                 **sizes,
                 **blocks,
                 HAS_RHO=rho is not None,
@@ -266,8 +279,11 @@ def gather_taps_backward(
         tiles = channel_blocks * gpu.cdiv(d // groups, blocks["BLOCK_D"])
         count, part = splits(n, tiles * k * groups)
         of_taps = taps.new_empty(count, *taps.shape, dtype=torch.float32)
-        _backward_of_taps[(tiles * count, k, groups)](
-            *(rows, index, rho, grad, of_taps, n, k, part),
+        launch(
+            _backward_of_taps,
+            (tiles * count, k, groups),
+            (rows, index, rho, grad, of_taps),
+            (n, k, part),
             **sizes,
             **blocks,
             HAS_RHO=rho is not None,
@@ -278,7 +294,7 @@ def gather_taps_backward(
     return to_rows, to_rho, to_taps
 
 
-def _sizes(c: int, d: int, c_group: int, groups: int) -> dict[str, int]:
+def _sizes(c: int, d: int, c_group: int, groups: int) -> dict[str, Any]:
     return {"c": c, "d": d, "c_group": c_group, "d_group": d // groups}
 
 

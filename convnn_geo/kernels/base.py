@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import scatter
 
+from convnn_geo.checks import casts
 from convnn_geo.metrics import full_precision
 from convnn_geo.pairs import EdgePairs, Pairs
 from convnn_geo.points import row_starts
@@ -154,11 +155,9 @@ class Max(Kernel):
 
 def lowered(tensor: Tensor) -> Tensor:
     """What autocast makes of a convolution's input; the tensor itself where it is off."""
-    kind = tensor.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    if not casts or tensor.dtype == torch.float64:
+    if not casts(tensor.device) or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _scatter(messages: Tensor, target: Tensor, shape: Shape, reduce: str) -> Tensor:

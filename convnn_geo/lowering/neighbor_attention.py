@@ -17,7 +17,7 @@ from convnn_geo import compiled, gpu
 from convnn_geo.gpu.layout import empty_result, leading
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.attention import by_mask
-from convnn_geo.lowering.rules import Rule
+from convnn_geo.lowering.rules import Again, Rule
 from convnn_geo.metrics import (
     Angular,
     BilinearForm,
@@ -68,6 +68,13 @@ class NeighborAttention(Rule):
         points = (problem.kind, problem.q, problem.keys)
         return _run(op, *points, problem.bias, problem.scale, "compiled")
 
+    def again(self, op: Operation) -> Again | None:
+        """Where features are what is multiplied."""
+        problem = Problem.of(op.bound, torch.float32)
+        if problem is None or problem.kind != "products":
+            return None
+        return _again(op, problem.q, problem.keys, problem.bias, problem.scale, "compiled")
+
 
 class TritonAttention(Rule):
     """The same by Triton: scores pass through registers; any bilinear metric, half precision."""
@@ -92,6 +99,11 @@ class TritonAttention(Rule):
         if form is None:
             raise TypeError("triton_attention needs a bilinear metric")
         return _run(op, "products", form.q, form.k, form.b, form.scale, "triton")
+
+    def again(self, op: Operation) -> Again | None:
+        """Where features are what is multiplied."""
+        form = _form(op)
+        return None if form is None else _again(op, form.q, form.k, form.b, form.scale, "triton")
 
 
 def _form(op: Operation) -> BilinearForm | None:
@@ -139,6 +151,24 @@ def _run(
     # hides all keys from them, and where the metric looks at the features.
     shown = engine == "compiled" or (mask is None and q is op.target.x)
     return out if shown and op.target.pos is None else show_nan(out, op)
+
+
+def _again(
+    op: Operation, q: Tensor, keys: Tensor, bias: Tensor | None, scale: float, engine: str
+) -> Again | None:
+    weighting: Softmax = op.weighting  # type: ignore[assignment]
+    plain = q is op.target.x and keys is op.source.x and bias is None and op.subset.mask is None
+    positions = op.target.pos is not None or op.source.pos is not None
+    if not plain or positions or weighting.dropout:
+        return None
+    k, options = _filled(op), (float(scale), weighting.temperature, engine)
+
+    def run(q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
+        learns = q.requires_grad or keys.requires_grad or value.requires_grad
+        trains = learns and torch.is_grad_enabled()
+        return _attend("products", q, keys, value, None, None, None, k, *options, trains)[0]
+
+    return run
 
 
 def _filled(op: Operation) -> int:

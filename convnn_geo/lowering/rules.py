@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
 from convnn_geo.search import ENGINES
 from convnn_geo.selection import KNearest
+
+Again: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries, keys and values to the result."""
 
 
 class Rule(ABC):
@@ -28,6 +33,13 @@ class Rule(ABC):
     @abstractmethod
     def run(self, op: Operation) -> Tensor:
         """The result, ``(..., n, d)``."""
+
+    def again(self, op: Operation) -> Again | None:
+        """How it runs the same operation on other tensors that look like these, unasked.
+
+        None where it would have to ask: where more is looked at than queries, keys and values.
+        """
+        return None
 
 
 class Aggregation(Rule):

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_number
+from convnn_geo.checks import casts, check_number
 from convnn_geo.metrics.combined import Combination, Pairwise
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, gather_rows
@@ -34,10 +34,7 @@ def seen_by(module: object, x: Tensor) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast lowers nothing."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()  # tensors without values, say, know of none
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if casts(device) else nullcontext()
 
 
 class Metric(nn.Module, ABC):

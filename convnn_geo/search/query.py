@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
 from convnn_geo.search.nearest import Problem
-
-EVERYWHERE = Subset()
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Query:
     source: Points
     metric: Metric
     k: int
-    subset: Subset = EVERYWHERE
+    subset: Subset = field(default_factory=Subset)
     excluded: Tensor | None = None
     memory: int | None = None
     bind: Callable[[], Distances] | None = None

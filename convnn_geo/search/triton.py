@@ -57,7 +57,7 @@ class Triton(PointEngine):
         if own is not None:
             own = own.expand(*lead, own.shape[-1]).reshape(-1)
         values, places = launch(q, keys, k, own, problem.kind == "angles")
-        values, places = (t.view(*lead, -1, k) for t in (values, places.long()))
+        values, places = (t.view(*lead, -1, k) for t in (values, places))
         if problem.exact and not _direct(q):
             values = referee(problem.bound(), places, slab, problem.dtype)
         return values, places
@@ -71,7 +71,7 @@ class Triton(PointEngine):
 
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
         """Of what is no point: by coordinates that stand for it."""
-        return launch(q, prepared, asked)[1].view(*q.shape[:2], asked).long()
+        return launch(q, prepared, asked)[1].view(*q.shape[:2], asked)
 
 
 def launch(
@@ -107,6 +107,7 @@ def launch(
         own=own,
         angles=angles,
         rounding=rounding,
+        integers=torch.int64,
     )
     return values / 2 if angles else values, places
 
