@@ -277,7 +277,7 @@ def check() -> bool:
     runs = {"the kernels' tests, compiled": [*tests, *beside]}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is not None:
-        few = "ties_go_to or not_chosen or fixed_order"
+        few = "ties_go_to or fixed_order or causal or outside or all_choose or lists_cannot_hold"
         runs["a few of them under compute-sanitizer"] = [
             *(sanitizer, "--error-exitcode=1", "--target-processes=all", *tests, "-k", few)
         ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convnn_geo import encodings, metrics, weighting
 from convnn_geo.candidates import Block, Causal, Random, Window
-from convnn_geo.nn import ConvNNAttention
+from convnn_geo.nn import ConvNNAttention, functional
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.selection import KNearest
 
@@ -762,6 +762,61 @@ def test_knn_attention_takes_the_masks_that_torch_takes(shape, kind, backend):
 def test_knn_attention_refuses_masks_that_do_not_fit(shape):
     with pytest.raises(ValueError, match=r"attn_mask: expected a shape that broadcasts to \(2, 4"):
         knn_attention(*QKV, 5, attn_mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often a rule is chosen; nothing is remembered from before."""
+    calls, choose = [], functional.choose
+    monkeypatch.setattr(functional, "_AGAIN", {})
+    monkeypatch.setattr(functional, "choose", lambda *args: calls.append(args) or choose(*args))
+    return calls
+
+
+def test_calls_that_look_alike_are_run_alike(asked):
+    for _ in range(3):
+        parts = torch.randn(3, 2, 4, 20, 8)
+        wanted = knn_attention(*parts, 5, backend="message_passing")
+        torch.testing.assert_close(knn_attention(*parts, 5), wanted, rtol=1e-4, atol=1e-5)
+    assert len(asked) == 3 + 1  # message passing is asked for each time
+    leaves = [[t.clone().requires_grad_() for t in parts] for _ in range(2)]
+    found, wanted = (
+        torch.autograd.grad(knn_attention(*t, 5, backend=backend).square().sum(), t)
+        for t, backend in zip(leaves, ("auto", "gather"), strict=True)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(asked) == 3 + 1 + 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: knn_attention(*QKV, 4),
+        lambda: knn_attention(*QKV[:, :1], 5),
+        lambda: knn_attention(*QKV.double(), 5),
+        lambda: knn_attention(*QKV, 5, scale=0.5),
+        lambda: knn_attention(*QKV, 5, backend="gather"),
+        lambda: knn_attention(*QKV, 5, is_causal=True),
+        lambda: knn_attention(*QKV, 5, metric="cosine"),
+        lambda: knn_attention(*QKV, 5, dropout_p=0.5),
+        lambda: knn_attention(*QKV, 5, attn_mask=torch.ones(20, 20, dtype=torch.bool)),
+        lambda: torch.func.vmap(lambda *t: knn_attention(*t, 5))(*QKV.expand(3, *QKV.shape[1:])),
+    ],
+)
+def test_calls_that_differ_are_asked_for(asked, other):
+    for _ in range(2):
+        knn_attention(*QKV, 5)
+    assert len(asked) == 1
+    other()
+    assert len(asked) == 2
+
+
+def test_what_is_remembered_is_bounded(asked, monkeypatch):
+    monkeypatch.setattr(functional, "_MOST", 3)
+    for n in range(5, 12):
+        knn_attention(*QKV[..., :n, :], 5)
+        assert len(functional._AGAIN) <= 3
 
 
 def test_knn_attention_over_all_keys_is_attention():

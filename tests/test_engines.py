@@ -339,13 +339,16 @@ def test_costs_are_those_of_the_directions_in_which_points_vary():
     assert like(mixture, 4) and like(Feature("cosine"), 5) and like(Feature(), 3)
 
 
-def test_directions_are_not_left_to_trees():
+def test_directions_that_many_share_are_not_left_to_trees():
     """Those of colours are equal but for rounding, and what a tree can't tell is searched again."""
-    colours = Points(torch.rand(20000, 3))
+    torch.manual_seed(0)
+    few = torch.rand(500, 3)[torch.randint(500, (20000,))] * (1 + torch.rand(20000, 1))
+    colours, random = (Points(x) for x in (few, torch.rand(20000, 3)))
     rows = explain_search(Query(colours, colours, Feature("cosine"), 9))
     assert rows[-1] == ("dense", None)
     if ENGINES["kd_tree"].missing() is None:
-        assert dict(rows)["kd_tree"].startswith("directions in pictures tie")
+        assert dict(rows)["kd_tree"].startswith("many directions are the same")
+        assert explain_search(Query(random, random, Feature("cosine"), 9))[-1] == ("kd_tree", None)
         placed = Points(torch.rand(20000, 3), torch.rand(20000, 2))
         metric = 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
         assert explain_search(Query(placed, placed, metric, 9))[-1] == ("kd_tree", None)

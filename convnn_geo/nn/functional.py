@@ -138,7 +138,9 @@ def _alike(
 
     None where somebody looks on, or has a say in it: a tracer, a transform, autocast.
     """
-    if type(k) is not int or not type(query) is type(key) is type(value) is Tensor:
+    if not type(query) is type(key) is type(value) is Tensor:
+        return None
+    if type(k) is not int or type(scale) not in (float, type(None)) or type(backend) is not str:
         return None
     if is_traced() or is_transformed() or casts(query.device):
         return None

@@ -291,7 +291,7 @@ def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor)
         keys = problem.keys
         if problem.bias is not None:
             keys = torch.cat([keys, problem.bias.expand(keys.shape[:-1]).unsqueeze(-1)], -1)
-        name = _fingerprint(keys).expand(*places.shape[:-2], -1)
+        name = fingerprint(keys).expand(*places.shape[:-2], -1)
         named = name.unsqueeze(-2).expand(*places.shape[:-1], -1).gather(-1, places)
         unclear = unclear & ~(equal & (named.diff(dim=-1) == 0))
     return unclear.any(-1)
@@ -307,14 +307,14 @@ def _open_ended(problem: Problem, values: Tensor, places: Tensor, own: Tensor | 
     tied = (values[..., -1] == values[..., -2]) & (values[..., -1] < torch.inf)
     if problem.kind == "products" or not bool(tied.any()):
         return tied
-    name = _fingerprint(problem.keys)
+    name = fingerprint(problem.keys)
     rank = _ranks(name)
     last, listed = places[..., -1:], places[..., :-1]
 
     def at(values: Tensor, place: Tensor) -> Tensor:
         return values.unsqueeze(-2).expand(*place.shape[:-1], -1).gather(-1, place)
 
-    itself = at(name, last).squeeze(-1) == _fingerprint(problem.q)
+    itself = at(name, last).squeeze(-1) == fingerprint(problem.q)
     highest = at(rank, listed).amax(-1)
     if own is not None:  # which is not listed, and comes before some that are
         place = own.expand(highest.shape).unsqueeze(-1).clamp_min(0)
@@ -333,7 +333,7 @@ def _ranks(name: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(-1, order, rank)
 
 
-def _fingerprint(keys: Tensor) -> Tensor:
+def fingerprint(keys: Tensor) -> Tensor:
     """A number ``(..., m)`` for each key: the same for equal keys and, but for luck, no others."""
     bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32)
     generator = torch.Generator().manual_seed(0)
