@@ -86,6 +86,52 @@ class TestSearch:
         x, y = torch.randn(75, 12), torch.randn(90, 12)
         self.check(x, y, 5, [5, 0, 50, 20], [40, 10, 5, 35])
 
+    @pytest.mark.parametrize("self_point", ["natural", "first", "excluded"])
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+    @pytest.mark.parametrize("d", [3, 12])
+    def test_unequal_clouds_are_searched_in_one_launch(self, d, metric, self_point, monkeypatch):
+        from convnn_geo.search import launches, triton
+
+        asked = []
+        monkeypatch.setattr(
+            triton, "launch", lambda *args: asked.append(args) or launches.launch(*args)
+        )
+        sizes = [40, 0, 7, 210]
+        batch = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+        x, batch = on(torch.randint(9, (257, d)) * torch.rand(257, 1).round(decimals=1), batch)
+        options = {"k": 5, "batch_x": batch, "metric": metric, "self_point": self_point}
+        found, wanted = (knn(x, backend=b, **options) for b in ("triton", "dense"))
+        assert torch.equal(found.index, wanted.index) and len(asked) == 1
+        torch.testing.assert_close(found.distance, wanted.distance)
+
+    def test_large_clouds_of_few_axes_are_worth_a_search_each(self, monkeypatch):
+        from convnn_geo.search import triton
+        from convnn_geo.search.nearest import Problem
+
+        x, batch = on(torch.randn(30, 4), torch.arange(3).repeat_interleave(10))
+        monkeypatch.setattr(triton, "WORTH_CELLS", 10)
+
+        def one_launch(d, engine):
+            problem = Problem("points", x[:, :d], x[:, :d], None, 1.0, torch.float32)
+            return triton.in_clouds(problem, 3, batch, batch, False, 2**20, engine) is not None
+
+        assert one_launch(3, "triton") and one_launch(4, "auto") and not one_launch(3, "auto")
+        monkeypatch.setattr(triton, "WORTH_CELLS", 11)
+        assert one_launch(3, "auto")
+
+    def test_targets_of_some_clouds(self):
+        x, y = on(torch.randn(75, 4), torch.randn(20, 4))
+        of_x = torch.arange(4).repeat_interleave(torch.tensor([40, 20, 5, 10])).to(DEVICE)
+        of_y = torch.tensor([0] * 12 + [3] * 8).to(DEVICE)
+        found, wanted = (knn(x, y, 9, of_x, of_y, backend=b) for b in ("triton", "dense"))
+        assert torch.equal(found.index, wanted.index)
+        with pytest.raises(ValueError, match="k=11 is larger than the number of candidates, 10"):
+            knn(x, y, 11, of_x, of_y, backend="triton")
+        found, wanted = (
+            knn(x, y, 11, of_x, of_y, backend=b, short="pad") for b in ("triton", "dense")
+        )
+        assert torch.equal(found.mask, wanted.mask) and torch.equal(found.index, wanted.index)
+
     def test_all_and_many_neighbors(self):
         x = torch.randn(64, 16)
         self.check(x, x, 64, [64], [64])

@@ -117,7 +117,7 @@ def test_search(launches, tmp_path, d, k, dtype):
     ("d", "k"), [(3, 9), (64, 9), pytest.param(192, 40, marks=pytest.mark.slow)]
 )
 def test_search_engine(launches, tmp_path, d, k, angles, own):
-    from convnn_geo.search.triton import launch
+    from convnn_geo.search.launches import launch
 
     points = torch.randn(2, 1024, d)
     places = torch.arange(1024).repeat(2) if own else None

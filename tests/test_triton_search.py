@@ -62,7 +62,7 @@ def test_products(both, dtype, n, m, d, k, biased):
 @pytest.mark.parametrize("angles", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 def test_points(both, d, angles, own):
-    from convnn_geo.search.triton import launch
+    from convnn_geo.search.launches import launch
 
     torch.manual_seed(0)
     x = torch.randn(1, 220, d)
@@ -78,7 +78,7 @@ def test_points(both, d, angles, own):
 
 
 def test_products_are_of_tf32_and_neighbours_of_float32(both):
-    from convnn_geo.search.triton import launch
+    from convnn_geo.search.launches import launch
 
     torch.manual_seed(0)
     x = (100 + torch.randn(1, 1, 16) + 1e-3 * torch.randn(1, 200, 16)).to(DEVICE)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_name
+from convnn_geo.metrics import Feature
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import operator
 from convnn_geo.points import Points
@@ -21,6 +22,7 @@ from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import check_batch, too_many
 from convnn_geo.search.registry import ENGINES
 from convnn_geo.search.rows import Hidden
+from convnn_geo.search.triton import in_clouds, serves_clouds
 
 
 def find_in_clouds(
@@ -100,6 +102,10 @@ def _nearest_in_clouds(
     batch_x = check_batch("batch_x", batch_x, Points(keys))
     batch_y = check_batch("batch_y", batch_y, Points(q))
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
+    if serves_clouds(Query(Points(q), Points(keys), Feature(), k, bind=problem.bound), engine):
+        found = in_clouds(problem, k, batch_x, batch_y, excluded, slab, engine)
+        if found is not None:
+            return found
     values = q.new_full((len(q), k), torch.inf, dtype=problem.dtype)
     places = torch.full((len(q), k), -1, device=q.device)
     clouds, targets = batch_y.unique_consecutive(return_counts=True)

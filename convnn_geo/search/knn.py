@@ -25,6 +25,7 @@ from convnn_geo.search.clouds import find_in_clouds
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import Ragged, check_batch, too_many
 from convnn_geo.search.registry import find, with_self_first
+from convnn_geo.search.triton import serves_clouds
 from convnn_geo.typing import SELF_POINTS
 
 _EUCLIDEAN = as_metric("euclidean")
@@ -123,7 +124,12 @@ def knn(
             return found if max_distance is None else found.within(max_distance)
         batch_x = check_batch("batch_x", batch_x, source)
         batch_y = check_batch("batch_y", batch_y, target)
-        found = Ragged(source, target, batch_x, batch_y, same)(search, k, backend)
+        ragged = Ragged(source, target, batch_x, batch_y, same)
+        query = Query(target, source, metric, k, memory=memory)
+        if ragged.level or short == "truncate" or not serves_clouds(query, backend):
+            found = ragged(search, k, backend)
+        else:
+            found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
     return found if max_distance is None else found.within(max_distance)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import once
 from convnn_geo.checks import check_tensor
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
@@ -38,17 +39,27 @@ class Ragged:
         self, search: Callable[[Points, Points, int], Neighborhood], k: int, backend: str
     ) -> Neighborhood:
         """Neighbours ``(n, k)`` within each cloud, counted as rows of the source."""
+        clouds, sources, targets = self.sizes
+        if self.level:
+            return self._level(search, k, clouds)
+        if self.target.num_points < LARGE * max(clouds, 1) and backend in ("auto", "dense"):
+            return self._together(search, k, clouds, sources)
+        return self._apart(search, k, sources.tolist(), targets.tolist())
+
+    @once
+    def sizes(self) -> tuple[int, Tensor, Tensor]:
+        """Number of clouds, sources and targets of each."""
         last = [int(b[-1]) for b in (self.batch_x, self.batch_y) if b.numel()]
         clouds = 1 + max(last, default=-1)
         sources = torch.bincount(self.batch_x, minlength=clouds)
         targets = torch.bincount(self.batch_y, minlength=clouds)
-        level = clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
-        small = self.target.num_points < LARGE * max(clouds, 1)
-        if level:
-            return self._level(search, k, clouds)
-        if small and backend in ("auto", "dense"):
-            return self._together(search, k, clouds, sources)
-        return self._apart(search, k, sources.tolist(), targets.tolist())
+        return clouds, sources, targets
+
+    @once
+    def level(self) -> bool:
+        """Whether all clouds are of one size."""
+        clouds, sources, targets = self.sizes
+        return clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
 
     def _level(
         self, search: Callable[[Points, Points, int], Neighborhood], k: int, clouds: int

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.search.launches import Clouds, is_direct, launch, share
 from convnn_geo.search.nearest import Problem, referee
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.shapes import broadcast_shapes
 
+WORTH_CELLS = 16384
+"""Points a cloud of few axes from which on its cells tell more than all launches cost."""
 SPARE = 2
 """A neighbour after the k-th, and the target itself."""
 
@@ -45,8 +48,12 @@ class Triton(PointEngine):
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """In one launch, order and all, where neighbours are told apart by differences."""
         spare = problem.keys.shape[-2] - (hidden.own is not None)
-        plain = problem.kind in ("points", "angles") and problem.axes is None
-        if not plain or hidden.mask is not None or not problem.q.numel() or not 0 < k <= spare:
+        if (
+            not _plain(problem)
+            or hidden.mask is not None
+            or not problem.q.numel()
+            or not 0 < k <= spare
+        ):
             return super().nearest(problem, k, hidden, slab)
         lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
         q, keys = (
@@ -58,84 +65,79 @@ class Triton(PointEngine):
             own = own.expand(*lead, own.shape[-1]).reshape(-1)
         values, places = launch(q, keys, k, own, problem.kind == "angles")
         values, places = (t.view(*lead, -1, k) for t in (values, places))
-        if problem.exact and not _direct(q):
+        if problem.exact and not is_direct(q):
             values = referee(problem.bound(), places, slab, problem.dtype)
         return values, places
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
         """That of ``|k|^2 - 2 <q, k>`` about the keys' mean, or of differences."""
-        if _direct(q):
+        if is_direct(q):
             return super().slack(q, keys, value)
         center = keys.mean(-2, keepdim=True)
-        return _slack((q - center).norm(dim=-1), (keys - center).norm(dim=-1), q.shape[-1])
+        most = (keys - center).norm(dim=-1).amax(-1, keepdim=True)
+        return share(q.shape[-1]) * ((q - center).norm(dim=-1) + most).square()
 
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
         """Of what is no point: by coordinates that stand for it."""
         return launch(q, prepared, asked)[1].view(*q.shape[:2], asked)
 
 
-def launch(
-    q: Tensor, keys: Tensor, k: int, own: Tensor | None = None, angles: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Squared distances, half of them for angles, and places ``(b n, k)`` of all examples."""
-    from convnn_geo.gpu.search import Rounding, nearest
-
-    (n, d), m = q.shape[1:], keys.shape[1]
-    q, keys = q.contiguous(), keys.contiguous()
-    bias = rounding = None
-    if not _direct(q):
-        center = keys.mean(-2, keepdim=True)
-        sides = [t - center for t in ((keys,) if _same(q, keys) else (q, keys))]
-        lengths = [side.norm(dim=-1) for side in sides]
-        bias = lengths[-1].square()
-        slack = _slack(lengths[0], lengths[-1], d)
-        if angles:  # a zero key has squared length 1 by definition
-            bias = bias + (keys.square().sum(-1) < 0.25)
-        rounding = Rounding(
-            center=center.flatten(0, 1),
-            q=sides[0].unsqueeze(1),
-            keys=sides[-1].unsqueeze(1),
-            square=lengths[0].square().flatten(),
-            slack=slack.flatten(),
-            rough=_rough(d),
-            least=m,
-        )
-        bias = bias.unsqueeze(1)
-    values, places = nearest(
-        *(q.unsqueeze(1), keys.unsqueeze(1), k, None, n, bias, 2.0),
-        direct=_direct(q),
-        own=own,
-        angles=angles,
-        rounding=rounding,
-        integers=torch.int64,
-    )
-    return values / 2 if angles else values, places
+def serves_clouds(query: Query, backend: str) -> bool:
+    """Whether clouds of unequal size may be searched in one launch: on a GPU, or where asked to."""
+    if backend != Triton.name and (backend != "auto" or query.target.device.type != "cuda"):
+        return False
+    if any(getattr(part, "by_set", False) for part in query.metric.modules()):
+        return False
+    return query.problem is not None and _plain(query.problem) and not Triton().refuses(query)
 
 
-def _same(q: Tensor, keys: Tensor) -> bool:
-    return q.data_ptr() == keys.data_ptr() and q.shape == keys.shape
+def in_clouds(
+    problem: Problem,
+    k: int,
+    batch_x: Tensor,
+    batch_y: Tensor,
+    excluded: bool,
+    slab: int,
+    backend: str,
+) -> tuple[Tensor, Tensor] | None:
+    """The nearest of each target in its own cloud, all in one launch: values and places.
 
+    Args:
+        problem: between all rows ``(n, d)`` and ``(m, d)``.
+        k: neighbours.
+        batch_x: ``(m,)``, sorted, the cloud of each source.
+        batch_y: ``(n,)``, likewise of each target.
+        excluded: whether the targets, which are the sources, do not find themselves.
+        slab: bytes that may be taken.
+        backend: who was asked for.
 
-def _direct(q: Tensor) -> bool:
-    return q.shape[-1] <= 8
-
-
-def _slack(q: Tensor, keys: Tensor, d: int) -> Tensor:
-    """Of differences between values, from lengths about the center."""
-    length = q + keys.amax(-1, keepdim=True)
-    return _share(d) * length.square()
-
-
-def _share(d: int) -> float:
-    """Of the square of the sum of two lengths, that rounding may make up."""
-    return 2 * (d + 4) * torch.finfo(torch.float32).eps
-
-
-def _rough(d: int) -> float:
-    """How much more is to be allowed for where products are of TF32.
-
-    A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
-    lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at
-    most a quarter of the square of the lengths' sum. A twentieth more covers products of errors.
+    Returns:
+        ``(n, k)`` each; places count all sources. None where a cloud has fewer than ``k``, and
+        where clouds are worth a search each.
     """
-    return 1 + 1.05 * 2**-9 / _share(d)
+    if not batch_y.numel() or not batch_x.numel() or k < 1:
+        return None
+    clouds = 1 + int(torch.maximum(batch_x[-1], batch_y[-1]))
+    few_axes = problem.q.shape[-1] <= 3
+    if backend == "auto" and few_axes and len(batch_x) >= WORTH_CELLS * clouds:
+        return None
+    numbers = torch.arange(clouds + 1, device=batch_x.device)
+    starts = torch.searchsorted(batch_y, numbers), torch.searchsorted(batch_x, numbers)
+    targets, sources = (start.diff() for start in starts)
+    most = sources.new_tensor(len(batch_x))
+    longest, least = torch.stack([targets.max(), sources.where(targets > 0, most).min()]).tolist()
+    if k > least - excluded:
+        return None
+    own = None
+    if excluded:
+        own = torch.arange(len(batch_y), device=batch_y.device) - starts[0][batch_y]
+    examples = Clouds(longest, least, starts, (batch_y, batch_x))
+    values, places = launch(problem.q, problem.keys, k, own, problem.kind == "angles", examples)
+    places = places + starts[1][batch_y].unsqueeze(-1)
+    if problem.exact and not is_direct(problem.q):
+        values = referee(problem.bound(), places, slab, problem.dtype)
+    return values, places
+
+
+def _plain(problem: Problem) -> bool:
+    return problem.kind in ("points", "angles") and problem.axes is None
