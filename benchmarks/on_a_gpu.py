@@ -234,6 +234,35 @@ def search(device: str) -> list[Case]:
     return cases
 
 
+def unequal_clouds(device: str) -> list[Case]:
+    """The same of clouds of unequal size, named by a batch vector, in one launch."""
+    if not importable("torch_cluster"):
+        return []
+    torch_cluster, cases = require("torch_cluster", extra="cluster"), []
+    sizes = torch.randint(512, 1537, (32,), generator=torch.Generator().manual_seed(0))
+    batch = torch.arange(32, device=device).repeat_interleave(sizes.to(device))
+    for dimension in (3, 64):
+        x = [(torch.rand(len(batch), dimension, device=device),) for _ in range(SETS)]
+        pairs, squares = len(batch) * 9, float((sizes.double() ** 2).sum())
+        cases.append(
+            Case(
+                f"32 clouds of 512 to 1536 points, {dimension} dimensions, k = 9",
+                {
+                    "torch_cluster.knn": in_turn(
+                        lambda x: torch_cluster.knn(x, x, 9, batch, batch), x
+                    ),
+                    "knn, auto": in_turn(
+                        lambda x: knn(x, k=9, batch_x=batch, check=False).index, x
+                    ),
+                },
+                2 * squares * dimension if dimension > 3 else 0,
+                len(batch) * 4 * dimension + 12 * pairs,
+                "none asked; a batch vector is looked at by the host",
+            )
+        )
+    return cases
+
+
 def ceilings(device: str) -> tuple[float, float]:
     """Bytes a second of a copy, and operations a second of a product in bfloat16."""
     source = torch.randn(2**28, device=device)
@@ -307,6 +336,7 @@ def main() -> int:
         lambda: attention("cuda", torch.bfloat16),
         lambda: convolution("cuda", torch.bfloat16),
         lambda: search("cuda"),
+        lambda: unequal_clouds("cuda"),
     ):
         for case in make():
             show(case, "cuda", most)

@@ -812,6 +812,14 @@ def test_calls_that_differ_are_asked_for(asked, other):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("dropout", [False, None, "", torch.tensor(0.0)])
+def test_what_is_remembered_lets_no_error_pass(asked, dropout):
+    for _ in range(2):
+        with pytest.raises(TypeError, match="dropout_p"):
+            knn_attention(*QKV, 5, dropout_p=dropout)
+        knn_attention(*QKV, 5)
+
+
 def test_what_is_remembered_is_bounded(asked, monkeypatch):
     monkeypatch.setattr(functional, "_MOST", 3)
     for n in range(5, 12):

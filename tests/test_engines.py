@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_geometric import EdgeIndex
 
 from convnn_geo import compiled
@@ -337,6 +338,15 @@ def test_costs_are_those_of_the_directions_in_which_points_vary():
         return costs.expected(Query(points, points, metric, 9)) == wanted
 
     assert like(mixture, 4) and like(Feature("cosine"), 5) and like(Feature(), 3)
+
+
+def test_an_engine_for_directions_is_chosen_without_looking_where_there_are_no_values():
+    x = torch.randn(3000, 3)
+    find = lambda x: knn(x, k=4, metric="cosine", check=False).index  # noqa: E731
+    wanted = find(x)
+    assert torch.equal(torch.func.vmap(find)(x[None])[0], wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert find(mode.from_tensor(x)).shape == wanted.shape
 
 
 def test_directions_that_many_share_are_not_left_to_trees():

@@ -88,6 +88,14 @@ def test_what_is_interpreted_has_no_form(forms):
     assert (len(kernel.asked), forms) == (2, {})
 
 
+def test_older_tritons_are_asked_each_time(forms, monkeypatch):
+    monkeypatch.setattr(launching, "_takes_constants", lambda: False)
+    kernel = Kernel()
+    go(kernel)
+    go(kernel)
+    assert (len(kernel.asked), forms) == (2, {})
+
+
 def test_forms_are_bounded(forms, monkeypatch):
     monkeypatch.setattr(launching, "_MOST", 3)
     kernel = Kernel()

@@ -86,10 +86,13 @@ class TestSearch:
         x, y = torch.randn(75, 12), torch.randn(90, 12)
         self.check(x, y, 5, [5, 0, 50, 20], [40, 10, 5, 35])
 
+    @pytest.mark.parametrize("spare", [0, 2])
     @pytest.mark.parametrize("self_point", ["natural", "first", "excluded"])
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     @pytest.mark.parametrize("d", [3, 12])
-    def test_unequal_clouds_are_searched_in_one_launch(self, d, metric, self_point, monkeypatch):
+    def test_unequal_clouds_are_searched_in_one_launch(
+        self, d, metric, self_point, spare, monkeypatch
+    ):
         from convnn_geo.search import launches, triton
 
         asked = []
@@ -99,7 +102,8 @@ class TestSearch:
         sizes = [40, 0, 7, 210]
         batch = torch.arange(4).repeat_interleave(torch.tensor(sizes))
         x, batch = on(torch.randint(9, (257, d)) * torch.rand(257, 1).round(decimals=1), batch)
-        options = {"k": 5, "batch_x": batch, "metric": metric, "self_point": self_point}
+        k = 7 - (self_point == "excluded") - spare  # the smallest cloud may give all it has
+        options = {"k": k, "batch_x": batch, "metric": metric, "self_point": self_point}
         found, wanted = (knn(x, backend=b, **options) for b in ("triton", "dense"))
         assert torch.equal(found.index, wanted.index) and len(asked) == 1
         torch.testing.assert_close(found.distance, wanted.distance)
@@ -118,6 +122,24 @@ class TestSearch:
         assert one_launch(3, "triton") and one_launch(4, "auto") and not one_launch(3, "auto")
         monkeypatch.setattr(triton, "WORTH_CELLS", 11)
         assert one_launch(3, "auto")
+        monkeypatch.setattr(triton, "EMPTY", 0)
+        assert not one_launch(3, "auto")
+
+    @pytest.mark.parametrize("k", [3, 4])
+    def test_ties_where_the_smallest_cloud_gives_all_it_has(self, k):
+        batch = torch.tensor([0] * 4 + [1] * 16)
+        for _ in range(4):
+            x, batch = on(torch.randint(-2, 3, (20, 12)).float(), batch)
+            found, wanted = (knn(x, k=k, batch_x=batch, backend=b) for b in ("triton", "dense"))
+            assert torch.equal(found.index, wanted.index)
+
+    def test_one_set_of_points_may_be_two_sets_of_clouds(self):
+        x = torch.randn(400, 12)
+        x[210:] += 30  # far from what the first cloud of sources is about
+        x, number = on(x, torch.arange(400))
+        of_x, of_y = (number >= 210).long(), (number >= 250).long()
+        found, wanted = (knn(x, x, 9, of_x, of_y, backend=b) for b in ("triton", "dense"))
+        assert torch.equal(found.index, wanted.index)
 
     def test_targets_of_some_clouds(self):
         x, y = on(torch.randn(75, 4), torch.randn(20, 4))
@@ -131,6 +153,8 @@ class TestSearch:
             knn(x, y, 11, of_x, of_y, backend=b, short="pad") for b in ("triton", "dense")
         )
         assert torch.equal(found.mask, wanted.mask) and torch.equal(found.index, wanted.index)
+        full = knn(x, y, 9, of_x, of_y, backend="triton", short="pad")
+        assert full.mask is None
 
     def test_all_and_many_neighbors(self):
         x = torch.randn(64, 16)

@@ -92,7 +92,10 @@ def _settled(
     Those that were kept are measured again; where one that was not may be nearer, all are. Nobody
     waits for the other rows, nor the host for the device.
     """
-    unclear = rows < 0
+    available = tl.zeros_like(rows) + m
+    if HAS_OWN:
+        available -= (own >= 0).to(tl.int32)
+    unclear = tl.where(kept > k, rows < 0, available > kept)  # who is next may not be kept
     before = value_of(_slot(best, 0, K))
     for j in range(1, k + 1):  # where nobody is left to be next, it does not matter what is seen
         value = value_of(_slot(best, j, K))
@@ -113,10 +116,7 @@ def _settled(
             places = tl.where(here, place[:, None], places)
         again = _sorted(code, places, kept, K)
         beyond = value_of(_slot(best, kept - 1, K)) + square - slack
-        everybody = kept == m
-        if HAS_OWN:
-            everybody = kept == m - 1
-        found = (value_of(_slot(again, k - 1, K)) < beyond) | everybody
+        found = (value_of(_slot(again, k - 1, K)) < beyond) | (kept >= available)
         lost = unclear & (found == 0)
         if tl.max(lost.to(tl.int32), 0) > 0:
             every, where = _none_yet(k, BLOCK_N, K)
@@ -204,6 +204,9 @@ def _nearest(
         q, key = q_ptr + first * q_row, key_ptr + start * key_row
         if HAS_BIAS:
             bias = bias_ptr + start
+    kept = tl.minimum(kept, m)
+    if HAS_OWN:
+        kept = tl.minimum(kept, m - 1)
     wanted = rows < n
     if MISSED:
         wanted = tl.load(missed_ptr + first + rows, mask=wanted, other=0) != 0

@@ -6,6 +6,7 @@ attention itself takes. What it looks at is known here, so that a form, once fou
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -46,9 +47,17 @@ def launch(
         compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *floats, *last)
         return
     compiled = kernel[grid](*tensors, *numbers, *floats, **constants)
-    if compiled is None:  # it was interpreted
+    if compiled is None or not _takes_constants():  # None: it was interpreted
         return
     given = len(tensors) + len(numbers) + len(floats)
     if len(_forms) >= _MOST:
         _forms.clear()
     _forms[key] = compiled, tuple(constants[name] for name in kernel.arg_names[given:])
+
+
+@functools.cache
+def _takes_constants() -> bool:
+    """Whether forms are launched with their constants, as they are from Triton 3.3 on."""
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)

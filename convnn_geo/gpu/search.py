@@ -28,7 +28,6 @@ class Rounding:
         square: ``(n,)``, what is to be added to a product's value.
         slack: ``(n,)``, how far off differences of values may be.
         rough: how many times as far where factors are rounded to TF32.
-        least: sources of the smallest example.
     """
 
     center: Tensor
@@ -37,7 +36,6 @@ class Rounding:
     square: Tensor
     slack: Tensor
     rough: float
-    least: int
 
 
 @gpu.on_its_device
@@ -156,10 +154,11 @@ def nearest(
     center = square = slack = None
     if rounding is not None:
         center, square, slack = rounding.center, rounding.square, rounding.slack
-        roomy = max(16, gpu.next_power_of_2(k + SPARE))
-        kept = min(
-            roomy if roomy <= gpu.LARGEST_K else k + SPARE, rounding.least - (own is not None)
-        )
+        kept = max(16, gpu.next_power_of_2(k + SPARE))
+        if kept > gpu.LARGEST_K:
+            kept = k + SPARE
+        if n:  # of clouds each keeps what it can
+            kept = min(kept, m - (own is not None))
     width = max(16, gpu.next_power_of_2(kept))
     wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
     block = 16 if wide else 32

@@ -192,19 +192,20 @@ def _nearest_survivors(
     need = k
     if HAS_OWN:
         need = k + 1  # one may be a target's own
-    lines = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]) * (2 * LENGTH)
-    empty = (list_ptr + lists).to(tl.int64)
     AT_ONCE: tl.constexpr = max(1, 32 // LISTS)  # entries of a list on their way
     full: tl.constexpr = LENGTH - BLOCK_M // LISTS  # so that a tile more finds place
     value_list_ptr = list_ptr + tl.num_programs(0) * BLOCK_N * LISTS * LENGTH * 2
     place_list_ptr = value_list_ptr + tl.num_programs(0) * BLOCK_N * LISTED
     slots = tl.arange(0, LISTED)
-    survivors = lines[:, None] * LISTED + slots[None, :]
     for block in range(tl.program_id(0), blocks * examples, tl.num_programs(0)):
         example = (block // blocks).to(tl.int64)
         outer, head = example // heads, example % heads
         rows = block % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        # The program, in a way that keeps addresses from being computed, and kept, for all blocks.
+        lines = block % tl.num_programs(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]) * (2 * LENGTH)
+        empty = (list_ptr + lists).to(tl.int64)
+        survivors = lines[:, None] * LISTED + slots[None, :]
         q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
         key += head * key_head
         bias, mask, first, start = bias_ptr, mask_ptr, example * n, example * m

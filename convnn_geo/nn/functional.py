@@ -89,7 +89,8 @@ def knn_attention(
         torch.Size([2, 8, 50, 16])
     """
     alike = None
-    if attn_mask is None and metric is None and not (dropout_p or is_causal):
+    plain = attn_mask is None and metric is None and is_causal is False
+    if plain and type(dropout_p) in (int, float) and not dropout_p:
         alike = _alike(query, key, value, k, scale, backend)
         if alike in _AGAIN:
             return _AGAIN[alike](query, key, value)

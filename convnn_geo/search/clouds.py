@@ -111,15 +111,15 @@ def _nearest_in_clouds(
     clouds, targets = batch_y.unique_consecutive(return_counts=True)
     ends = torch.searchsorted(batch_x, clouds, right=True).tolist()
     starts = torch.searchsorted(batch_x, clouds).tolist()
+    least = min((end - start for start, end in zip(starts, ends, strict=True)), default=k + 1)
+    if k > least - excluded and not padded:
+        raise ValueError(too_many(k, least - excluded, excluded))
     row = 0
     for start, end, n in zip(starts, ends, targets.tolist(), strict=True):
         rows, own = slice(row, row + n), None
         if excluded:
             own = torch.arange(n, device=q.device)
-        available = end - start - excluded
-        if k > available and not padded:
-            raise ValueError(too_many(k, available, excluded))
-        there = min(k, available)
+        there = min(k, end - start - excluded)
         if there > 0:
             part = replace(
                 problem,

@@ -129,7 +129,12 @@ def knn(
         if ragged.level or short == "truncate" or not serves_clouds(query, backend):
             found = ragged(search, k, backend)
         else:
+            own = self_point == "excluded"
+            if k > ragged.least - own and short == "error":
+                raise ValueError(too_many(k, ragged.least - own, own))
             found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
+            if found.mask is not None and bool(found.mask.all()):
+                found = replace(found, mask=None)
     return found if max_distance is None else found.within(max_distance)
 
 

@@ -14,16 +14,19 @@ class Examples:
 
     Args:
         longest: targets of the largest.
-        least: sources of the smallest.
     """
 
     longest: int
-    least: int
 
     @property
     def starts(self) -> None:
         """Where they start follows from their size."""
         return None
+
+    @property
+    def alike(self) -> bool:
+        """Whether targets and sources of the same numbers are of the same examples."""
+        return True
 
     def mean(self, keys: Tensor) -> Tensor:
         """Of each example's sources, ``(b, d)``."""
@@ -50,15 +53,18 @@ class Clouds:
 
     Args:
         longest: targets of the largest.
-        least: sources of the smallest that has targets.
         starts: ``(b + 1,)`` twice, where clouds start among targets and among sources.
         batch: ``(n,)`` and ``(m,)``, the cloud of each.
     """
 
     longest: int
-    least: int
     starts: tuple[Tensor, Tensor]
     batch: tuple[Tensor, Tensor]
+
+    @property
+    def alike(self) -> bool:
+        """Whether targets and sources of the same numbers are of the same clouds."""
+        return _same(*self.batch)
 
     def mean(self, keys: Tensor) -> Tensor:
         """Of each cloud's sources, ``(b, d)``."""
@@ -99,13 +105,13 @@ def launch(
     """
     from convnn_geo.gpu.search import Rounding, nearest
 
-    d, examples = q.shape[-1], examples or Examples(q.shape[1], keys.shape[1])
+    d, examples = q.shape[-1], examples or Examples(q.shape[1])
     q, keys = q.contiguous(), keys.contiguous()
     bias = rounding = None
     if not is_direct(q):
         center = examples.mean(keys)
         key_side = keys - examples.to_sources(center)
-        side = key_side if _same(q, keys) else q - examples.to_targets(center)
+        side = key_side if examples.alike and _same(q, keys) else q - examples.to_targets(center)
         key_length = key_side.norm(dim=-1)
         length = key_length if side is key_side else side.norm(dim=-1)
         bias = key_length.square()
@@ -119,7 +125,6 @@ def launch(
             square=length.square().flatten(),
             slack=slack.flatten(),
             rough=_rough(d),
-            least=examples.least,
         )
         bias = examples.laid_out(bias)
     values, places = nearest(

@@ -61,6 +61,12 @@ class Ragged:
         clouds, sources, targets = self.sizes
         return clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
 
+    @property
+    def least(self) -> int:
+        """Sources of the smallest cloud that has targets."""
+        _, sources, targets = self.sizes
+        return int(sources.where(targets > 0, self.source.num_points).min())
+
     def _level(
         self, search: Callable[[Points, Points, int], Neighborhood], k: int, clouds: int
     ) -> Neighborhood:

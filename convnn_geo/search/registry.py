@@ -11,6 +11,7 @@ from convnn_geo.checks import check_name
 from convnn_geo.metrics import Feature
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.operators import is_traced, is_transformed
 from convnn_geo.points import Points
 from convnn_geo.search.cells import Cells
 from convnn_geo.search.costs import expected
@@ -163,8 +164,8 @@ def _tied(query: Query) -> bool:
     if not _directions(query):
         return False
     rows = query.problem.keys.flatten(0, -2)
-    if rows.device.type != "cpu":  # nobody waits for a GPU to tell
-        return True
+    if rows.device.type != "cpu" or is_traced() or is_transformed():
+        return True  # nobody waits for a GPU to tell, and what is traced has no values
     rows = (rows[:: max(1, len(rows) // _SAMPLE)] * 2**20).round()
     return len(rows) - len(fingerprint(rows).unique()) > len(rows) // 200
 

@@ -15,6 +15,8 @@ from convnn_geo.shapes import broadcast_shapes
 
 WORTH_CELLS = 16384
 """Points a cloud of few axes from which on its cells tell more than all launches cost."""
+EMPTY = 32
+"""Times as many targets as there are, at most, for which there are programs."""
 SPARE = 2
 """A neighbour after the k-th, and the target itself."""
 
@@ -112,8 +114,8 @@ def in_clouds(
         backend: who was asked for.
 
     Returns:
-        ``(n, k)`` each; places count all sources. None where a cloud has fewer than ``k``, and
-        where clouds are worth a search each.
+        ``(n, k)`` each; places count all sources. None where a cloud has fewer than ``k``, where
+        clouds are worth a search each, and where one is far larger than most.
     """
     if not batch_y.numel() or not batch_x.numel() or k < 1:
         return None
@@ -126,12 +128,12 @@ def in_clouds(
     targets, sources = (start.diff() for start in starts)
     most = sources.new_tensor(len(batch_x))
     longest, least = torch.stack([targets.max(), sources.where(targets > 0, most).min()]).tolist()
-    if k > least - excluded:
+    if k > least - excluded or clouds * longest > EMPTY * max(len(batch_y), 2**15):
         return None
     own = None
     if excluded:
         own = torch.arange(len(batch_y), device=batch_y.device) - starts[0][batch_y]
-    examples = Clouds(longest, least, starts, (batch_y, batch_x))
+    examples = Clouds(longest, starts, (batch_y, batch_x))
     values, places = launch(problem.q, problem.keys, k, own, problem.kind == "angles", examples)
     places = places + starts[1][batch_y].unsqueeze(-1)
     if problem.exact and not is_direct(problem.q):
