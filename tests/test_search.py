@@ -818,6 +818,14 @@ def test_the_k_smallest_leave_their_input_alone():
     assert torch.equal(values, before)
 
 
+def test_slabs_leave_room_for_sorting_where_that_takes_more():
+    here, there = Points(X), Points(X.to("meta"))
+    metric, memory = as_metric("euclidean"), 6 * 2**20
+    assert Query(here, here, metric, 1, memory=memory).slab == memory
+    assert Query(there, there, metric, 1, memory=memory).slab == 2**20
+    assert Query(there, there, metric, 1).slab * 6 <= 2**28
+
+
 def test_rows_are_searched_in_bounded_memory():
     # A slab of 64 KiB: no step may see more than a slab's share of rows.
     x = torch.zeros(300, 3)
