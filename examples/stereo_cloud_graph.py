@@ -24,7 +24,7 @@ from convnn_geo.points import Points
 from convnn_geo.search import Query, explain_search
 from convnn_geo.transforms import NeighborGraph
 
-PICTURE = Path(__file__).parent / "pictures" / "stereo_cloud.png"
+PICTURE = Path("runs") / "stereo_cloud.png"
 EDGES = "#00E5FF"
 MUDGUARD = (0.87, 0.19, 2.64)  # metres right, down and forward of the camera
 HALF = 0.03  # of the close-up's side, in the picture's plane
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"edges    {data.num_edges}, {options.k} to each point")
     print(f"seconds  {seconds:.2f} on {torch.get_num_threads()} threads")
     print(f"rate     {data.num_nodes / seconds:.0f} points a second")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(data, options.k, options.downsample, options.out)
     print(f"picture  {options.out}")
 

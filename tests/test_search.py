@@ -657,7 +657,7 @@ X = torch.zeros(4, 2)
         (
             lambda: knn(X, X, 1, torch.zeros(4).long(), torch.tensor([0, 0, 0, 1])),
             ValueError,
-            "larger than the number of candidates, 0",
+            "an example has targets but no sources",
         ),
         (
             lambda: find(Query(Points(X, X), Points(X, X), Spatial(), 5), "dense"),
@@ -816,6 +816,29 @@ def test_the_k_smallest_leave_their_input_alone():
     before = values.clone()
     is_stable_sort(values, 5)
     assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+def test_rows_longer_than_a_cache(channels):
+    """As short ones: no step changes from some number of sources on."""
+    x = integers(0, 6, 70_000, channels)
+    found = knn(x, x[:3], 20, backend="dense")
+    distance = (x[:3, None].double() - x.double()).square().sum(-1)
+    assert torch.equal(found.index, distance.sort(dim=-1, stable=True).indices[:, :20])
+
+
+@pytest.mark.parametrize("missing", ["batch_x", "batch_y"])
+def test_batches_come_in_pairs(missing):
+    batches = {"batch_x": torch.tensor([0, 0, 1, 1]), "batch_y": torch.tensor([0, 1])}
+    x = torch.rand(4, 2)
+    batches[missing] = None
+    with pytest.raises(ValueError, match=f"names 2 examples, but there is no {missing}"):
+        knn(x, x[:2], 1, **batches)
+    with pytest.raises(ValueError, match="an example has targets but no sources"):
+        knn(x, x[:2], 1, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2]))
+    one = torch.zeros(4 if missing == "batch_y" else 2, dtype=torch.long)
+    name = "batch_x" if missing == "batch_y" else "batch_y"
+    assert knn(x, x[:2], 1, **{name: one}).index.shape == (2, 1)  # of one example there is no doubt
 
 
 def test_slabs_leave_room_for_sorting_where_that_takes_more():

@@ -63,7 +63,11 @@ def test_other_points_search_in_their_own_cloud():
 
     traced = torch.compile(find, fullgraph=True, backend="aot_eager")
     assert same(traced(x, y, BATCH, OTHER), find(x, y, BATCH, OTHER))
-    assert same(traced(x, y, BATCH, None), find(x, y, BATCH, None))
+    one = torch.zeros_like(BATCH)
+    assert same(traced(x, y, one, None), find(x, y, one, None))
+    for search in (find, traced):
+        with pytest.raises(Exception, match="batch_x names 4 examples, but there is no batch_y"):
+            search(x, y, BATCH, None)
     nobody = y[:0], OTHER[:0]
     assert traced(x, nobody[0], BATCH, nobody[1])[0].shape == (0, 5)
 

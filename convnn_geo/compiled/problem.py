@@ -14,8 +14,8 @@ KINDS = ("points", "angles", "products")
 WANTED = ("order", "values", "set")
 LARGEST_K = 128
 """GROUPS of select.h."""
-LONGEST_ROW = 2**15
-"""Sources, so that a block of rows stays in cache."""
+LONGEST_ROW = 2**20
+"""Sources: a block of rows is in cache up to some 2^15, and still far ahead of torch beyond."""
 
 _LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
 

@@ -19,7 +19,7 @@ from convnn_geo.operators import operator
 from convnn_geo.points import Points
 from convnn_geo.search.nearest import Problem, implemented, measured
 from convnn_geo.search.query import Query
-from convnn_geo.search.ragged import check_batch, too_many
+from convnn_geo.search.ragged import check_batch, check_both, too_many
 from convnn_geo.search.registry import ENGINES
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.triton import in_clouds, serves_clouds
@@ -99,6 +99,7 @@ def _nearest_in_clouds(
     slab: int,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
+    check_both(batch_x, batch_y)
     batch_x = check_batch("batch_x", batch_x, Points(keys))
     batch_y = check_batch("batch_y", batch_y, Points(q))
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)

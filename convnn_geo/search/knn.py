@@ -23,7 +23,7 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search.clouds import find_in_clouds
 from convnn_geo.search.query import Query
-from convnn_geo.search.ragged import Ragged, check_batch, too_many
+from convnn_geo.search.ragged import Ragged, check_batch, check_both, too_many
 from convnn_geo.search.registry import find, with_self_first
 from convnn_geo.search.triton import serves_clouds
 from convnn_geo.typing import SELF_POINTS
@@ -122,9 +122,15 @@ def knn(
             query = Query(target, source, metric, k, Subset(), memory=memory)
             found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
             return found if max_distance is None else found.within(max_distance)
+        check_both(batch_x, batch_y)
         batch_x = check_batch("batch_x", batch_x, source)
         batch_y = check_batch("batch_y", batch_y, target)
         ragged = Ragged(source, target, batch_x, batch_y, same)
+        if short == "error" and not ragged.level and not ragged.least:
+            raise ValueError(
+                "an example has targets but no sources; check that batch_x and batch_y number the "
+                "same examples, or pass short='pad'"
+            )
         query = Query(target, source, metric, k, memory=memory)
         if ragged.level or short == "truncate" or not serves_clouds(query, backend):
             found = ragged(search, k, backend)

@@ -139,6 +139,8 @@ _ROOMY = 2**23
 """Bytes of a slab from which on nobody has asked for less than the default."""
 _MOST = 2**28
 """Bytes of copies of sources, at most."""
+_ROWS = 8
+"""Rows of products, and of what is chosen from, that a thread has."""
 
 
 def nearest(
@@ -259,11 +261,13 @@ def _by_product(
 def _by_fused_rows(
     problem: Problem, k: int, hidden: Hidden, slab: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The same in C, rows of products never leaving the cache; None where that is not served.
+    """The same in C, a few rows of products at a time; None where that is not served.
 
-    Each thread has a copy of one example's sources: too much where memory is bounded tightly.
+    Each thread has these and a copy of one example's sources: too much where memory is bounded
+    tightly.
     """
-    copies = problem.keys.shape[-2:].numel() * 4 * torch.get_num_threads()
+    m, d = problem.keys.shape[-2:]
+    copies = m * (d + _ROWS) * 4 * torch.get_num_threads()
     if copies > slab < _ROOMY or copies > _MOST:
         return None
     if problem.axes is not None or problem.dtype != torch.float32:

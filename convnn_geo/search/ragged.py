@@ -156,6 +156,17 @@ def too_many(k: int, available: int, excluded: bool) -> str:
     )
 
 
+def check_both(batch_x: Tensor | None, batch_y: Tensor | None) -> None:
+    """Raise where one of two batch vectors names several examples, and the other is missing."""
+    for name, batch, other in (("batch_x", batch_x, batch_y), ("batch_y", batch_y, batch_x)):
+        if other is None and isinstance(batch, Tensor) and batch.numel() and bool(batch.max() > 0):
+            missing = "batch_y" if name == "batch_x" else "batch_x"
+            raise ValueError(
+                f"{name} names {int(batch.max()) + 1} examples, but there is no {missing}: pass "
+                "the example of each row of both sets"
+            )
+
+
 def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
     """A batch vector that is whole, sorted and as long as the points; zeros for None."""
     if batch is None:
