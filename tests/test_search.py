@@ -836,6 +836,8 @@ def test_batches_come_in_pairs(missing):
         knn(x, x[:2], 1, **batches)
     with pytest.raises(ValueError, match="an example has targets but no sources"):
         knn(x, x[:2], 1, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2]))
+    nobody = torch.zeros(0, dtype=torch.long)
+    assert knn(x[:0], None, 1, nobody).index.shape == (0, 1)
     one = torch.zeros(4 if missing == "batch_y" else 2, dtype=torch.long)
     name = "batch_x" if missing == "batch_y" else "batch_y"
     assert knn(x, x[:2], 1, **{name: one}).index.shape == (2, 1)  # of one example there is no doubt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,11 +54,12 @@ def attend(
         temperature: weights are ``softmax(-distance / temperature)``.
         wanted: whether weights and places are; otherwise they are empty.
     """
-    given = (bias, mask, keep) != (None, None, None)
-    if not given and scale > 0 and keys.shape[-2] <= short.LONGEST:
-        plain = _plain(*_seen(q), *_seen(keys), *_seen(value), k, wanted)
+    alone = bias is None and mask is None and keep is None
+    if alone and scale > 0 and keys.shape[-2] <= short.LONGEST:
+        plain = _plain(_seen(q), _seen(keys), _seen(value), k, wanted)
         if plain is not None:
-            return _rows(plain, q, keys, value, None, None, None, k, scale, temperature)
+            out = empty_result(value, plain.lead, plain.n)
+            return _rows(plain, (q, keys, value, None, None, None, out), k, scale, temperature)
     lead = leading(q, keys, value, bias, mask)
     (n, d), (m, c) = q.shape[-2:], value.shape[-2:]
     out, shape = empty_result(value, lead, n), (*lead, n, k)
@@ -77,9 +78,9 @@ def attend(
     keep = None if keep is None else keep.float().expand(shape).contiguous()
     out_at = laid_out(out, lead, 2)[1]
     if chosen is not None:
-        strides = (*q_at, *keys_at, *value_at, *bias_at, *mask_at, *out_at)
-        rows = Rows(chosen, lead, n, m, d, c, strides, wanted or q.dtype == torch.float32)
-        return _rows(rows, q, keys, value, bias, mask, keep, k, scale, temperature)
+        steps = (*q_at, *keys_at, *value_at, *bias_at, *mask_at, *out_at)
+        rows = Rows(chosen, lead, n, m, d, c, steps, wanted or q.dtype == torch.float32)
+        return _rows(rows, (q, keys, value, bias, mask, keep, out), k, scale, temperature)
     if bias is None:  # what is found are products
         temperature /= scale
     found, place = nearest(q, keys, k, None, n, bias, scale, mask, any_order=True)
@@ -125,27 +126,19 @@ class Rows:
 
 
 def _rows(
-    rows: Rows,
-    q: Tensor,
-    keys: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    k: int,
-    scale: float,
-    temperature: float,
+    rows: Rows, tensors: tuple[Tensor | None, ...], k: int, scale: float, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch it: ``tensors`` are queries, keys, values, bias, mask, kept weights and result."""
+    q, _, _, bias, mask, keep, out = tensors
     tile, (examples, heads) = rows.tile, split(rows.lead)
-    out = empty_result(value, rows.lead, rows.n)
     shape = (*rows.lead, rows.n, k) if rows.stores else 0
-    weight = value.new_empty(shape, dtype=torch.float32)
+    weight = out.new_empty(shape, dtype=torch.float32)  # type: ignore[union-attr]
     place = torch.empty_like(weight, dtype=torch.int32)
     kept = (weight, place) if rows.stores else (None, None)
     launch(
         _attend_rows,
         (gpu.cdiv(rows.n, tile.rows) * examples * heads,),
-        (q, keys, value, bias, mask, keep, out, *kept),
+        (*tensors, *kept),
         (rows.n, rows.m, k, heads, *rows.strides),
         (scale, temperature),
         d=rows.d,
@@ -158,40 +151,29 @@ def _rows(
         HAS_MASK=mask is not None,
         HAS_KEEP=keep is not None,
         STORES=rows.stores,
-        GATHERS=q.dtype == torch.float32,  # no tensor core multiplies it
+        GATHERS=q.dtype == torch.float32,  # type: ignore[union-attr]  # not for tensor cores
         GROUPS=_groups(rows.m, k) if mask is None else 0,
         FULL=rows.m // 64 * 64,
         num_warps=tile.warps,
     )
-    return out, weight, place
+    return out, weight, place  # type: ignore[return-value]
 
 
-def _seen(tensor: Tensor) -> tuple[Any, ...]:
-    """What a plan for a tensor follows from."""
+Seen: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""What a call follows from, of a tensor: shape, strides, dtype and device."""
+
+
+def _seen(tensor: Tensor) -> Seen:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 @functools.lru_cache(1024)
-def _plain(
-    q: torch.Size,
-    q_at: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    keys: torch.Size,
-    keys_at: tuple[int, ...],
-    _: torch.dtype,
-    __: torch.device,
-    value: torch.Size,
-    value_at: tuple[int, ...],
-    value_dtype: torch.dtype,
-    ___: torch.device,
-    k: int,
-    wanted: bool,
-) -> Rows | None:
+def _plain(q: Seen, keys: Seen, value: Seen, k: int, wanted: bool) -> Rows | None:
     """The call for tensors that can be read as they lie; None where one can't, or is empty."""
-    lead = broadcast_shapes(q[:-2], keys[:-2], value[:-2])
-    (n, d), (m, c) = q[-2:], value[-2:]
-    found = [strides(*t, lead) for t in ((q, q_at), (keys, keys_at), (value, value_at))]
+    shapes, (_, _, dtype, device), value_dtype = (q[0], keys[0], value[0]), q, value[2]
+    lead = broadcast_shapes(*(shape[:-2] for shape in shapes))
+    (n, d), (m, c) = q[0][-2:], value[0][-2:]
+    found = [strides(*t[:2], lead) for t in (q, keys, value)]
     if None in found or not math.prod(lead) * n * c:
         return None
     tile = _tile(n, m, d, c, dtype, value_dtype, device, k, wanted, False)

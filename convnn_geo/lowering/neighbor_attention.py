@@ -156,6 +156,7 @@ def _run(
 def _again(
     op: Operation, q: Tensor, keys: Tensor, bias: Tensor | None, scale: float, engine: str
 ) -> Again | None:
+    """:meth:`Rule.again` where products of features, and softmax of these, are all there is."""
     weighting: Softmax = op.weighting  # type: ignore[assignment]
     plain = q is op.target.x and keys is op.source.x and bias is None and op.subset.mask is None
     positions = op.target.pos is not None or op.source.pos is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_name
-from convnn_geo.metrics import Feature
+from convnn_geo.metrics import Feature, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import operator
 from convnn_geo.points import Points
@@ -22,7 +22,7 @@ from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import check_batch, check_both, too_many
 from convnn_geo.search.registry import ENGINES
 from convnn_geo.search.rows import Hidden
-from convnn_geo.search.triton import in_clouds, serves_clouds
+from convnn_geo.search.triton import in_clouds, is_plain
 
 
 def find_in_clouds(
@@ -43,7 +43,7 @@ def find_in_clouds(
         self_point: see :func:`convnn_geo.search.knn`.
         short: ``"error"`` or ``"pad"``.
     """
-    if any(getattr(part, "by_set", False) for part in query.metric.modules()):
+    if _looks_at_sets(query.metric):
         raise ValueError(f"{query.metric} looks at whole clouds, whose sizes can't be traced")
     if short == "truncate":
         raise ValueError("short='truncate': how many neighbours it leaves can't be traced; pad")
@@ -79,6 +79,19 @@ def find_in_clouds(
     if short != "pad":
         return Neighborhood(place, query.source.num_points, distance)
     return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)
+
+
+def serves_clouds(query: Query, backend: str) -> bool:
+    """Whether clouds of unequal size may be searched in one launch: on a GPU, or where asked to."""
+    if backend != "triton" and (backend != "auto" or query.target.device.type != "cuda"):
+        return False
+    if _looks_at_sets(query.metric) or query.problem is None or not is_plain(query.problem):
+        return False
+    return ENGINES["triton"].refuses(query) is None
+
+
+def _looks_at_sets(metric: Metric) -> bool:
+    return any(getattr(part, "by_set", False) for part in metric.modules())
 
 
 @operator("nearest_in_clouds")

@@ -21,11 +21,10 @@ from convnn_geo.checks import (
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points, row_starts
-from convnn_geo.search.clouds import find_in_clouds
+from convnn_geo.search.clouds import find_in_clouds, serves_clouds
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import Ragged, check_batch, check_both, too_many
 from convnn_geo.search.registry import find, with_self_first
-from convnn_geo.search.triton import serves_clouds
 from convnn_geo.typing import SELF_POINTS
 
 _EUCLIDEAN = as_metric("euclidean")
@@ -125,19 +124,15 @@ def knn(
         check_both(batch_x, batch_y)
         batch_x = check_batch("batch_x", batch_x, source)
         batch_y = check_batch("batch_y", batch_y, target)
+        if not target.num_points:
+            return _empty(target, source, k)
         ragged = Ragged(source, target, batch_x, batch_y, same)
-        if short == "error" and not ragged.level and not ragged.least:
-            raise ValueError(
-                "an example has targets but no sources; check that batch_x and batch_y number the "
-                "same examples, or pass short='pad'"
-            )
+        if short == "error" and not ragged.level:
+            ragged.check(k, self_point == "excluded")
         query = Query(target, source, metric, k, memory=memory)
         if ragged.level or short == "truncate" or not serves_clouds(query, backend):
             found = ragged(search, k, backend)
         else:
-            own = self_point == "excluded"
-            if k > ragged.least - own and short == "error":
-                raise ValueError(too_many(k, ragged.least - own, own))
             found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
             if found.mask is not None and bool(found.mask.all()):
                 found = replace(found, mask=None)

@@ -61,11 +61,17 @@ class Ragged:
         clouds, sources, targets = self.sizes
         return clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
 
-    @property
-    def least(self) -> int:
-        """Sources of the smallest cloud that has targets."""
+    def check(self, k: int, excluded: bool) -> None:
+        """Raise where a cloud has targets, but fewer than ``k`` candidates for each."""
         _, sources, targets = self.sizes
-        return int(sources.where(targets > 0, self.source.num_points).min())
+        least = int(sources.where(targets > 0, self.source.num_points).min())
+        if not least:
+            raise ValueError(
+                "an example has targets but no sources; check that batch_x and batch_y number the "
+                "same examples, or pass short='pad'"
+            )
+        if k > least - excluded:
+            raise ValueError(too_many(k, least - excluded, excluded))
 
     def _level(
         self, search: Callable[[Points, Points, int], Neighborhood], k: int, clouds: int

@@ -50,12 +50,8 @@ class Triton(PointEngine):
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """In one launch, order and all, where neighbours are told apart by differences."""
         spare = problem.keys.shape[-2] - (hidden.own is not None)
-        if (
-            not _plain(problem)
-            or hidden.mask is not None
-            or not problem.q.numel()
-            or not 0 < k <= spare
-        ):
+        served = is_plain(problem) and hidden.mask is None and problem.q.numel() > 0
+        if not served or not 0 < k <= spare:
             return super().nearest(problem, k, hidden, slab)
         lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
         q, keys = (
@@ -82,15 +78,6 @@ class Triton(PointEngine):
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
         """Of what is no point: by coordinates that stand for it."""
         return launch(q, prepared, asked)[1].view(*q.shape[:2], asked)
-
-
-def serves_clouds(query: Query, backend: str) -> bool:
-    """Whether clouds of unequal size may be searched in one launch: on a GPU, or where asked to."""
-    if backend != Triton.name and (backend != "auto" or query.target.device.type != "cuda"):
-        return False
-    if any(getattr(part, "by_set", False) for part in query.metric.modules()):
-        return False
-    return query.problem is not None and _plain(query.problem) and not Triton().refuses(query)
 
 
 def in_clouds(
@@ -141,5 +128,6 @@ def in_clouds(
     return values, places
 
 
-def _plain(problem: Problem) -> bool:
+def is_plain(problem: Problem) -> bool:
+    """Whether distances are those of points, or angles, as the kernels have them."""
     return problem.kind in ("points", "angles") and problem.axes is None
