@@ -35,6 +35,7 @@ from convnn_geo.search import (
     k_smallest,
     knn,
 )
+from convnn_geo.search.query import SORTING
 from convnn_geo.search.rows import Hidden, smallest_in_rows
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -845,10 +846,10 @@ def test_batches_come_in_pairs(missing):
 
 def test_slabs_leave_room_for_sorting_where_that_takes_more():
     here, there = Points(X), Points(X.to("meta"))
-    metric, memory = as_metric("euclidean"), 6 * 2**20
+    metric, memory = as_metric("euclidean"), SORTING * 2**20
     assert Query(here, here, metric, 1, memory=memory).slab == memory
     assert Query(there, there, metric, 1, memory=memory).slab == 2**20
-    assert Query(there, there, metric, 1).slab * 6 <= 2**28
+    assert SORTING > 6 and Query(there, there, metric, 1).slab * SORTING <= 2**28
 
 
 def test_rows_are_searched_in_bounded_memory():
