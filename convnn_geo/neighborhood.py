@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ class Neighborhood:
     distance: Tensor | None = None
     mask: Tensor | None = None
     complete: bool = False
+
+    def __iter__(self) -> NoReturn:
+        """A tuple is expected by who knows other searches."""
+        raise TypeError(
+            "a Neighborhood is no tuple: take .index and .distance, or .to_edge_index() for edges"
+        )
 
     @property
     def num_targets(self) -> int:

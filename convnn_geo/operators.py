@@ -43,20 +43,16 @@ class Operator:
         self.registered.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *args: Any) -> Any:
-            found = self._directly(*args)
+            found = directly(self.function, *args)
             setup_context(ctx, args, found)
             return found
 
         parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.learns = type(self.name, (torch.autograd.Function,), parts)
 
-    def _directly(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():  # no graph, and no result is a view
-            return self.function(*args)
-
     def __call__(self, *args: Any) -> Any:
         """Call it with all arguments by place."""
-        if is_traced() or is_transformed():
+        if is_watched():
             return self.registered(*args)
         wanted = False
         for value in args:
@@ -66,7 +62,13 @@ class Operator:
                 wanted = wanted or value.requires_grad
         if wanted and self.learns is not None and torch.is_grad_enabled():
             return self.learns.apply(*args)
-        return self._directly(*args)
+        return directly(self.function, *args)
+
+
+def directly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it without a graph where nobody looks on; no result is a view."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return function(*args)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -94,3 +96,14 @@ def is_transformed() -> bool:
         return False
     dual = torch.autograd.forward_ad._current_level >= 0
     return dual or torch._C._are_functorch_transforms_active()
+
+
+def is_watched() -> bool:
+    """Either: what is run may then not simply be run."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

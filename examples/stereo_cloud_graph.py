@@ -20,8 +20,7 @@ from torch_geometric.data import Data
 
 from convnn_geo.datasets import motorcycle_cloud
 from convnn_geo.extras import require
-from convnn_geo.points import Points
-from convnn_geo.search import Query, explain_search
+from convnn_geo.search import explain_search
 from convnn_geo.transforms import NeighborGraph
 
 PICTURE = Path("runs") / "stereo_cloud.png"
@@ -43,10 +42,8 @@ def engine_of(cloud: Data, k: int, backend: str) -> tuple[str, list[str]]:
     """The engine that serves the query, and why those asked before it did not."""
     if backend != "auto":
         return backend, []
-    points = Points(pos=cloud.pos)
-    own = torch.arange(points.num_points)
     metric = NeighborGraph(k).metric
-    *others, (engine, _) = explain_search(Query(points, points, metric, k, excluded=own))
+    *others, (engine, _) = explain_search(cloud.pos, k=k, metric=metric, self_point="excluded")
     return engine, [f"not {name}: {reason}" for name, reason in others]
 
 

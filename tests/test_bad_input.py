@@ -1004,6 +1004,16 @@ TABLE: list[Row] = [
     ),
     # --- search and points ---
     ("knn-k-0", lambda: knn(points(), None, 0), V, "k: expected an integer of at least 1, got 0"),
+    ("knn-k-second", lambda: knn(points(), 2), T, "neighbours, k=; pass k=2, it comes third"),
+    ("knn-no-k", lambda: knn(points(), points()), T, "expected the number of neighbours, k="),
+    ("knn-unpacked", lambda: tuple(knn(points(), k=2)), T, "take .index and .distance"),
+    (
+        "explain-search-k-over",
+        lambda: search.explain_search(points(4), k=4, self_point="excluded"),
+        V,
+        "k=4 is larger than the number of candidates, 3 besides the point itself",
+    ),
+    ("explain-search-k", lambda: search.explain_search(points(), k=0), V, "at least 1, got 0"),
     ("knn-k-float", lambda: knn(points(), None, 2.0), T, "k: expected an integer, got 2.0"),
     (
         "knn-k-many",

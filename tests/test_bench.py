@@ -167,6 +167,15 @@ def test_a_slow_call_is_sampled_once():
     assert measure.percentiles([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.2, 2.8))
 
 
+@pytest.mark.parametrize("load", [0.4, 9.0])
+def test_other_work_is_named(tmp_path, capsys, monkeypatch, load):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    options = ["--engines", "dense", "--metric", "euclidean", "--input", "random", *TINY]
+    assert main(["bench", "graph", *options, "--k", "4", "--quick", "--out", str(tmp_path)]) == 0
+    assert ("load 9.0 on 2 cores" in capsys.readouterr().err) == (load == 9.0)
+
+
 def test_graph_from_the_command_line(tmp_path, capsys):
     options = ["--engines", "dense,auto", "--metric", "euclidean,mixed", "--input", "random"]
     out = tmp_path / "out"

@@ -22,13 +22,13 @@ from convnn_geo.search import (
     Query,
     costs,
     engines,
-    explain_search,
     find,
     k_smallest,
     knn,
     knn_graph,
 )
 from convnn_geo.search.coincident import Thinned
+from convnn_geo.search.registry import explain_query
 
 EXACT = [n for n in engines() if not ENGINES[n].approximate and n not in ("grid", "keops")]
 APPROXIMATE = [n for n in engines() if ENGINES[n].approximate]
@@ -195,7 +195,7 @@ def test_approximate_engines_find_most_and_keep_the_order(name):
     without = knn(x, k=3, backend=name, self_point="excluded")
     assert (without.index != torch.arange(2000)[:, None]).all()
     points = Points(x, x)
-    assert dict(explain_search(Query(points, points, Spatial(), 8)))[name].startswith("approximate")
+    assert dict(explain_query(Query(points, points, Spatial(), 8)))[name].startswith("approximate")
 
 
 class StandInBVH:
@@ -286,7 +286,7 @@ def test_auto_takes_what_was_fastest_in_the_case_most_like_this(cache):
 
     def choice(n, dimension):
         points = Points(torch.rand(n, dimension))
-        rows = explain_search(Query(points, points, Feature(), 9))
+        rows = explain_query(Query(points, points, Feature(), 9))
         assert rows[-1][1] is None and all(reason for _, reason in rows[:-1])
         return rows[-1][0], dict(rows)
 
@@ -318,7 +318,7 @@ def test_what_was_not_measured_goes_to_our_kernels_where_they_run(monkeypatch):
 
     def choice(n, dimension):
         points = Points(torch.rand(n, dimension))
-        return explain_search(Query(points, points, Feature(), 9))[-1]
+        return explain_query(Query(points, points, Feature(), 9))[-1]
 
     monkeypatch.setattr("convnn_geo.search.registry.expected", lambda query: {})
     assert choice(5000, 3) == ("cells", None) and choice(5000, 64) == ("dense", None)
@@ -354,14 +354,14 @@ def test_directions_that_many_share_are_not_left_to_trees():
     torch.manual_seed(0)
     few = torch.rand(500, 3)[torch.randint(500, (20000,))] * (1 + torch.rand(20000, 1))
     colours, random = (Points(x) for x in (few, torch.rand(20000, 3)))
-    rows = explain_search(Query(colours, colours, Feature("cosine"), 9))
+    rows = explain_query(Query(colours, colours, Feature("cosine"), 9))
     assert rows[-1] == ("dense", None)
     if ENGINES["kd_tree"].missing() is None:
         assert dict(rows)["kd_tree"].startswith("many directions are the same")
-        assert explain_search(Query(random, random, Feature("cosine"), 9))[-1] == ("kd_tree", None)
+        assert explain_query(Query(random, random, Feature("cosine"), 9))[-1] == ("kd_tree", None)
         placed = Points(torch.rand(20000, 3), torch.rand(20000, 2))
         metric = 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine")
-        assert explain_search(Query(placed, placed, metric, 9))[-1] == ("kd_tree", None)
+        assert explain_query(Query(placed, placed, metric, 9))[-1] == ("kd_tree", None)
 
 
 @pytest.mark.parametrize("text", ["{", "null", "[1]", '[{"engine": "dense"}]', "[]"])
@@ -381,7 +381,7 @@ def test_costs_of_another_device_stay(cache):
 
 def test_few_coordinates_in_float64_go_to_a_tree():
     points = Points(torch.rand(1500, 3), torch.rand(1500, 2))
-    rows = explain_search(
+    rows = explain_query(
         Query(points, points, 0.3 * Spatial(squared=True) + 0.7 * Feature("cosine"), 9)
     )
     if ENGINES["kd_tree"].missing() is None:

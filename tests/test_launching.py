@@ -32,9 +32,9 @@ class Form:
 
 
 @pytest.fixture(autouse=True)
-def forms(monkeypatch):
-    monkeypatch.setattr(launching, "_forms", {})
-    return launching._forms
+def launches(monkeypatch):
+    monkeypatch.setattr(launching, "_launches", {})
+    return launching._launches
 
 
 X = torch.zeros(64)
@@ -81,26 +81,30 @@ def test_kernels_have_forms_of_their_own():
     assert len(one.asked) == len(two.asked) == 1
 
 
-def test_what_is_interpreted_has_no_form(forms):
+def test_what_is_interpreted_has_no_form():
     kernel = Kernel(interpreted=True)
     go(kernel)
     go(kernel)
-    assert (len(kernel.asked), forms) == (2, {})
+    assert (len(kernel.asked), kernel.launched) == (2, [])
 
 
-def test_older_tritons_are_asked_each_time(forms, monkeypatch):
+def test_older_tritons_are_asked_each_time(monkeypatch):
     monkeypatch.setattr(launching, "_takes_constants", lambda: False)
     kernel = Kernel()
     go(kernel)
     go(kernel)
-    assert (len(kernel.asked), forms) == (2, {})
+    assert (len(kernel.asked), kernel.launched) == (2, [])
 
 
-def test_forms_are_bounded(forms, monkeypatch):
+def test_what_is_kept_is_bounded(launches, monkeypatch):
     monkeypatch.setattr(launching, "_MOST", 3)
     kernel = Kernel()
     for n in range(8):
         go(kernel, n=n)
-        assert len(forms) <= 3
+        assert len(launches) <= 3
     go(kernel, n=7)
     assert len(kernel.launched) == 1
+    for start in range(8):
+        go(kernel, x=X[start:])
+    (last,) = (known for key, known in launches.items() if key[2] == (16,))
+    assert 1 <= len(last._forms) <= 3

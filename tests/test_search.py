@@ -36,6 +36,7 @@ from convnn_geo.search import (
     knn,
 )
 from convnn_geo.search.query import SORTING
+from convnn_geo.search.registry import explain_query
 from convnn_geo.search.rows import Hidden, smallest_in_rows
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -418,7 +419,7 @@ def test_what_grid_search_found_is_kept_by_size(monkeypatch):
     count = len(searched)
     assert torch.equal(near(11, 13).index, again.index) and len(searched) > count
     image = Points(grid=Grid((11, 13)))
-    rows = dict(explain_search(Query(image, image, Spatial(), 5)))
+    rows = dict(explain_query(Query(image, image, Spatial(), 5)))
     assert rows["grid"] == "what it finds is too much to be kept for the next call"
 
 
@@ -605,20 +606,28 @@ def test_neighbours_alone_without_exact_distances():
 def test_directions_on_one_axis_are_searched_by_rows():
     """All of them tie, which a tree finds out point by point."""
     points = Points(torch.randn(2, 40, 1))
-    rows = explain_search(Query(points, points, Feature("cosine"), 3))
+    rows = explain_query(Query(points, points, Feature("cosine"), 3))
     assert rows[-1] == ("dense", None)
     assert {reason for _, reason in rows} >= {"directions on one axis are two, so that all tie"}
     points = Points(torch.randn(2, 40, 2))
-    rows = explain_search(Query(points, points, Feature("cosine"), 3))
+    rows = explain_query(Query(points, points, Feature("cosine"), 3))
     assert not any("one axis" in str(reason) for _, reason in rows)
 
 
 def test_the_choice_is_explained():
     points = Points.from_image(torch.randn(1, 64, 8, 8))
-    assert explain_search(Query(points, points, Spatial(), 3)) == [("grid", None)]
-    rows = dict(explain_search(Query(points, points, Feature(), 3)))
+    assert explain_query(Query(points, points, Spatial(), 3)) == [("grid", None)]
+    rows = dict(explain_query(Query(points, points, Feature(), 3)))
     assert rows["grid"] == "the metric looks at more than positions"
     assert rows["dense"] is None
+    assert explain_search(points, points, 3, "spatial") == [("grid", None)]
+    x, y = torch.randn(2, 50, 3), torch.randn(2, 20, 3)
+    asked = explain_query(Query(Points(y, y), Points(x, x), as_metric("cosine"), 4))
+    assert explain_search(x, y, 4, "cosine") == asked
+    own, single = torch.arange(50), Points(x[0], x[0])
+    for self_point, k in (("excluded", 4), ("first", 3)):
+        asked = explain_query(Query(single, single, as_metric("cosine"), k, excluded=own))
+        assert explain_search(x[0], k=4, metric="cosine", self_point=self_point) == asked
     assert engines() == [name for name in ENGINES if ENGINES[name].missing() is None]
     assert {"grid", "dense"} <= set(engines()) <= set(ENGINES)
 

@@ -1,6 +1,7 @@
 """Kernels in Triton against plain sums: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
 
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,17 @@ HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 def on(*tensors):
     return [t.to(DEVICE) for t in tensors]
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Tests look at one call in several ways."""
+    yield
+    if gpu.refuses(torch.device(DEVICE)) is None:
+        from convnn_geo.gpu import attention
+
+        attention._plain.cache_clear()
+        attention._call.cache_clear()
 
 
 WAITING = ("__bool__", "__int__", "__float__", "item", "tolist", "cpu", "nonzero")
@@ -431,14 +443,26 @@ class TestAttention:
         assert not weight.numel() and not place.numel()
         assert torch.equal(out, call(*arguments)[0])
 
-    def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch):
-        entered, device_of = [], torch.cuda.device_of
-        monkeypatch.setattr(torch.cuda, "device_of", lambda t: entered.append(t) or device_of(t))
-        q = torch.randn(1, 10, 16, device=DEVICE, requires_grad=True)
-        knn_attention(q, q, q, 3, backend="triton").sum().backward()
-        layer = ConvNN2d(10, 6, k=4, metric="cosine", backend="triton").to(DEVICE)
-        layer(torch.randn(1, 10, 4, 4, device=DEVICE)).sum().backward()
-        assert len(entered) >= 5 and all(isinstance(t, torch.Tensor) for t in entered)
+    @pytest.mark.parametrize("current", [0, 1])
+    def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch, current):
+        from convnn_geo.gpu import attention, backward, cells, search, taps
+
+        class OnASecondGpu:
+            is_cuda = True
+
+            def get_device(self):
+                return 1
+
+        entered, tensor = [], OnASecondGpu()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "device_of", lambda t: entered.append(t) or nullcontext())
+        seen = gpu.on_its_device(lambda first, *rest, **more: (first, rest, more, len(entered)))
+        assert seen(tensor, 2, a=3) == (tensor, (2,), {"a": 3}, 1 - current)
+        launching = (
+            *(attention.attend, attention.alone, backward.attend_backward, search.nearest),
+            *(cells.nearest, taps.gather_taps, taps.gather_taps_backward),
+        )
+        assert {f.__code__ for f in launching} == {seen.__code__}
 
     def test_weights_are_those_of_gather(self):
         layer, x = ConvNNAttention(32, 2, k=5).to(DEVICE), torch.randn(2, 12, 32, device=DEVICE)

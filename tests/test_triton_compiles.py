@@ -260,6 +260,16 @@ def test_where_nothing_fits_rows_are_searched():
     assert fitting(197, 64, SHARED[90], stores=True, masked=True).rows == 16
 
 
+def test_lists_are_small_beside_what_is_found():
+    """On a GPU of 132 multiprocessors, of 32 x 12 heads of 1024 queries with 32 keys each."""
+    from convnn_geo.gpu.plans import plan
+
+    found = 32 * 12 * 1024 * 32 * 8
+    for dtype in (torch.bfloat16, torch.float32):
+        chosen = plan(1024, 32, 64, dtype, False)
+        assert 132 * chosen.programs * chosen.scratch * 4 < 0.19 * found
+
+
 def test_many_examples(launches):
     from convnn_geo.gpu.attention import attend, attend_backward
 

@@ -15,7 +15,7 @@ from convnn_geo import search
 from convnn_geo.bench import calibrate, graph, inputs, layers, peer, pictures, tables
 from convnn_geo.bench.arguments import counts, device, duration, names_among
 from convnn_geo.bench.cells import run
-from convnn_geo.bench.machine import machine
+from convnn_geo.bench.machine import machine, other_work
 from convnn_geo.bench.worker import Worker
 from convnn_geo.extras import require
 from convnn_geo.metrics import metric_names
@@ -226,6 +226,7 @@ def _layers(arguments: argparse.Namespace) -> int:
 
 def _calibrate(arguments: argparse.Namespace) -> int:
     todo = calibrate.cells(arguments.device)
+    _warn()
     with _progress("calibrate", len(todo)) as tick:
         rows = calibrate.calibrate(arguments.device, arguments.budget, tick, todo)
     print(f"{len(rows)} of {len(todo)} cells measured; the table is at {costs.save(rows)}")
@@ -257,6 +258,7 @@ def _measure(
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     print(machine(arguments.device))
+    _warn()
     budget, preparing = math.inf, 180.0
     if arguments.quick:
         budget, preparing = _QUICK_BUDGET, _QUICK_PREPARING
@@ -277,6 +279,13 @@ def _measure(
                 raise
             print(f"interrupted after {len(results)} of {len(todo)}", file=sys.stderr)
     return results
+
+
+def _warn() -> None:
+    """Say so where times will not be this machine's best."""
+    found = other_work()
+    if found is not None:
+        print(f"note: {found}", file=sys.stderr)
 
 
 def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -40,6 +41,25 @@ def processor(device: str = "cpu") -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def other_work() -> str | None:
+    """What to say where processors are busy already, so that times will be too long.
+
+    Example:
+        >>> other_work() is None or "load" in other_work()
+        True
+    """
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except (AttributeError, OSError):  # not every system tells
+        return None
+    if load <= cores / 2:
+        return None
+    return (
+        f"other work runs beside this, or has just ended (load {load:.1f} on {cores} cores): "
+        "times may be too long, ratios off"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -91,7 +91,9 @@ def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
         )
         _times(axis, [r.median for r in some])
         low = min((r.recall for r in some), default=1.0)
-        axis.set(xlim=(min(low, 0.9) - 0.02, 1.02), xlabel=f"recall at {largest} points")
+        low = min(low, 0.9)
+        margin = (1 - low) / 12  # so that marks are whole
+        axis.set(xlim=(low - margin, 1 + margin), xlabel=f"recall at {largest} points")
         axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3)
     _legend(figure, panels)

@@ -40,6 +40,8 @@ def on_its_device(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def launch(first: Tensor, *args: object, **kwargs: object) -> Result:
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
         with torch.cuda.device_of(first):
             return function(first, *args, **kwargs)
 

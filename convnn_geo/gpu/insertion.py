@@ -210,7 +210,9 @@ def _nearest(
     wanted = rows < n
     if MISSED:
         wanted = tl.load(missed_ptr + first + rows, mask=wanted, other=0) != 0
-        if tl.max(wanted.to(tl.int32), 0) == 0:
+    if MISSED or RAGGED:
+        some = tl.max(wanted.to(tl.int32), 0)
+        if some == 0:
             return
     own = rows
     if HAS_OWN:

@@ -12,8 +12,44 @@ from typing import Any
 from torch import Tensor
 
 _MOST = 4096
-"""Forms that are kept."""
-_forms: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Launches that are kept, and forms of each."""
+_launches: dict[tuple[Any, ...], Launch] = {}
+
+
+class Launch:
+    """Launches of a kernel that differ by their tensors, of the same dtypes, and floats alone.
+
+    Args:
+        kernel: decorated with ``triton.jit``.
+        numbers: integers, each of which may have a form of its own.
+        constants: those of the kernel, and options of the launch.
+    """
+
+    def __init__(self, kernel: Any, numbers: tuple[int, ...] = (), **constants: Any) -> None:
+        self.kernel, self.numbers, self.constants = kernel, numbers, constants
+        self._forms: dict[tuple[int | None, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        floats: tuple[float, ...] = (),
+    ) -> None:
+        """``kernel[grid](*tensors, *numbers, *floats, **constants)``."""
+        lie = tuple([None if t is None else t.data_ptr() % 16 for t in tensors])
+        form = self._forms.get(lie)
+        if form is not None:
+            compiled, last = form
+            compiled[(*grid, 1, 1)[:3]](*tensors, *self.numbers, *floats, *last)
+            return
+        compiled = self.kernel[grid](*tensors, *self.numbers, *floats, **self.constants)
+        if compiled is None or not _takes_constants():  # None: it was interpreted
+            return
+        given = len(tensors) + len(self.numbers) + len(floats)
+        names = self.kernel.arg_names[given:]
+        if len(self._forms) >= _MOST:
+            self._forms.clear()
+        self._forms[lie] = compiled, tuple(self.constants[name] for name in names)
 
 
 def launch(
@@ -34,25 +70,29 @@ def launch(
         floats: numbers that all forms take.
         constants: those of the kernel, and options of the launch, always in one order.
     """
-    key = (
-        id(kernel),
-        tensors[0].device,  # type: ignore[union-attr]
-        numbers,
-        tuple(constants.values()),
-        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
-    )
-    form = _forms.get(key)
-    if form is not None:
-        compiled, last = form
-        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *floats, *last)
-        return
-    compiled = kernel[grid](*tensors, *numbers, *floats, **constants)
-    if compiled is None or not _takes_constants():  # None: it was interpreted
-        return
-    given = len(tensors) + len(numbers) + len(floats)
-    if len(_forms) >= _MOST:
-        _forms.clear()
-    _forms[key] = compiled, tuple(constants[name] for name in kernel.arg_names[given:])
+    kinds = [None if t is None else t.dtype for t in tensors]
+    of_tensors = (tensors[0].device, *kinds)  # type: ignore[union-attr]
+    prepared(kernel, of_tensors, numbers, **constants)(grid, tensors, floats)
+
+
+def prepared(
+    kernel: Any, kinds: tuple[Any, ...], numbers: tuple[int, ...] = (), **constants: Any
+) -> Launch:
+    """The :class:`Launch` of all who ask with the same arguments.
+
+    Args:
+        kernel: decorated with ``triton.jit``.
+        kinds: from which the device and the dtype of each tensor follow.
+        numbers: as :class:`Launch` takes them.
+        constants: likewise, always in one order.
+    """
+    key = (id(kernel), kinds, numbers, tuple(constants.values()))
+    known = _launches.get(key)
+    if known is None:
+        if len(_launches) >= _MOST:
+            _launches.clear()
+        known = _launches[key] = Launch(kernel, numbers, **constants)
+    return known
 
 
 @functools.cache

@@ -35,7 +35,8 @@ def narrow(x, LISTS: tl.constexpr):
 def _append_each(end, value, column, most):
     """At the end of each list one distance and its column, if it is near enough: the new end.
 
-    Ends are addresses, and no list lies where the lower half of these would overflow.
+    Ends are addresses within their lists, which lie at multiples of their size: the lower half of
+    such an address never overflows.
     """
     if _INTERPRETED:
         near, at = value <= most, end.to(tl.pointer_type(tl.int32))
@@ -64,16 +65,84 @@ def _append_each(end, value, column, most):
 
 
 @triton.jit
-def append(end, value, first, step: tl.constexpr, most):
-    """The same of a tile whose columns are every ``step``-th from the first on."""
+def _held(end, last):
+    """No end beyond the last that leaves room: the lower halves of both are compared."""
+    if _INTERPRETED:
+        end = tl.minimum(end, last)
+    else:
+        end = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, most, other;
+            mov.b64 {low, high}, $1;
+            mov.b64 {most, other}, $2;
+            min.u32 low, low, most;
+            mov.b64 $0, {low, high};
+            }""",
+            "=l,l,l",
+            [end, last],
+            dtype=tl.int64,
+            is_pure=True,
+            pack=1,
+        )
+    return end
+
+
+@triton.jit
+def append(end, last, value, first, step: tl.constexpr, most, ROOM: tl.constexpr):
+    """The same of a tile whose columns are every ``step``-th from the first on.
+
+    ``ROOM``: pieces of which all entries find place after the ``last`` end; what lies there is
+    overwritten by the pieces that follow.
+    """
     LISTS: tl.constexpr = end.shape[1]
+    if value.shape[1] == LISTS * ROOM:
+        end = _held(end, last)
     if value.shape[1] == LISTS:
         columns = first + step * tl.arange(0, LISTS)
         columns = tl.broadcast_to(columns[None, :], value.shape)
         end = _append_each(end, value, columns, most)
     else:
         left, right = _halves(value)
-        end = append(end, left, first, step, most)
+        end = append(end, last, left, first, step, most, ROOM)
         first += step * left.shape[1]
-        end = append(end, right, first, step, most)
+        end = append(end, last, right, first, step, most, ROOM)
     return end
+
+
+@triton.jit
+def join(ptr, line, length, AHEAD: tl.constexpr, LENGTH: tl.constexpr, LISTED: tl.constexpr):
+    """Entries of all lists of a row side by side where its line begins: values, then places.
+
+    Of more than ``LISTED`` entries some are lost.
+
+    Args:
+        ptr: of all lines.
+        line: where each row's begins.
+        length: of each of its lists.
+        AHEAD: entries of a line before the first list: 0 where lists are few, or ``LISTED``.
+        LENGTH: of each list, at most.
+    """
+    LISTS: tl.constexpr = length.shape[1]
+    lists, slots = tl.arange(0, LISTS)[None, :], tl.arange(0, LISTED)[None, :]
+    if AHEAD:  # one entry of each list after the other looks for its slot
+        before = tl.cumsum(length, 1) - length
+        for j in range(0, tl.max(tl.max(length, 1), 0)):
+            listed = (j < length) & (before + j < LISTED)
+            at = ptr + line[:, None] + 2 * (AHEAD + lists * LENGTH + j)
+            value, place = tl.load(at, mask=listed), tl.load(at + 1, mask=listed)
+            to = ptr + line[:, None] + before + j
+            tl.store(to, value, mask=listed)
+            tl.store(to + LISTED, place, mask=listed)
+    else:  # each slot looks for its entry, farther on by what lists before it leave empty
+        at, end = line[:, None] // 2 + slots, tl.zeros_like(line)
+        for one in tl.static_range(LISTS - 1):
+            held = tl.sum(tl.where(lists == one, length, 0), 1)
+            end += held
+            at += tl.where(slots >= end[:, None], LENGTH - held[:, None], 0)
+        listed = slots < tl.sum(length, 1)[:, None]
+        entry = tl.load(ptr.to(tl.pointer_type(tl.int64)) + at, mask=listed)
+        tl.debug_barrier()  # all have read what is overwritten
+        to = ptr + line[:, None] + slots
+        tl.store(to, entry.to(tl.int32), mask=listed)
+        tl.store(to + LISTED, (entry >> 32).to(tl.int32), mask=listed)
+    tl.debug_barrier()  # what one warp has stored, others read

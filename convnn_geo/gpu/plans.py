@@ -24,6 +24,7 @@ class Plan:
         lists: that a row's survivors are appended to, one for each thread that holds some of it.
         length: of each list, a power of two.
         listed: survivors of a row, at most, that are sorted.
+        ahead: places for these before the first list, where they are not laid over the lists.
         warps: of a program.
         stages: tiles on their way from memory.
         programs: on each multiprocessor.
@@ -35,14 +36,15 @@ class Plan:
     lists: int
     length: int
     listed: int
+    ahead: int
     warps: int
     stages: int
     programs: int
 
     @property
     def scratch(self) -> int:
-        """Integers that a program needs: its lists, and all survivors of each row together."""
-        return 2 * self.rows * (self.lists * self.length + self.listed)
+        """Integers that a program needs for its lists."""
+        return 2 * self.rows * (self.ahead + self.lists * self.length)
 
 
 def plan(
@@ -62,10 +64,10 @@ def _plan(k: int, d: int, dtype: torch.dtype, direct: bool, rough: bool) -> Plan
     listed = max(16 if direct else 32, gpu.next_power_of_2(2 * k))
     axes = max(16, min(64, gpu.next_power_of_2(d)))
     if direct:
-        return Plan(8, 128, axes, 32, 16, listed, 1, 1, 16)
+        return Plan(8, 128, axes, 32, 16, listed, listed, 1, 1, 16)
     if dtype != torch.float32 or rough:
-        return Plan(64, 128, axes, 4, 64, listed, 4, 2, 2)
-    return Plan(32, 64, min(32, axes), 8, 32, listed, 4, 2, 2)
+        return Plan(64, 128, axes, 4, 32, listed, 0, 4, 2, 2)
+    return Plan(32, 64, min(32, axes), 8, 32, listed, 0, 4, 2, 2)
 
 
 @functools.cache

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.insertion import _nearest
-from convnn_geo.gpu.launching import launch
-from convnn_geo.gpu.plans import multiprocessors, plan
+from convnn_geo.gpu.launching import Launch, prepared
+from convnn_geo.gpu.plans import Plan, multiprocessors, plan
 from convnn_geo.gpu.survivors import _nearest_survivors
 
 SPARE = 4
@@ -82,102 +84,172 @@ def nearest(
         Values in float32, and places; these count within the example. What is hidden has value
         infinity and comes last, after NaN.
     """
-    d = q.shape[-1]
     if starts is None:
-        (b, heads, n, _), m = q.shape, keys.shape[-2]
-        examples, targets = b * heads, b * heads * n
+        (b, heads, n, d), m = q.shape, keys.shape[-2]
+        sizes = (b * heads, n, m)
         strides = (*q.stride()[:-1], *keys.stride()[:-1])
         strides += (0, 0) if bias is None else bias.stride()[:-1]
     else:
-        examples, targets, n, m = len(starts[0]) - 1, len(q), 0, 0
+        d = q.shape[-1]
+        sizes = (len(starts[0]) - 1, 0, 0)
+        longest = gpu.cdiv(longest, 32) * 32  # whose clouds vary meet the same searches again
         strides = (0, 0, d, 0, 0, d, 0, 0)
     strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
-    values = q.new_empty(targets, k, dtype=torch.float32)
-    places, missed = torch.empty_like(values, dtype=integers), None
-    if not values.numel():
-        return values, places
-    mask = None if mask is None else mask.view(torch.uint8)
-    numbers = (n, m, k, heads, *strides)
-    begin: tuple[Tensor | None, Tensor | None] = starts or (None, None)
-    kinds = {
-        "RAGGED": not n,
-        "DIRECT": direct,
-        "ANGLES": angles,
-        "SETTLE": rounding is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_MASK": mask is not None,
-        "HAS_OWN": own is not None,
-    }
-    chosen = plan(m or len(keys) // examples, k, d, q.dtype, direct, rounding is not None)
-    if chosen is not None:
-        missed = values.new_empty(targets, dtype=torch.uint8)
-        blocks = gpu.cdiv(longest, chosen.rows)
-        programs = min(blocks * examples, chosen.programs * multiprocessors(q.device))
-        lists = missed.new_empty(programs * chosen.scratch, dtype=torch.int32)
-        near, slack, rough = (q, keys), None, 1.0
-        if rounding is not None:
-            near, slack, rough = (rounding.q, rounding.keys), rounding.slack, rounding.rough
-        launch(
+    usual = sizes[2] or len(keys) // max(1, sizes[0])
+    chosen = plan(usual, k, d, q.dtype, direct, rounding is not None)
+    given = tuple([None if t is None else t.dtype for t in (bias, mask, own)])
+    kinds = (q.dtype, integers, q.device, *given)
+    ways = (direct, angles, rounding is not None, any_order)
+    search = similar(sizes, k, d, longest, heads, strides, kinds, ways, chosen)
+    return search(q, keys, starts, bias, scale, mask, own, rounding)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Searches that differ by their tensors alone.
+
+    Args:
+        sizes: examples; targets and sources of each, or 0 where they differ.
+        k: neighbours.
+        d: axes.
+        longest: targets of the largest example, at most.
+        heads: examples that share the mask's first axis.
+        strides: of targets, sources, bias and mask, along examples, heads and rows.
+        kinds: dtype of targets and sources, that of places, the device, and dtypes of a bias, a
+            mask, and sources not to be found, or None.
+        ways: whether direct, by angles, with rounding, and in any order.
+        plan: of the search by a bound; None where there is none.
+    """
+
+    sizes: tuple[int, int, int]
+    k: int
+    d: int
+    longest: int
+    heads: int
+    strides: tuple[int, ...]
+    kinds: tuple[Any, ...]
+    ways: tuple[bool, bool, bool, bool]
+    plan: Plan | None
+
+    @functools.cached_property
+    def _numbers(self) -> tuple[int, ...]:
+        return (*self.sizes[1:], self.k, self.heads, *self.strides)
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, bool]:
+        (*_, bias, mask, own), (direct, angles, settled, _) = self.kinds, self.ways
+        return {
+            "RAGGED": not self.sizes[1],
+            "DIRECT": direct,
+            "ANGLES": angles,
+            "SETTLE": settled,
+            "HAS_BIAS": bias is not None,
+            "HAS_MASK": mask is not None,
+            "HAS_OWN": own is not None,
+        }
+
+    @functools.cached_property
+    def _by_bound(self) -> tuple[Launch, int, int]:
+        """The kernel's launch, programs, and numbers that these need."""
+        plan: Plan = self.plan  # type: ignore[assignment]
+        examples, n, m = self.sizes
+        blocks = gpu.cdiv(self.longest, plan.rows)
+        programs = min(blocks * examples, plan.programs * multiprocessors(self.kinds[2]))
+        launch = prepared(
             _nearest_survivors,
-            (programs,),
-            (
-                *near,
-                bias,
-                mask,
-                own,
-                q,
-                keys,
-                slack,
-                *begin,
-                values,
-                places,
-                missed,
-                lists,
-            ),
-            (blocks, examples, *numbers),
-            (scale, rough),
-            d=d,
-            LISTS=chosen.lists,
-            LENGTH=chosen.length,
-            LISTED=chosen.listed,
-            BLOCK_N=chosen.rows,
-            BLOCK_M=chosen.columns,
-            BLOCK_D=chosen.axes,
-            STAGES=chosen.stages,
-            ANY_ORDER=any_order,
-            EVEN=n > 0 and m % chosen.columns == 0,
-            **kinds,
-            num_warps=chosen.warps,
-            enable_fp_fusion=not direct,  # sums of squares round as torch's do
+            self.kinds,
+            (blocks, examples, *self._numbers),
+            d=self.d,
+            LISTS=plan.lists,
+            LENGTH=plan.length,
+            LISTED=plan.listed,
+            AHEAD=plan.ahead,
+            BLOCK_N=plan.rows,
+            BLOCK_M=plan.columns,
+            BLOCK_D=plan.axes,
+            STAGES=plan.stages,
+            ANY_ORDER=self.ways[3],
+            EVEN=n > 0 and m % plan.columns == 0,
+            **self._kinds,
+            num_warps=plan.warps,
+            enable_fp_fusion=not self.ways[0],  # sums of squares round as torch's do
         )
-    kept = k
-    center = square = slack = None
-    if rounding is not None:
-        center, square, slack = rounding.center, rounding.square, rounding.slack
-        kept = max(16, gpu.next_power_of_2(k + SPARE))
-        if kept > gpu.LARGEST_K:
-            kept = k + SPARE
-        if n:  # of clouds each keeps what it can
-            kept = min(kept, m - (own is not None))
-    width = max(16, gpu.next_power_of_2(kept))
-    wide = width > (64 if rounding is None else 32)  # so that registers hold what is kept
-    block = 16 if wide else 32
-    blocks = gpu.cdiv(longest, block)
-    launch(
-        _nearest,
-        (blocks * examples,),
-        (q, keys, bias, mask, own, center, square, slack, *begin, values, places, missed),
-        (blocks, kept, *numbers),
-        (scale,),
-        d=d,
-        K=width,
-        BLOCK_N=block,
-        BLOCK_M=64,
-        BLOCK_D=max(16, min(64 if q.dtype != torch.float32 else 32, gpu.next_power_of_2(d))),
-        CENTERED=rounding is not None,
-        MISSED=missed is not None,
-        **kinds,
-        num_warps=8 if width >= (256 if rounding is None else 64) else 4,
-        enable_fp_fusion=not direct,
-    )
-    return values, places
+        return launch, programs, programs * plan.scratch
+
+    @functools.cached_property
+    def _by_insertion(self) -> tuple[Launch, int]:
+        """The kernel's launch, and programs."""
+        (examples, n, m), kept, settled = self.sizes, self.k, self.ways[2]
+        if settled:
+            kept = max(16, gpu.next_power_of_2(kept + SPARE))
+            if kept > gpu.LARGEST_K:
+                kept = self.k + SPARE
+            if n:  # of clouds each keeps what it can
+                kept = min(kept, m - (self.kinds[5] is not None))
+        width = max(16, gpu.next_power_of_2(kept))
+        wide = width > (32 if settled else 64)  # so that registers hold what is kept
+        block = 16 if wide else 32
+        blocks = gpu.cdiv(self.longest, block)
+        most = 64 if self.kinds[0] != torch.float32 else 32
+        launch = prepared(
+            _nearest,
+            self.kinds,
+            (blocks, kept, *self._numbers),
+            d=self.d,
+            K=width,
+            BLOCK_N=block,
+            BLOCK_M=64,
+            BLOCK_D=max(16, min(most, gpu.next_power_of_2(self.d))),
+            CENTERED=settled,
+            MISSED=self.plan is not None,
+            **self._kinds,
+            num_warps=8 if width >= (64 if settled else 256) else 4,
+            enable_fp_fusion=not self.ways[0],
+        )
+        return launch, blocks * examples
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        starts: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None,
+        scale: float,
+        mask: Tensor | None,
+        own: Tensor | None,
+        rounding: Rounding | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Values and places."""
+        targets = self.sizes[0] * self.sizes[1] or len(q)
+        values = q.new_empty(targets, self.k, dtype=torch.float32)
+        places, missed = torch.empty_like(values, dtype=self.kinds[1]), None
+        if not values.numel():
+            return values, places
+        mask = None if mask is None else mask.view(torch.uint8)
+        begin: tuple[Tensor | None, Tensor | None] = starts or (None, None)
+        center = square = slack = None
+        if rounding is not None:
+            center, square, slack = rounding.center, rounding.square, rounding.slack
+        if self.plan is not None:
+            launch, programs, room = self._by_bound
+            missed = values.new_empty(targets, dtype=torch.uint8)
+            lists = missed.new_empty(room, dtype=torch.int32)
+            near, rough = (q, keys), 1.0
+            if rounding is not None:
+                near, rough = (rounding.q, rounding.keys), rounding.rough
+            launch(
+                (programs,),
+                (*near, bias, mask, own, q, keys, slack, *begin, values, places, missed, lists),
+                (scale, rough),
+            )
+        launch, programs = self._by_insertion
+        launch(
+            (programs,),
+            (q, keys, bias, mask, own, center, square, slack, *begin, values, places, missed),
+            (scale,),
+        )
+        return values, places
+
+
+similar = functools.lru_cache(1024)(Search)
+"""The same for the same arguments, so that what follows from these is found but once."""

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from convnn_geo import gpu
 from convnn_geo.gpu.choice import above, below, narrowed, sharpness
-from convnn_geo.gpu.lists import append, narrow
+from convnn_geo.gpu.lists import append, join, narrow
 from convnn_geo.gpu.pairs import WORST, in_any_order, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import (
     PADDING,
@@ -170,6 +170,7 @@ def _nearest_survivors(
     LISTS: tl.constexpr,
     LENGTH: tl.constexpr,
     LISTED: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -192,10 +193,10 @@ def _nearest_survivors(
     need = k
     if HAS_OWN:
         need = k + 1  # one may be a target's own
-    AT_ONCE: tl.constexpr = max(1, 32 // LISTS)  # entries of a list on their way
-    full: tl.constexpr = LENGTH - BLOCK_M // LISTS  # so that a tile more finds place
-    value_list_ptr = list_ptr + tl.num_programs(0) * BLOCK_N * LISTS * LENGTH * 2
-    place_list_ptr = value_list_ptr + tl.num_programs(0) * BLOCK_N * LISTED
+    ROOM: tl.constexpr = min(8, BLOCK_M // (2 * LISTS))
+    full: tl.constexpr = LENGTH - ROOM - 1  # no list ever ends where the next begins
+    LINE: tl.constexpr = 2 * (AHEAD + LISTS * LENGTH)
+    place_list_ptr = list_ptr + LISTED  # once lists are joined, values come before places
     slots = tl.arange(0, LISTED)
     for block in range(tl.program_id(0), blocks * examples, tl.num_programs(0)):
         example = (block // blocks).to(tl.int64)
@@ -203,9 +204,9 @@ def _nearest_survivors(
         rows = block % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         # The program, in a way that keeps addresses from being computed, and kept, for all blocks.
         lines = block % tl.num_programs(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        lists = (lines[:, None] * LISTS + tl.arange(0, LISTS)[None, :]) * (2 * LENGTH)
-        empty = (list_ptr + lists).to(tl.int64)
-        survivors = lines[:, None] * LISTED + slots[None, :]
+        lists = 2 * (AHEAD + tl.arange(0, LISTS) * LENGTH)
+        empty = (list_ptr + lines[:, None] * LINE + lists[None, :]).to(tl.int64)
+        survivors = lines[:, None] * LINE + slots[None, :]
         q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
         key += head * key_head
         bias, mask, first, start = bias_ptr, mask_ptr, example * n, example * m
@@ -218,6 +219,8 @@ def _nearest_survivors(
             first, start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
             targets = (tl.load(q_start_ptr + example + 1) - first).to(tl.int32)
             sources = (tl.load(key_start_ptr + example + 1) - start).to(tl.int32)
+            # Beyond the last target there is nobody to look for sources.
+            sources = tl.where(block % blocks * BLOCK_N < targets, sources, 0)
             q, key = q_ptr + first * q_row, key_ptr + start * key_row
             if HAS_BIAS:
                 bias = bias_ptr + start
@@ -242,48 +245,38 @@ def _nearest_survivors(
         if not DIRECT:
             most, _ = most.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
         most = narrow(most, LISTS)
-        end = empty
+        end, last = empty, empty + 8 * full
         for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
             columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             value = _distances(
                 q_part, q, key, bias, mask, rows, columns, targets, sources, q_row, key_row,
                 mask_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS, HAS_MASK,
             )  # fmt: skip
-            end = tl.minimum(end, empty + 8 * full)
             if DIRECT:
-                end = append(end, value, tile * BLOCK_M, 1, most)
+                end = append(end, last, value, tile * BLOCK_M, 1, most, ROOM)
             else:  # a thread holds two columns side by side
                 even, odd = value.reshape(BLOCK_N, BLOCK_M // 2, 2).split()
-                end = append(end, even, tile * BLOCK_M, 2, most)
-                end = append(end, odd, tile * BLOCK_M + 1, 2, most)
+                end = append(end, last, even, tile * BLOCK_M, 2, most, ROOM)
+                end = append(end, last, odd, tile * BLOCK_M + 1, 2, most, ROOM)
         tl.debug_barrier()  # what one thread has listed, others read
         length = (end - empty).to(tl.int32) // 8
-        before = tl.cumsum(length, 1) - length
-        for some in range(0, tl.max(tl.max(length, 1), 0), AT_ONCE):
-            j = (some + tl.arange(0, AT_ONCE))[None, None, :]
-            listed = (j < length[:, :, None]) & (before[:, :, None] + j < LISTED)
-            at = list_ptr + lists[:, :, None] + 2 * j
-            to = (lines[:, None] * LISTED + before)[:, :, None] + j
-            value, place = tl.load(at, mask=listed), tl.load(at + 1, mask=listed)
-            tl.store(value_list_ptr + to, value, mask=listed)
-            tl.store(place_list_ptr + to, place, mask=listed)
+        join(list_ptr, lines * LINE, length, AHEAD, LENGTH, LISTED)
         complete = tl.max(length, 1) < full
         length = tl.sum(length, 1)
-        tl.debug_barrier()
         if SETTLE:
             original = original_ptr + first * d
             for j in range(0, tl.minimum(tl.max(length, 0), LISTED)):
-                place = tl.load(place_list_ptr + lines * LISTED + j, mask=j < length, other=0)
+                place = tl.load(place_list_ptr + lines * LINE + j, mask=j < length, other=0)
                 exact = squared_differences_of_pairs(
                     original, original_key_ptr + start * d, rows, place, j < length, d, d, d,
                     min(BLOCK_D, 16), ANGLES,
                 )  # fmt: skip
                 exact = exact.to(tl.float32).to(tl.int32, bitcast=True)
-                tl.store(value_list_ptr + lines * LISTED + j, exact, mask=j < length)
+                tl.store(list_ptr + lines * LINE + j, exact, mask=j < length)
             tl.debug_barrier()
         listed = slots[None, :] < length[:, None]
         place = tl.load(place_list_ptr + survivors, mask=listed, other=0)
-        value = tl.load(value_list_ptr + survivors, mask=listed, other=0)
+        value = tl.load(list_ptr + survivors, mask=listed, other=0)
         if HAS_OWN:
             own = tl.load(own_ptr + first + rows, mask=real, other=-1).to(tl.int32)
             listed = listed & (place != own[:, None])
@@ -294,8 +287,8 @@ def _nearest_survivors(
         if ANY_ORDER:
             slot, clear = in_any_order(tl.where(listed, ordered(value), PADDING), k)
             stored = (clear & unsettled)[:, None] & (slots < k)[None, :]
-            slot += lines[:, None] * LISTED
-            found = tl.load(value_list_ptr + slot, mask=stored).to(tl.float32, bitcast=True)
+            slot += lines[:, None] * LINE
+            found = tl.load(list_ptr + slot, mask=stored).to(tl.float32, bitcast=True)
             tl.store(value_ptr + before + at, found, mask=stored)
             tl.store(
                 place_ptr + before + at, tl.load(place_list_ptr + slot, mask=stored), mask=stored

@@ -7,6 +7,7 @@ chosen pairs alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from convnn_geo.metrics import (
     full_precision,
 )
 from convnn_geo.operation import Operation, show_nan
-from convnn_geo.operators import is_traced, is_transformed, operator
+from convnn_geo.operators import directly, is_traced, is_transformed, operator
 from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import Problem, by_rows
 from convnn_geo.search.rows import Hidden
@@ -163,13 +164,22 @@ def _again(
     if not plain or positions or weighting.dropout:
         return None
     k, options = _filled(op), (float(scale), weighting.temperature, engine)
+    alone = _alone() if engine == "triton" else None
 
     def run(q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
         learns = q.requires_grad or keys.requires_grad or value.requires_grad
         trains = learns and torch.is_grad_enabled()
+        if alone is not None and not trains:
+            return directly(alone, q, keys, value, k, *options[:2])
         return _attend("products", q, keys, value, None, None, None, k, *options, trains)[0]
 
     return run
+
+
+def _alone() -> Callable[..., Tensor]:
+    from convnn_geo.gpu import attention  # imports triton
+
+    return attention.alone
 
 
 def _filled(op: Operation) -> int:

@@ -128,7 +128,7 @@ def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
 
 
 def _search_line(op: Operation, rule: Rule) -> list[str]:
-    from convnn_geo.search import explain_search
+    from convnn_geo.search.registry import explain_query
 
     if not isinstance(rule, Aggregation) or op.whole:
         return []
@@ -137,7 +137,7 @@ def _search_line(op: Operation, rule: Rule) -> list[str]:
     search = rule.search(op)
     if search != "auto":
         return [f"  {'search':<{_WIDTH}} {search} (as backend={rule.backend!r} has it)"]
-    *passed, (chosen, _) = explain_search(op.query())
+    *passed, (chosen, _) = explain_query(op.query())
     names: dict[str, list[str]] = {}
     for name, reason in passed:
         names.setdefault(str(reason), []).append(name)

@@ -21,13 +21,13 @@ from convnn_geo.kernels import Sum
 from convnn_geo.lowering import Again, choose
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.operation import Operation
-from convnn_geo.operators import is_traced, is_transformed
+from convnn_geo.operators import is_watched
 from convnn_geo.points import Points
 from convnn_geo.selection import KNearest
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
-_AGAIN: dict[tuple[Any, ...] | None, Again] = {}
+_AGAIN: dict[tuple[Any, ...], Again] = {}
 _MOST = 1024
 """Kinds of calls that are remembered."""
 
@@ -92,8 +92,9 @@ def knn_attention(
     plain = attn_mask is None and metric is None and is_causal is False
     if plain and type(dropout_p) in (int, float) and not dropout_p:
         alike = _alike(query, key, value, k, scale, backend)
-        if alike in _AGAIN:
-            return _AGAIN[alike](query, key, value)
+        again = None if alike is None else _AGAIN.get(alike)
+        if again is not None:
+            return again(query, key, value)
     if isinstance(k, Tensor):
         raise TypeError("k: expected an integer, got a tensor; pass the mask as attn_mask=")
     k = check_int("k", k)
@@ -143,12 +144,10 @@ def _alike(
         return None
     if type(k) is not int or type(scale) not in (float, type(None)) or type(backend) is not str:
         return None
-    if is_traced() or is_transformed() or casts(query.device):
+    if is_watched() or casts(query.device):
         return None
-    seen = [
-        t for tensor in (query, key, value) for t in (tensor.shape, tensor.dtype, tensor.device)
-    ]
-    return (k, scale, backend, *seen)
+    seen = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
+    return (k, scale, backend, *seen, query.device, key.device, value.device)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,12 +2,12 @@
 
 from convnn_geo.search.dense import Dense
 from convnn_geo.search.grid import GridSearch
-from convnn_geo.search.knn import knn
+from convnn_geo.search.knn import explain_search, knn
 from convnn_geo.search.knn_graph import knn_graph
 from convnn_geo.search.pyg_lib import PygLib
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.ragged import check_batch
-from convnn_geo.search.registry import ENGINES, engines, explain_search, find, with_self_first
+from convnn_geo.search.registry import ENGINES, engines, find, with_self_first
 from convnn_geo.search.smallest import k_smallest
 from convnn_geo.search.torch_cluster import TorchCluster
 

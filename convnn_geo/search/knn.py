@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from convnn_geo.points import Points, row_starts
 from convnn_geo.search.clouds import find_in_clouds, serves_clouds
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import Ragged, check_batch, check_both, too_many
-from convnn_geo.search.registry import find, with_self_first
+from convnn_geo.search.registry import explain_query, find, with_self_first
 from convnn_geo.typing import SELF_POINTS
 
 _EUCLIDEAN = as_metric("euclidean")
@@ -87,19 +88,15 @@ def knn(
         >>> knn(x, k=1, self_point="excluded").index.flatten().tolist()
         [1, 0, 3, 2]
     """
-    metric = _EUCLIDEAN if metric == "euclidean" else as_metric(metric)
-    if k is None:
-        raise TypeError("knn: expected the number of neighbours, k=")
-    k = check_int("k", k)
+    metric, k = _asked(metric, y, k)
     check_name("self_point", self_point, SELF_POINTS)
     check_name("short", short, SHORT)
     if max_distance is not None:
         check_number("max_distance", max_distance, -math.inf)
     source = _points("x", x)
     same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
-    target = source if same else _points("y", y)  # type: ignore[arg-type]
-    if self_point != "natural" and not same:
-        raise ValueError(f"self_point={self_point!r} is for a set searched in itself: leave y out")
+    target = source if y is None or same else _points("y", y)
+    _check_self(self_point, same)
     if same and batch_y is None:
         batch_y = batch_x
     _check_pair(source, target)
@@ -137,6 +134,53 @@ def knn(
             if found.mask is not None and bool(found.mask.all()):
                 found = replace(found, mask=None)
     return found if max_distance is None else found.within(max_distance)
+
+
+def explain_search(
+    x: Tensor | Points,
+    y: Tensor | Points | None = None,
+    k: int | None = None,
+    metric: Metric | str = "euclidean",
+    *,
+    self_point: str = "natural",
+) -> list[tuple[str, str | None]]:
+    """Which engine ``backend="auto"`` takes, and why it takes no other.
+
+    Args:
+        x: sources, as :func:`knn` takes them.
+        y: targets; ``x`` itself by default.
+        k: neighbours.
+        metric: a metric or its name.
+        self_point: of a set searched in itself, as :func:`knn` takes it.
+
+    Returns:
+        Each engine that was asked, and why it is not taken; None for the one that is, the last.
+
+    Raises:
+        ValueError: k < 1 or over the number of sources, unequal dimensions or devices.
+        TypeError: integer features, unequal dtypes.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.search import engines, explain_search
+        >>> engine, reason = explain_search(torch.rand(1000, 64), k=9)[-1]
+        >>> engine in engines(), reason is None
+        (True, True)
+    """
+    metric, k = _asked(metric, y, k)
+    check_name("self_point", self_point, SELF_POINTS)
+    source = _points("x", x)
+    target = source if y is None else _points("y", y)
+    _check_self(self_point, y is None or y is x)
+    _check_pair(source, target)
+    least = source.num_points - (self_point == "excluded")
+    if k > least:
+        raise ValueError(too_many(k, least, self_point == "excluded"))
+    own = None
+    if self_point != "natural":
+        own = row_starts(source.num_points, 1, source.device)
+    others = max(1, k - (self_point == "first"))
+    return explain_query(Query(target, source, metric, others, excluded=own))
 
 
 class _Search:
@@ -177,11 +221,24 @@ class _Search:
         return found.padded(k)
 
 
+def _asked(metric: Metric | str, y: Any, k: int | None) -> tuple[Metric, int]:
+    """The metric, and how many neighbours."""
+    if k is None:
+        hint = f"; pass k={y}, it comes third" if isinstance(y, int) else ""
+        raise TypeError(f"expected the number of neighbours, k={hint}")
+    return _EUCLIDEAN if metric == "euclidean" else as_metric(metric), check_int("k", k)
+
+
 def _points(name: str, value: Tensor | Points) -> Points:
     if isinstance(value, Points):
         return value
     check_floating(name, check_tensor(name, value, (2, 3)))
     return Points(value, value)
+
+
+def _check_self(self_point: str, same: bool) -> None:
+    if self_point != "natural" and not same:
+        raise ValueError(f"self_point={self_point!r} is for a set searched in itself: leave y out")
 
 
 def _check_pair(source: Points, target: Points) -> None:

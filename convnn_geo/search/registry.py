@@ -11,7 +11,7 @@ from convnn_geo.checks import check_name
 from convnn_geo.metrics import Feature
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.operators import is_traced, is_transformed
+from convnn_geo.operators import is_watched
 from convnn_geo.points import Points
 from convnn_geo.search.cells import Cells
 from convnn_geo.search.costs import expected
@@ -94,7 +94,7 @@ def fastest(query: Query) -> str:
     return Triton.name if fused else Dense.name
 
 
-def explain_search(query: Query) -> list[tuple[str, str | None]]:
+def explain_query(query: Query) -> list[tuple[str, str | None]]:
     """Each engine that was asked, and why it is not taken; None for the one that is, the last."""
     best = fastest(query)
     if best == GridSearch.name:
@@ -164,7 +164,7 @@ def _tied(query: Query) -> bool:
     if not _directions(query):
         return False
     rows = query.problem.keys.flatten(0, -2)
-    if rows.device.type != "cpu" or is_traced() or is_transformed():
+    if rows.device.type != "cpu" or is_watched():
         return True  # nobody waits for a GPU to tell, and what is traced has no values
     rows = (rows[:: max(1, len(rows) // _SAMPLE)] * 2**20).round()
     return len(rows) - len(fingerprint(rows).unique()) > len(rows) // 200
