@@ -244,6 +244,18 @@ def test_tiles_fit_into_shared_memory(launches, m, d, dtype, monkeypatch):
             assert code.metadata.shared <= SHARED[generation]
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (4, 2, 3)])
+def test_results_lie_as_who_joins_heads_wants_them(lead):
+    from convnn_geo.gpu.calls import Shapes
+    from convnn_geo.gpu.layout import empty_result
+
+    value = torch.zeros(*lead, 7, 8, dtype=torch.bfloat16)
+    out = Shapes(torch.Size(lead), 5, 7, 2, 8, 8, (), (), ()).result(value)
+    expected = empty_result(value, value.shape[:-2], 5)
+    assert (out.shape, out.stride()) == (expected.shape, expected.stride())
+    assert (out.dtype, out.device) == (value.dtype, value.device)
+
+
 def test_where_nothing_fits_rows_are_searched():
     from convnn_geo.gpu.rows import tile
 

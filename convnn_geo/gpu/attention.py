@@ -53,7 +53,7 @@ def attend(
     if bias is None and mask is None and keep is None and scale > 0:
         call = _plain(_seen(q), _seen(keys), _seen(value), k, wanted)
         if call is not None:
-            out = empty_result(value, call.shapes.lead, call.shapes.n)
+            out = call.shapes.result(value)
             found = call((q, keys, value, None, None, None), out, scale, temperature)
             return _results(out, found, wanted)
     lead = leading(q, keys, value, bias, mask)
@@ -86,7 +86,7 @@ def alone(
     call = _plain(_seen(q), _seen(keys), _seen(value), k, False) if scale > 0 else None
     if call is None:
         return attend(q, keys, value, None, None, None, k, scale, temperature, False)[0]
-    out = empty_result(value, call.shapes.lead, call.shapes.n)
+    out = call.shapes.result(value)
     call((q, keys, value, None, None, None), out, scale, temperature)
     return out
 

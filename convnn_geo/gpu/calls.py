@@ -44,6 +44,18 @@ class Shapes:
     kinds: tuple[torch.dtype, torch.dtype, torch.dtype, torch.device]
     given: tuple[bool, bool, bool]
 
+    @functools.cached_property
+    def _result(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        heads = self.lead[-1] if self.lead else 1
+        row = heads * self.c
+        steps = [self.n * row * math.prod(self.lead[i + 1 : -1]) for i in range(len(self.lead) - 1)]
+        steps += [self.c] if self.lead else []
+        return (*self.lead, self.n, self.c), (*steps, row, 1)
+
+    def result(self, value: Tensor) -> Tensor:
+        """What :func:`~convnn_geo.gpu.layout.empty_result` makes, at once."""
+        return value.new_empty_strided(*self._result)
+
 
 @dataclass(frozen=True)
 class Rows:
