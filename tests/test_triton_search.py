@@ -126,3 +126,21 @@ def test_regular_orders_fill_all_groups(both):
     points = torch.stack([x, y], -1).reshape(1, 1, -1, 2)
     _, _, missed = both(lambda: search(points[..., 300:330, :], points, 9, None, 30, direct=True))
     assert missed == 0
+
+
+def test_nobody_looks():
+    keys = torch.randn(2, 3, 10, 16)
+    values, places = search(keys[..., :0, :], keys, 4, None, 0)
+    assert values.shape == places.shape == (0, 4)
+    starts = tuple(torch.tensor(s).to(DEVICE) for s in ([0, 0, 0], [0, 10, 20]))
+    values, places = search(keys[0, 0, :0], keys[0].flatten(0, 1)[:20], 4, starts, 0)
+    assert values.shape == places.shape == (0, 4)
+
+
+def test_blocks_beyond_a_cloud_find_nothing(both):
+    torch.manual_seed(0)
+    sizes, counts = [70, 1, 3], [300, 20, 12]
+    q, keys = torch.randn(sum(sizes), 3), torch.randn(sum(counts), 3)
+    starts = tuple(torch.tensor([0, *s]).cumsum(0).to(DEVICE) for s in (sizes, counts))
+    _, _, missed = both(lambda: search(q, keys, 5, starts, 70, direct=True))
+    assert missed < 0.1

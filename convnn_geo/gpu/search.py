@@ -220,7 +220,7 @@ class Search:
         rounding: Rounding | None,
     ) -> tuple[Tensor, Tensor]:
         """Values and places."""
-        targets = self.sizes[0] * self.sizes[1] or len(q)
+        targets = self.sizes[0] * self.sizes[1] if starts is None else len(q)
         values = q.new_empty(targets, self.k, dtype=torch.float32)
         places, missed = torch.empty_like(values, dtype=self.kinds[1]), None
         if not values.numel():
