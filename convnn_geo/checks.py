@@ -147,9 +147,10 @@ def check_layer(name: str, x: Tensor, weight: Tensor) -> None:
 def check_int(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` if it is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, Integral)):
-        raise TypeError(
-            f"{name}: expected an integer, got {value!r} of type {type(value).__name__}"
-        )
+        got = f"{value!r} of type {type(value).__name__}"
+        if isinstance(value, Tensor):
+            got = f"a tensor of shape {tuple(value.shape)}"
+        raise TypeError(f"{name}: expected an integer, got {got}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
     return value if isinstance(value, int) else int(value)

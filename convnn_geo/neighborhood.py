@@ -22,7 +22,8 @@ class Neighborhood:
         index: sources ``(..., n, k)``; without leading axes it serves every example.
         num_sources: ``m``.
         distance: ``(..., n, k)`` as searched, without gradient; None where none was computed.
-        mask: ``(..., n, k)``, False where a slot is empty; None where all are filled.
+        mask: ``(..., n, k)``, False where a slot is empty, whatever index and distance hold there;
+            None where all are filled.
         complete: neighbour j is source j: every source, in order.
 
     Example:
@@ -40,8 +41,8 @@ class Neighborhood:
     mask: Tensor | None = None
     complete: bool = False
 
-    def __iter__(self) -> NoReturn:
-        """A tuple is expected by who knows other searches."""
+    def __getitem__(self, item: object) -> NoReturn:
+        """A tuple is expected by who knows other searches: nor can it be unpacked."""
         raise TypeError(
             "a Neighborhood is no tuple: take .index and .distance, or .to_edge_index() for edges"
         )

@@ -14,7 +14,8 @@ _PLAIN = (Tensor, nn.Parameter)
 class Operator:
     """A function of tensors, known to torch as ``torch.ops.convnn_geo.<name>``.
 
-    Tracers, modes, transforms and tensors of other classes see the operator that torch registers.
+    Tracers, modes, transforms and tensors of other classes see the operator that torch registers;
+    so do tensors that torch is yet to negate.
     To call that costs more time than to launch a kernel, several times as much where gradients are
     wanted: where nobody looks on the function is called directly, under the same rules. It knows
     nothing of autograd, and returns tensors that are nobody else's.
@@ -57,8 +58,8 @@ class Operator:
         wanted = False
         for value in args:
             if isinstance(value, Tensor):
-                if type(value) not in _PLAIN or value.is_meta:
-                    return self.registered(*args)
+                if type(value) not in _PLAIN or value.is_meta or value.is_neg():
+                    return self.registered(*args)  # which makes memory hold what it is read as
                 wanted = wanted or value.requires_grad
         if wanted and self.learns is not None and torch.is_grad_enabled():
             return self.learns.apply(*args)

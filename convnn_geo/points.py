@@ -294,7 +294,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     lead = broadcast_shapes(values.shape[:-2], index.shape[:-2])
     m, c = values.shape[-2:]
     n, k = index.shape[-2:]
-    values = values.expand(*lead, m, c).reshape(-1, c)
+    values = values.expand(*lead, m, c).reshape(math.prod(lead) * m, c)
     flat = (index + row_starts(math.prod(lead), m, index.device).view(*lead, 1, 1)).flatten()
     return values.index_select(0, flat).view(*lead, n, k, c)
 

@@ -827,6 +827,23 @@ def test_what_is_remembered_is_bounded(asked, monkeypatch):
         assert len(functional._AGAIN) <= 3
 
 
+@pytest.mark.parametrize("backend", ["auto", "gather"])
+@pytest.mark.parametrize("which", range(3))
+def test_tensors_that_torch_is_yet_to_negate(asked, backend, which):
+    parts = [t.clone() for t in QKV]
+    wanted = knn_attention(*parts, 5, backend=backend)
+    parts[which] = torch._neg_view(-parts[which])
+    for _ in range(2):
+        torch.testing.assert_close(knn_attention(*parts, 5, backend=backend), wanted)
+    parts[which] = torch._neg_view((-QKV[which]).requires_grad_())
+    knn_attention(*parts, 5, backend=backend).sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather", "compiled"])
+def test_values_without_channels(backend):
+    assert knn_attention(*QKV[:2], QKV[2][..., :0], 5, backend=backend).shape == (2, 4, 20, 0)
+
+
 def test_knn_attention_over_all_keys_is_attention():
     for options in ({}, {"is_causal": True}, {"scale": 0.3}):
         wanted = F.scaled_dot_product_attention(*QKV, **options)

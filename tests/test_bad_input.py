@@ -1005,6 +1005,13 @@ TABLE: list[Row] = [
     # --- search and points ---
     ("knn-k-0", lambda: knn(points(), None, 0), V, "k: expected an integer of at least 1, got 0"),
     ("knn-k-second", lambda: knn(points(), 2), T, "neighbours, k=; pass k=2, it comes third"),
+    ("knn-no-axes", lambda: knn(points()[:, :0], k=2), V, "at least one dimension a point, got"),
+    (
+        "knn-batch-third",
+        lambda: knn(points(), None, torch.zeros(4)),
+        T,
+        r"got a tensor of shape \(4,\)",
+    ),
     ("knn-no-k", lambda: knn(points(), points()), T, "expected the number of neighbours, k="),
     ("knn-unpacked", lambda: tuple(knn(points(), k=2)), T, "take .index and .distance"),
     (

@@ -603,6 +603,14 @@ def test_neighbours_alone_without_exact_distances():
 # -- choice and errors --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_points_that_torch_is_yet_to_negate(backend):
+    for d in (3, 20):
+        x, y = torch.randn(300, d), torch.randn(40, d)
+        found = knn(torch._neg_view(-x), torch._neg_view(-y), 5, backend=backend)
+        assert torch.equal(found.index, knn(x, y, 5, backend=backend).index)
+
+
 def test_directions_on_one_axis_are_searched_by_rows():
     """All of them tie, which a tree finds out point by point."""
     points = Points(torch.randn(2, 40, 1))
@@ -624,6 +632,9 @@ def test_the_choice_is_explained():
     x, y = torch.randn(2, 50, 3), torch.randn(2, 20, 3)
     asked = explain_query(Query(Points(y, y), Points(x, x), as_metric("cosine"), 4))
     assert explain_search(x, y, 4, "cosine") == asked
+    masked = Points(x, x, torch.rand(2, 50) > 0.3)
+    assert ("kd_tree", None) not in explain_search(masked, k=3)
+    assert explain_search(masked, k=3)[-1] == ("dense", None)
     own, single = torch.arange(50), Points(x[0], x[0])
     for self_point, k in (("excluded", 4), ("first", 3)):
         asked = explain_query(Query(single, single, as_metric("cosine"), k, excluded=own))

@@ -67,6 +67,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """Add ``bench`` and what it measures to the command line."""
     bench = commands.add_parser(
         "bench",
+        allow_abbrev=False,
         help="measure search engines and layers on this machine",
         description="Measure search engines or layers beside those of other packages. Prints "
         "tables, writes results.csv and results.json, and draws.",
@@ -81,6 +82,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_graph(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = kinds.add_parser(
         "graph",
+        allow_abbrev=False,
         help="search engines",
         description="Time, memory and recall of search engines. A call that takes over --limit "
         "is ended, and larger questions to the same engine are left out.",
@@ -126,6 +128,7 @@ def _add_calibrate(parser: argparse.ArgumentParser, default: Any) -> None:
 def _add_layers(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = kinds.add_parser(
         "layers",
+        allow_abbrev=False,
         help="layers, forward and backward",
         description="Time and memory of layers beside nn.Conv2d, scaled_dot_product_attention "
         "and PyG's layers.",

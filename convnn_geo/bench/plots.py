@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convnn_geo.bench import graph, layers
+from convnn_geo.bench.cells import NOT_ASKED
 from convnn_geo.bench.style import Style, number_style, style
 from convnn_geo.bench.tables import seconds
 from convnn_geo.extras import require
@@ -126,11 +127,17 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
                 and r.recall >= recall
                 and r.cell.engine != "auto"
             ]
-            best = min(mine, key=lambda r: r.median, default=None)
+            asked = not any(
+                r.note == NOT_ASKED
+                for r in results
+                if (r.cell.dimension, r.cell.k, r.cell.batch, r.cell.n) == (dimension, k, batch, n)
+            )
+            best = min(mine, key=lambda r: r.median, default=None) if asked else None
             look = Style("#FFFFFF", "") if best is None else style(best.cell.engine)
             box = {"hatch": "////", "edgecolor": "#BBBBBB"} if best is None else {"edgecolor": "w"}
             axis.add_patch(_patch(x, y, facecolor=look.color, linewidth=2, **box))
-            text = "no result" if best is None else f"{best.cell.engine}\n{seconds(best.median)}"
+            nothing = "no result" if asked else "not all asked"
+            text = nothing if best is None else f"{best.cell.engine}\n{seconds(best.median)}"
             background = {"facecolor": "white", "edgecolor": "none"} if best is None else None
             axis.text(
                 *(x, y, text),
@@ -276,6 +283,7 @@ def plot_layers(results: Sequence[layers.Result], title: str) -> Figure:
                 )
             axis.set_title(f"{family}: {what}", fontsize=10)
             if what.startswith("memory"):
+                axis.margins(y=0.12)  # so that marks are whole
                 axis.set_ylim(bottom=0)
                 axis.set_ylabel("MiB")
             else:

@@ -146,6 +146,8 @@ def _alike(
         return None
     if is_watched() or casts(query.device):
         return None
+    if query.is_meta or query.is_neg() or key.is_neg() or value.is_neg():  # not read as they lie
+        return None
     seen = (query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype)
     return (k, scale, backend, *seen, query.device, key.device, value.device)
 

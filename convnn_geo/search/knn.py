@@ -73,6 +73,8 @@ def knn(
     Returns:
         A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, k)`` or ``(b, n, k)``,
         nearest first; ``index`` counts rows of ``x``. Where slots may be empty it has a ``mask``.
+        Its ``to_edge_index()`` has sources in row 0, as PyG's layers take it; ``torch_cluster.knn``
+        has targets there.
 
     Raises:
         ValueError: k < 1, k over the number of sources, unsorted batch, non-finite values,
@@ -173,14 +175,15 @@ def explain_search(
     target = source if y is None else _points("y", y)
     _check_self(self_point, y is None or y is x)
     _check_pair(source, target)
-    least = source.num_points - (self_point == "excluded")
+    excluded = self_point == "excluded"
+    least = max(0, _fewest(target, source) - excluded)
     if k > least:
-        raise ValueError(too_many(k, least, self_point == "excluded"))
+        raise ValueError(too_many(k, least, excluded))
     own = None
     if self_point != "natural":
         own = row_starts(source.num_points, 1, source.device)
     others = max(1, k - (self_point == "first"))
-    return explain_query(Query(target, source, metric, others, excluded=own))
+    return explain_query(Query(target, source, metric, others, _subset(source), excluded=own))
 
 
 class _Search:
@@ -194,13 +197,7 @@ class _Search:
 
     def __call__(self, target: Points, source: Points, k: int) -> Neighborhood:
         own = self.self_point == "excluded"
-        least = most = source.num_points
-        if source.mask is not None and source.mask.numel():
-            counts = source.mask.sum(-1)
-            if target.mask is not None:  # examples without targets do not count
-                counts = counts.where(target.mask.any(-1), source.num_points)
-            least = int(counts.min())
-        least, most = least - own, most - own
+        least, most = _fewest(target, source) - own, source.num_points - own
         if k > least and target.num_points:
             if self.short == "error":
                 raise ValueError(too_many(k, least, own))
@@ -208,9 +205,8 @@ class _Search:
                 k, most = max(least, 0), least
         if not target.num_points or min(k, most) < 1:
             return _empty(target, source, k)
-        mask = None if source.mask is None else source.mask.unsqueeze(-2)
-        subset = Subset(mask=mask)
-        query = Query(target, source, self.metric, min(k, most), subset, memory=self.memory)
+        subset, memory = _subset(source), self.memory
+        query = Query(target, source, self.metric, min(k, most), subset, memory=memory)
         if self.self_point == "natural":
             return find(query, self.backend).padded(k)
         self_index = row_starts(source.num_points, 1, source.device)
@@ -229,10 +225,28 @@ def _asked(metric: Metric | str, y: Any, k: int | None) -> tuple[Metric, int]:
     return _EUCLIDEAN if metric == "euclidean" else as_metric(metric), check_int("k", k)
 
 
+def _fewest(target: Points, source: Points) -> int:
+    """Sources of the smallest example."""
+    if source.mask is None or not source.mask.numel():
+        return source.num_points
+    counts = source.mask.sum(-1)
+    if target.mask is not None:  # examples without targets do not count
+        counts = counts.where(target.mask.any(-1), source.num_points)
+    return int(counts.min())
+
+
+def _subset(source: Points) -> Subset:
+    return Subset(mask=None if source.mask is None else source.mask.unsqueeze(-2))
+
+
 def _points(name: str, value: Tensor | Points) -> Points:
     if isinstance(value, Points):
         return value
     check_floating(name, check_tensor(name, value, (2, 3)))
+    if not value.shape[-1]:
+        raise ValueError(
+            f"{name}: expected at least one dimension a point, got {tuple(value.shape)}"
+        )
     return Points(value, value)
 
 

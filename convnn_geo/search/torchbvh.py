@@ -40,7 +40,7 @@ class TorchBVH(PointEngine):
         """As every engine for points, of float32 on a GPU in two or three dimensions."""
         reason = unlike_a_gpu("torchbvh", query) or super().refuses(query)
         if reason is None and query.dimension not in (2, 3):
-            return f"torchbvh is for 2 and 3 dimensions, these points have {query.dimension}"
+            return f"torchbvh is for 2 and 3 dimensions, the metric has {query.dimension}"
         return reason
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
