@@ -11,6 +11,7 @@ from convnn_geo.bench.cells import NOT_ASKED
 from convnn_geo.bench.style import Style, number_style, style
 from convnn_geo.bench.tables import seconds
 from convnn_geo.extras import require
+from convnn_geo.search import ENGINES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,6 +105,8 @@ def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
 def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.999) -> Figure:
     """Which engine is the fastest: a row for each dimension and k, a column for each size.
 
+    None is named where time was over before all exact ones were asked.
+
     Args:
         results: on one input, by one metric.
         title: of the picture.
@@ -128,7 +131,7 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
                 and r.cell.engine != "auto"
             ]
             asked = not any(
-                r.note == NOT_ASKED
+                r.note == NOT_ASKED and not _approximate(r.cell.engine)
                 for r in results
                 if (r.cell.dimension, r.cell.k, r.cell.batch, r.cell.n) == (dimension, k, batch, n)
             )
@@ -151,6 +154,10 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
     axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=12)
     return figure
+
+
+def _approximate(name: str) -> bool:
+    return name in ENGINES and ENGINES[name].approximate
 
 
 def _panels(
