@@ -15,10 +15,10 @@ class Operator:
     """A function of tensors, known to torch as ``torch.ops.convnn_geo.<name>``.
 
     Tracers, modes, transforms and tensors of other classes see the operator that torch registers;
-    so do tensors that torch is yet to negate.
-    To call that costs more time than to launch a kernel, several times as much where gradients are
-    wanted: where nobody looks on the function is called directly, under the same rules. It knows
-    nothing of autograd, and returns tensors that are nobody else's.
+    so do tensors that torch is yet to negate. To call that costs more time than to launch a kernel,
+    several times as much where gradients are wanted: where nobody looks on the function is called
+    directly, under the same rules. It knows nothing of autograd, and returns tensors that are
+    nobody else's.
 
     Args:
         name: of the operator.
@@ -101,10 +101,4 @@ def is_transformed() -> bool:
 
 def is_watched() -> bool:
     """Either: what is run may then not simply be run."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return is_traced() or is_transformed()

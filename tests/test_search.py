@@ -633,7 +633,6 @@ def test_the_choice_is_explained():
     asked = explain_query(Query(Points(y, y), Points(x, x), as_metric("cosine"), 4))
     assert explain_search(x, y, 4, "cosine") == asked
     masked = Points(x, x, torch.rand(2, 50) > 0.3)
-    assert ("kd_tree", None) not in explain_search(masked, k=3)
     assert explain_search(masked, k=3)[-1] == ("dense", None)
     own, single = torch.arange(50), Points(x[0], x[0])
     for self_point, k in (("excluded", 4), ("first", 3)):

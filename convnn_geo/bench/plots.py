@@ -11,7 +11,6 @@ from convnn_geo.bench.cells import NOT_ASKED
 from convnn_geo.bench.style import Style, number_style, style
 from convnn_geo.bench.tables import seconds
 from convnn_geo.extras import require
-from convnn_geo.search import ENGINES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,19 +121,14 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
     axis = figure.subplots()
     for y, (dimension, k) in enumerate(rows):
         for x, (batch, n) in enumerate(columns):
-            mine = [
+            here = [
                 r
                 for r in results
                 if (r.cell.dimension, r.cell.k, r.cell.batch, r.cell.n) == (dimension, k, batch, n)
-                and not r.note
-                and r.recall >= recall
                 and r.cell.engine != "auto"
             ]
-            asked = not any(
-                r.note == NOT_ASKED and not _approximate(r.cell.engine)
-                for r in results
-                if (r.cell.dimension, r.cell.k, r.cell.batch, r.cell.n) == (dimension, k, batch, n)
-            )
+            mine = [r for r in here if not r.note and r.recall >= recall]
+            asked = all(r.note != NOT_ASKED or graph.is_approximate(r.cell.engine) for r in here)
             best = min(mine, key=lambda r: r.median, default=None) if asked else None
             look = Style("#FFFFFF", "") if best is None else style(best.cell.engine)
             box = {"hatch": "////", "edgecolor": "#BBBBBB"} if best is None else {"edgecolor": "w"}
@@ -154,10 +148,6 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
     axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=12)
     return figure
-
-
-def _approximate(name: str) -> bool:
-    return name in ENGINES and ENGINES[name].approximate
 
 
 def _panels(

@@ -12,12 +12,12 @@ from torch import Tensor
 from convnn_geo import gpu
 from convnn_geo.gpu.backward import attend_backward
 from convnn_geo.gpu.calls import Found, Rows, Shapes
-from convnn_geo.gpu.layout import empty_result, laid_out, leading, split, strides
+from convnn_geo.gpu.layout import empty_result, laid_out, leading, result_strides, split, strides
 from convnn_geo.gpu.plans import plan
 from convnn_geo.gpu.rows import tile
 from convnn_geo.shapes import broadcast_shapes
 
-__all__ = ["attend", "attend_backward"]
+__all__ = ["alone", "attend", "attend_backward"]
 
 SHORT = 256
 """Sources up to which whole rows cost less than a search by a bound, which multiplies twice."""
@@ -82,7 +82,7 @@ def attend(
 def alone(
     q: Tensor, keys: Tensor, value: Tensor, k: int, scale: float, temperature: float
 ) -> Tensor:
-    """The sum alone, where there is neither bias nor mask and no weight is dropped."""
+    """The sum of :func:`attend` alone, with neither bias nor mask and no weight dropped."""
     call = _plain(_seen(q), _seen(keys), _seen(value), k, False) if scale > 0 else None
     if call is None:
         return attend(q, keys, value, None, None, None, k, scale, temperature, False)[0]
@@ -119,7 +119,7 @@ def _plain(q: Seen, keys: Seen, value: Seen, k: int, wanted: bool) -> Rows | Fou
     if None in found or not math.prod(lead) * n * c:
         return None
     b, heads = split(lead)
-    result = strides((b, heads, n, c), (heads * n * c, c, heads * c, 1), torch.Size((b, heads)))
+    result = strides((b, heads, n, c), result_strides((b, heads), n, c), torch.Size((b, heads)))
     nothing = (0,) * 5  # of a bias and a mask
     steps = (*found[0], *found[1], *found[2], *nothing, *result)  # type: ignore[misc]
     kinds = (q[2], keys[2], value[2], q[3])

@@ -12,7 +12,7 @@ from torch import Tensor
 from convnn_geo import gpu
 from convnn_geo.gpu.found import _combine
 from convnn_geo.gpu.launching import Launch, prepared
-from convnn_geo.gpu.layout import split
+from convnn_geo.gpu.layout import result_strides, split
 from convnn_geo.gpu.plans import Plan
 from convnn_geo.gpu.rows import Tile, _attend_rows
 from convnn_geo.gpu.search import Search
@@ -46,11 +46,7 @@ class Shapes:
 
     @functools.cached_property
     def _result(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        heads = self.lead[-1] if self.lead else 1
-        row = heads * self.c
-        steps = [self.n * row * math.prod(self.lead[i + 1 : -1]) for i in range(len(self.lead) - 1)]
-        steps += [self.c] if self.lead else []
-        return (*self.lead, self.n, self.c), (*steps, row, 1)
+        return (*self.lead, self.n, self.c), result_strides(self.lead, self.n, self.c)
 
     def result(self, value: Tensor) -> Tensor:
         """What :func:`~convnn_geo.gpu.layout.empty_result` makes, at once."""

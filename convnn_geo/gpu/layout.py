@@ -63,6 +63,20 @@ def split(lead: torch.Size) -> tuple[int, int]:
     return math.prod(lead[:-1]), lead[-1] if lead else 1
 
 
+def result_strides(lead: Sequence[int], n: int, c: int) -> tuple[int, ...]:
+    """Those of :func:`empty_result`.
+
+    Example:
+        >>> result_strides((2, 3), 5, 8)
+        (120, 8, 24, 1)
+    """
+    if not lead:
+        return c, 1
+    row = lead[-1] * c
+    outer = [n * row * math.prod(lead[axis + 1 : -1]) for axis in range(len(lead) - 1)]
+    return *outer, c, row, 1
+
+
 def empty_result(value: Tensor, lead: torch.Size, n: int) -> Tensor:
     """Memory ``(..., n, c)`` in which heads lie side by side, as who joins them wants it."""
     if not lead:
