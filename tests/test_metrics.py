@@ -760,6 +760,15 @@ def test_a_vector_without_direction_gets_no_gradient(kind, channels):
     assert not grad[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "pearson"])
+def test_points_searched_in_themselves_are_one_tensor(metric, dtype):
+    """In half precision as well, where they are converted: once for all."""
+    points = Points(torch.randn(5, 12, dtype=dtype))
+    bound = Feature(metric).bind(points, points)
+    assert bound.q is bound.k
+
+
 def test_a_constant_vector_has_no_pearson_direction():
     x = torch.randn(4, 12)
     x[1] = 0.1

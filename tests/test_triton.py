@@ -129,7 +129,7 @@ class TestSearch:
 
         def one_launch(d, engine):
             problem = Problem("points", x[:, :d], x[:, :d], None, 1.0, torch.float32)
-            return triton.in_clouds(problem, 3, batch, batch, False, 2**20, engine) is not None
+            return triton.in_clouds(problem, 3, batch, batch, False, engine) is not None
 
         assert one_launch(3, "triton") and one_launch(4, "auto") and not one_launch(3, "auto")
         monkeypatch.setattr(triton, "WORTH_CELLS", 11)

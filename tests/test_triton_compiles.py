@@ -41,6 +41,7 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024, 89: 99 * 1024}  # bytes that a block c
 SPILLED = 512  # bytes of a thread's stack from which on a kernel waits for memory
 
 SEARCHES = {"_nearest_survivors", "_nearest"}  # the second for rows that the first can't do
+CENTERS = {"_mean", "_center"}
 
 
 def compiled(kernel, arguments, generation=90):
@@ -121,8 +122,18 @@ def test_search_engine(launches, tmp_path, d, k, angles, own):
 
     points = torch.randn(2, 1024, d)
     places = torch.arange(1024).repeat(2) if own else None
-    launch(points, points, k, places, angles)
-    check(launches, tmp_path, SEARCHES if k <= 32 else {"_nearest"})
+    launch(points, points, k, places, angles, exact=own)
+    searches = SEARCHES if k <= 32 else {"_nearest"}
+    check(launches, tmp_path, searches if d <= 8 else searches | CENTERS)
+
+
+def test_clouds_about_their_centers(launches, tmp_path):
+    from convnn_geo.search.launches import Clouds, launch
+
+    q, keys, starts = torch.randn(90, 64), torch.randn(400, 64), torch.tensor([0, 40, 90])
+    batch = torch.arange(2).repeat_interleave(45), torch.arange(2).repeat_interleave(200)
+    launch(q, keys, 9, None, False, Clouds(50, (starts, starts), batch))
+    check(launches, tmp_path, SEARCHES | CENTERS)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -15,7 +15,7 @@ from convnn_geo.gpu.launching import Launch, prepared
 from convnn_geo.gpu.layout import result_strides, split
 from convnn_geo.gpu.plans import Plan
 from convnn_geo.gpu.rows import Tile, _attend_rows
-from convnn_geo.gpu.search import Search
+from convnn_geo.gpu.search import Search, Ways
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Found:
                 *(dtype, torch.int32, device, torch.float32 if biased else None),
                 *(torch.uint8 if masked else None, None),
             ),
-            ways=(False, False, False, True),
+            ways=Ways(any_order=True),
             plan=self.plan,
         )
 

@@ -17,6 +17,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     ordered,
     products,
+    slack,
     squared_differences,
     squared_differences_of_pairs,
 )
@@ -75,8 +76,6 @@ def _settled(
     slack,
     n,
     m,
-    q_row,
-    key_row,
     k,
     kept,
     d: tl.constexpr,
@@ -85,12 +84,15 @@ def _settled(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ANGLES: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_OWN: tl.constexpr,
 ):
     """Rows with neighbours closer to one another than rounding, by differences in float64.
 
     Those that were kept are measured again; where one that was not may be nearer, all are. Nobody
     waits for the other rows, nor the host for the device.
+
+    ``EXACT``: the values of all rows are such differences.
     """
     available = tl.zeros_like(rows) + m
     if HAS_OWN:
@@ -103,13 +105,15 @@ def _settled(
         unclear = unclear | (apart == 0)  # NaN is not apart
         before = value
     unclear = unclear & wanted
-    value = value_of(best) + square[:, None]
-    if tl.max(unclear.to(tl.int32), 0) > 0:
+    measured, value = unclear, value_of(best) + square[:, None]
+    if EXACT:
+        measured = wanted
+    if tl.max(measured.to(tl.int32), 0) > 0:
         code, places = _none_yet(kept, BLOCK_N, K)
         for j in range(0, kept):
             place = place_of(_slot(best, j, K))
             exact = squared_differences_of_pairs(
-                q, key, rows, place, unclear, q_row, key_row, d, BLOCK_D, ANGLES
+                q, key, rows, place, measured, d, d, d, BLOCK_D, ANGLES
             )
             here = (tl.arange(0, K) == j)[None, :]
             code = tl.where(here, ordered(exact.to(tl.float32))[:, None], code)
@@ -124,7 +128,7 @@ def _settled(
             for start in range(0, m, BLOCK_M):
                 columns = start + tl.arange(0, BLOCK_M)
                 exact = squared_differences(
-                    q, key, rows, columns, n, m, q_row, key_row, d, tl.float64, ANGLES
+                    q, key, rows, columns, n, m, d, d, d, tl.float64, ANGLES
                 )
                 seen = lost[:, None] & (columns < m)[None, :]
                 if HAS_OWN:
@@ -132,8 +136,8 @@ def _settled(
                 tile = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
                 every, where, kth = _keep_nearest(every, where, kth, tile, columns)
             again = tl.where(lost[:, None], _sorted(every, where, k, K), again)
-        best = tl.where(unclear[:, None], again, best)
-        value = tl.where(unclear[:, None], value_of(again), value)
+        best = tl.where(measured[:, None], again, best)
+        value = tl.where(measured[:, None], value_of(again), value)
     return value, best
 
 
@@ -144,9 +148,10 @@ def _nearest(
     bias_ptr,
     mask_ptr,
     own_ptr,
-    center_ptr,
+    original_ptr,
+    original_key_ptr,
     square_ptr,
-    slack_ptr,
+    longest_ptr,
     q_start_ptr,
     key_start_ptr,
     value_ptr,
@@ -170,6 +175,7 @@ def _nearest(
     mask_head,
     mask_row,
     scale,
+    share,
     d: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -178,8 +184,8 @@ def _nearest(
     RAGGED: tl.constexpr,
     DIRECT: tl.constexpr,
     ANGLES: tl.constexpr,
-    CENTERED: tl.constexpr,
     SETTLE: tl.constexpr,
+    EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_OWN: tl.constexpr,
@@ -188,13 +194,15 @@ def _nearest(
     """One block of targets of one example against all its sources; most tiles hold no neighbour.
 
     ``MISSED``: only of those targets that a bound did not help.
+    ``SETTLE``: whom products do not tell apart, squared differences of the originals do.
+    ``EXACT``: values are such differences.
     """
     example = (tl.program_id(0) // blocks).to(tl.int64)
     outer, head = example // heads, example % heads
     rows = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
     key += head * key_head
-    bias, first = bias_ptr, example * n
+    bias, first, start = bias_ptr, example * n, example * m
     if HAS_BIAS:
         bias += outer * bias_example + head * bias_head
     if RAGGED:
@@ -219,19 +227,14 @@ def _nearest(
         own = tl.load(own_ptr + first + rows, mask=rows < n, other=-1).to(tl.int32)
     best, place = _none_yet(kept, BLOCK_N, K)
     kth = tl.max(best, 1)
-    for start in range(0, m, BLOCK_M):
-        columns = start + tl.arange(0, BLOCK_M)
+    for tile in range(0, m, BLOCK_M):
+        columns = tile + tl.arange(0, BLOCK_M)
         if DIRECT:
             value = squared_differences(
                 q, key, rows, columns, n, m, q_row, key_row, d, tl.float32, ANGLES
             )
         else:
-            center = q
-            if CENTERED:
-                center = center_ptr + example * d
-            product = products(
-                q, key, center, rows, columns, n, m, q_row, key_row, d, BLOCK_D, CENTERED
-            )
+            product = products(q, key, rows, columns, n, m, q_row, key_row, d, BLOCK_D)
             value = -scale * product if HAS_BIAS else -product
             if HAS_BIAS:
                 value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
@@ -250,10 +253,10 @@ def _nearest(
     value = value_of(pair)
     if SETTLE:
         square = tl.load(square_ptr + first + rows, mask=rows < n, other=0.0)
-        slack = tl.load(slack_ptr + first + rows, mask=rows < n, other=0.0)
         value, pair = _settled(
-            pair, q, key, rows, wanted, own, square, slack, n, m, q_row, key_row, k, kept, d, K,
-            BLOCK_N, BLOCK_M, BLOCK_D, ANGLES, HAS_OWN,
+            pair, original_ptr + first * d, original_key_ptr + start * d, rows, wanted, own, square,
+            slack(square, longest_ptr + example, share), n, m, k, kept, d, K, BLOCK_N, BLOCK_M,
+            BLOCK_D, ANGLES, EXACT, HAS_OWN,
         )  # fmt: skip
     slot = tl.arange(0, K)
     at = (first + rows)[:, None].to(tl.int64) * k + slot[None, :]

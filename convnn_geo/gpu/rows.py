@@ -76,7 +76,7 @@ def _attend_rows(
     q = q_ptr + outer * q_example + head * q_head
     key = key_ptr + outer * key_example + head * key_head
     value = value_ptr + outer * value_example + head * value_head
-    product = products(q, key, q, rows, columns, n, m, q_row, key_row, d, BLOCK_D, False)
+    product = products(q, key, rows, columns, n, m, q_row, key_row, d, BLOCK_D)
     near = product
     if HAS_BIAS:
         bias = bias_ptr + outer * bias_example + head * bias_head

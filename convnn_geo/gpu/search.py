@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.gpu.centered import Centered
 from convnn_geo.gpu.insertion import _nearest
 from convnn_geo.gpu.launching import Launch, prepared
 from convnn_geo.gpu.plans import Plan, multiprocessors, plan
@@ -24,20 +25,16 @@ class Rounding:
     """How products stand for squared differences, so that what they can't tell apart is settled.
 
     Args:
-        center: ``(b, d)``, that products are taken about.
-        q: ``(n, d)``, less the center.
-        keys: ``(m, d)``, less the center.
-        square: ``(n,)``, what is to be added to a product's value.
-        slack: ``(n,)``, how far off differences of values may be.
-        rough: how many times as far where factors are rounded to TF32.
+        points: about a center, as products take them.
+        share: of the square of the sum of two lengths, by which differences may be off.
+        rough: the same where factors are rounded to TF32.
+        exact: whether values are wanted as differences have them; otherwise good to rounding.
     """
 
-    center: Tensor
-    q: Tensor
-    keys: Tensor
-    square: Tensor
-    slack: Tensor
+    points: Centered
+    share: float
     rough: float
+    exact: bool
 
 
 @gpu.on_its_device
@@ -99,9 +96,28 @@ def nearest(
     chosen = plan(usual, k, d, q.dtype, direct, rounding is not None)
     given = tuple([None if t is None else t.dtype for t in (bias, mask, own)])
     kinds = (q.dtype, integers, q.device, *given)
-    ways = (direct, angles, rounding is not None, any_order)
+    exact = rounding is not None and rounding.exact
+    ways = Ways(direct, angles, rounding is not None, exact, any_order)
     search = similar(sizes, k, d, longest, heads, strides, kinds, ways, chosen)
     return search(q, keys, starts, bias, scale, mask, own, rounding)
+
+
+class Ways(NamedTuple):
+    """How distances are compared, and whom that finds.
+
+    Args:
+        direct: by differences.
+        angles: those of vectors of length one, or zero.
+        settled: by differences where products do not tell.
+        exact: and then values are those of differences.
+        any_order: the nearest may come in any order.
+    """
+
+    direct: bool = False
+    angles: bool = False
+    settled: bool = False
+    exact: bool = False
+    any_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,7 @@ class Search:
         strides: of targets, sources, bias and mask, along examples, heads and rows.
         kinds: dtype of targets and sources, that of places, the device, and dtypes of a bias, a
             mask, and sources not to be found, or None.
-        ways: whether direct, by angles, with rounding, and in any order.
+        ways: in which distances are compared.
         plan: of the search by a bound; None where there is none.
     """
 
@@ -128,7 +144,7 @@ class Search:
     heads: int
     strides: tuple[int, ...]
     kinds: tuple[Any, ...]
-    ways: tuple[bool, bool, bool, bool]
+    ways: Ways
     plan: Plan | None
 
     @functools.cached_property
@@ -137,12 +153,12 @@ class Search:
 
     @functools.cached_property
     def _kinds(self) -> dict[str, bool]:
-        (*_, bias, mask, own), (direct, angles, settled, _) = self.kinds, self.ways
+        (*_, bias, mask, own), ways = self.kinds, self.ways
         return {
             "RAGGED": not self.sizes[1],
-            "DIRECT": direct,
-            "ANGLES": angles,
-            "SETTLE": settled,
+            "DIRECT": ways.direct,
+            "ANGLES": ways.angles,
+            "SETTLE": ways.settled,
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
             "HAS_OWN": own is not None,
@@ -168,18 +184,18 @@ class Search:
             BLOCK_M=plan.columns,
             BLOCK_D=plan.axes,
             STAGES=plan.stages,
-            ANY_ORDER=self.ways[3],
+            ANY_ORDER=self.ways.any_order,
             EVEN=n > 0 and m % plan.columns == 0,
             **self._kinds,
             num_warps=plan.warps,
-            enable_fp_fusion=not self.ways[0],  # sums of squares round as torch's do
+            enable_fp_fusion=not self.ways.direct,  # sums of squares round as torch's do
         )
         return launch, programs, programs * plan.scratch
 
     @functools.cached_property
     def _by_insertion(self) -> tuple[Launch, int]:
         """The kernel's launch, and programs."""
-        (examples, n, m), kept, settled = self.sizes, self.k, self.ways[2]
+        (examples, n, m), kept, settled = self.sizes, self.k, self.ways.settled
         if settled:
             kept = max(16, gpu.next_power_of_2(kept + SPARE))
             if kept > gpu.LARGEST_K:
@@ -200,11 +216,11 @@ class Search:
             BLOCK_N=block,
             BLOCK_M=64,
             BLOCK_D=max(16, min(most, gpu.next_power_of_2(self.d))),
-            CENTERED=settled,
+            EXACT=self.ways.exact,
             MISSED=self.plan is not None,
             **self._kinds,
             num_warps=8 if width >= (64 if settled else 256) else 4,
-            enable_fp_fusion=not self.ways[0],
+            enable_fp_fusion=not self.ways.direct,
         )
         return launch, blocks * examples
 
@@ -227,27 +243,18 @@ class Search:
             return values, places
         mask = None if mask is None else mask.view(torch.uint8)
         begin: tuple[Tensor | None, Tensor | None] = starts or (None, None)
-        center = square = slack = None
+        near, square, longest, share, rough = (q, keys), None, None, 0.0, 0.0
         if rounding is not None:
-            center, square, slack = rounding.center, rounding.square, rounding.slack
+            points, share, rough = rounding.points, rounding.share, rounding.rough
+            near, square, longest = (points.q, points.keys), points.square, points.longest
+        given = (*near, bias, mask, own, q, keys, square, longest, *begin, values, places)
         if self.plan is not None:
             launch, programs, room = self._by_bound
             missed = values.new_empty(targets, dtype=torch.uint8)
             lists = missed.new_empty(room, dtype=torch.int32)
-            near, rough = (q, keys), 1.0
-            if rounding is not None:
-                near, rough = (rounding.q, rounding.keys), rounding.rough
-            launch(
-                (programs,),
-                (*near, bias, mask, own, q, keys, slack, *begin, values, places, missed, lists),
-                (scale, rough),
-            )
+            launch((programs,), (*given, missed, lists), (scale, rough))
         launch, programs = self._by_insertion
-        launch(
-            (programs,),
-            (q, keys, bias, mask, own, center, square, slack, *begin, values, places, missed),
-            (scale,),
-        )
+        launch((programs,), (*given, missed), (scale, share))
         return values, places
 
 

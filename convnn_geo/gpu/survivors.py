@@ -20,6 +20,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     how_many,
     ordered,
+    slack,
     squared_differences,
     squared_differences_of_pairs,
 )
@@ -140,7 +141,8 @@ def _nearest_survivors(
     own_ptr,
     original_ptr,
     original_key_ptr,
-    slack_ptr,
+    square_ptr,
+    longest_ptr,
     q_start_ptr,
     key_start_ptr,
     value_ptr,
@@ -165,7 +167,7 @@ def _nearest_survivors(
     mask_head,
     mask_row,
     scale,
-    rough,
+    share,
     d: tl.constexpr,
     LISTS: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -238,8 +240,9 @@ def _nearest_survivors(
             least = tl.minimum(least, value)
         most = _bound(least, need)
         if SETTLE:
-            slack = tl.load(slack_ptr + first + rows, mask=real, other=0.0) * rough
-            most = tl.where(slack < float("inf"), most + slack, float("nan"))
+            square = tl.load(square_ptr + first + rows, mask=real, other=0.0)
+            spare = slack(square, longest_ptr + example, share)
+            most = tl.where(spare < float("inf"), most + spare, float("nan"))
         most = tl.where(real, most, float("nan"))  # whom nobody satisfies
         most = tl.broadcast_to(most[:, None], [BLOCK_N, BLOCK_M])
         if not DIRECT:

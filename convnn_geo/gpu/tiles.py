@@ -45,7 +45,6 @@ def unordered(code):
 def products(
     q_ptr,
     key_ptr,
-    center_ptr,
     rows,
     columns,
     n,
@@ -54,13 +53,10 @@ def products(
     key_row,
     d: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CENTERED: tl.constexpr,
 ):
     """``<q, key>`` of rows and columns of two arrays ``(n, d)`` and ``(m, d)``, in float32.
 
     Rows lie ``q_row`` and ``key_row`` numbers apart.
-
-    ``CENTERED``: ``<q - center, key - center>``.
     """
     total = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
     for start in tl.range(0, d, BLOCK_D, num_stages=1):
@@ -75,9 +71,6 @@ def products(
             mask=(columns < m)[None, :] & (axes < d)[:, None],
             other=0.0,
         )
-        if CENTERED:
-            center = tl.load(center_ptr + axes, mask=axes < d, other=0.0)
-            q, key = q - center[None, :], key - center[:, None]
         total = dot(q, key, total)
     return total
 
@@ -156,6 +149,13 @@ def squared_differences_of_pairs(
     if ANGLES:
         total = tl.where((q_length < 0.25) | (key_length < 0.25), 2.0, total)
     return total
+
+
+@triton.jit
+def slack(square, longest_ptr, share):
+    """How far off differences of a row's values may be, by its length and the longest source's."""
+    length = tl.sqrt(square) + tl.load(longest_ptr)
+    return length * length * share
 
 
 @triton.jit

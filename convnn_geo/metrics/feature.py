@@ -71,7 +71,8 @@ class Feature(Metric):
     def distances(self, target: Points, source: Points) -> Distances:
         """Project, then bind the kind's form."""
         q = _project("query", self.query, target.features)
-        k = _project("key", self.key, source.features)
+        same = target is source and self.query is self.key  # one tensor, which searches see
+        k = q if same else _project("key", self.key, source.features)
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"features of targets have {q.shape[-1]} channels, of sources {k.shape[-1]}; "
@@ -105,7 +106,8 @@ def _bind(kind: str, q: Tensor, k: Tensor, p: float) -> Distances:
     if kind == "scaled_dot":
         return BilinearForm(q, k, scale=q.shape[-1] ** -0.5)
     if kind == "pearson":
-        q, k = _centred(q), _centred(k)
+        centred = _centred(q)
+        q, k = centred, centred if q is k else _centred(k)
     if kind in ("cosine", "pearson"):
         unit = _unit(q)
         return Angular(unit, unit if q is k else _unit(k))

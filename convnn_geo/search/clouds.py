@@ -117,7 +117,7 @@ def _nearest_in_clouds(
     batch_y = check_batch("batch_y", batch_y, Points(q))
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
     if serves_clouds(Query(Points(q), Points(keys), Feature(), k, bind=problem.bound), engine):
-        found = in_clouds(problem, k, batch_x, batch_y, excluded, slab, engine)
+        found = in_clouds(problem, k, batch_x, batch_y, excluded, engine)
         if found is not None:
             return found
     values = q.new_full((len(q), k), torch.inf, dtype=problem.dtype)

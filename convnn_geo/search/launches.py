@@ -9,47 +9,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Examples:
-    """How many examples of equal size ``(b, n, d)`` and ``(b, m, d)`` are laid out.
-
-    Args:
-        longest: targets of the largest.
-    """
-
-    longest: int
-
-    @property
-    def starts(self) -> None:
-        """Where they start follows from their size."""
-        return None
-
-    @property
-    def alike(self) -> bool:
-        """Whether targets and sources of the same numbers are of the same examples."""
-        return True
-
-    def mean(self, keys: Tensor) -> Tensor:
-        """Of each example's sources, ``(b, d)``."""
-        return keys.mean(1)
-
-    def most(self, lengths: Tensor) -> Tensor:
-        """Of each example's sources, ``(b,)``."""
-        return lengths.amax(1)
-
-    def to_targets(self, tensor: Tensor) -> Tensor:
-        """What each example has, for each of its targets."""
-        return tensor.unsqueeze(1)
-
-    to_sources = to_targets
-
-    def laid_out(self, tensor: Tensor) -> Tensor:
-        """As the kernels take it: with an axis of heads."""
-        return tensor.unsqueeze(1)
-
-
-@dataclass(frozen=True)
 class Clouds:
-    """The same of clouds of unequal size, their rows ``(n, d)`` and ``(m, d)`` after one another.
+    """Clouds of unequal size, their rows ``(n, d)`` and ``(m, d)`` after one another.
 
     Args:
         longest: targets of the largest.
@@ -61,35 +22,6 @@ class Clouds:
     starts: tuple[Tensor, Tensor]
     batch: tuple[Tensor, Tensor]
 
-    @property
-    def alike(self) -> bool:
-        """Whether targets and sources of the same numbers are of the same clouds."""
-        return _same(*self.batch)
-
-    def mean(self, keys: Tensor) -> Tensor:
-        """Of each cloud's sources, ``(b, d)``."""
-        return self._reduced(keys, "mean")
-
-    def most(self, lengths: Tensor) -> Tensor:
-        """Of each cloud's sources, ``(b,)``."""
-        return self._reduced(lengths, "max")
-
-    def to_targets(self, tensor: Tensor) -> Tensor:
-        """What each cloud has, for each of its targets."""
-        return tensor[self.batch[0]]
-
-    def to_sources(self, tensor: Tensor) -> Tensor:
-        """What each cloud has, for each of its sources."""
-        return tensor[self.batch[1]]
-
-    def laid_out(self, tensor: Tensor) -> Tensor:
-        """As the kernels take it: as it is."""
-        return tensor
-
-    def _reduced(self, rows: Tensor, by: str) -> Tensor:
-        sizes = self.starts[1].diff()
-        return torch.segment_reduce(rows, by, lengths=sizes, unsafe=True)  # unsafe: does not wait
-
 
 def launch(
     q: Tensor,
@@ -97,40 +29,38 @@ def launch(
     k: int,
     own: Tensor | None = None,
     angles: bool = False,
-    examples: Examples | Clouds | None = None,
+    clouds: Clouds | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Squared distances, half of them for angles, and places ``(b n, k)`` of all examples.
+    """Squared distances, half of them for angles, and places, ``(b n, k)`` of all examples.
 
-    Places count within each.
+    Args:
+        q: targets ``(b, n, d)``, or ``(n, d)`` of clouds.
+        keys: sources, likewise.
+        k: neighbours; places count within each example.
+        own: ``(b n,)``, a source that each target is not to find; -1 for none.
+        angles: vectors have length one, or zero.
+        clouds: how examples lie that are not of one size.
+        exact: whether distances are as differences have them; otherwise good to rounding.
     """
+    from convnn_geo.gpu.centered import centered
     from convnn_geo.gpu.search import Rounding, nearest
 
-    d, examples = q.shape[-1], examples or Examples(q.shape[1])
-    q, keys = q.contiguous(), keys.contiguous()
+    q, keys, d = q.contiguous(), keys.contiguous(), q.shape[-1]
     bias = rounding = None
     if not is_direct(q):
-        center = examples.mean(keys)
-        key_side = keys - examples.to_sources(center)
-        side = key_side if examples.alike and _same(q, keys) else q - examples.to_targets(center)
-        key_length = key_side.norm(dim=-1)
-        length = key_length if side is key_side else side.norm(dim=-1)
-        bias = key_length.square()
-        slack = share(d) * (length + examples.to_targets(examples.most(key_length))).square()
-        if angles:  # a zero key has squared length 1 by definition
-            bias = bias + (keys.square().sum(-1) < 0.25)
-        rounding = Rounding(
-            center=center,
-            q=examples.laid_out(side),
-            keys=examples.laid_out(key_side),
-            square=length.square().flatten(),
-            slack=slack.flatten(),
-            rough=_rough(d),
-        )
-        bias = examples.laid_out(bias)
+        alike = _same(q, keys) and (clouds is None or _same(*clouds.batch))
+        where = () if clouds is None else (clouds.starts[1], clouds.batch)
+        points = centered(q, keys, alike, angles, *where)
+        bias = points.bias
+        rounding = Rounding(points, share(d), share(d) + 1.05 * _ROUGH, exact)
+    longest, starts = (q.shape[1], None) if clouds is None else (clouds.longest, clouds.starts)
+    if clouds is None:  # as the kernels take it: with an axis of heads
+        q, keys = q.unsqueeze(1), keys.unsqueeze(1)
+        bias = None if bias is None else bias.unsqueeze(1)
     values, places = nearest(
-        *(examples.laid_out(q), examples.laid_out(keys)),
-        *(k, examples.starts, examples.longest, bias, 2.0),
-        direct=is_direct(q),
+        *(q, keys, k, starts, longest, bias, 2.0),
+        direct=rounding is None,
         own=own,
         angles=angles,
         rounding=rounding,
@@ -153,11 +83,10 @@ def share(d: int) -> float:
     return 2 * (d + 4) * torch.finfo(torch.float32).eps
 
 
-def _rough(d: int) -> float:
-    """How much more is to be allowed for where products are of TF32.
+_ROUGH = 2**-9
+"""How much more is to be allowed for where products are of TF32.
 
-    A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
-    lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at
-    most a quarter of the square of the lengths' sum. A twentieth more covers products of errors.
-    """
-    return 1 + 1.05 * 2**-9 / share(d)
+A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
+lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at most a
+quarter of the square of the lengths' sum. A twentieth more covers products of errors.
+"""

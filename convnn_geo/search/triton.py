@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.search.launches import Clouds, is_direct, launch, share
-from convnn_geo.search.nearest import Problem, referee
+from convnn_geo.search.nearest import Problem
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
@@ -61,10 +61,8 @@ class Triton(PointEngine):
         own = hidden.own
         if own is not None:
             own = own.expand(*lead, own.shape[-1]).reshape(-1)
-        values, places = launch(q, keys, k, own, problem.kind == "angles")
-        values, places = (t.view(*lead, -1, k) for t in (values, places))
-        if problem.exact and not is_direct(q):
-            values = referee(problem.bound(), places, slab, problem.dtype)
+        found = launch(q, keys, k, own, problem.kind == "angles", None, problem.exact)
+        values, places = (t.view(*lead, -1, k) for t in found)
         return values, places
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
@@ -86,7 +84,6 @@ def in_clouds(
     batch_x: Tensor,
     batch_y: Tensor,
     excluded: bool,
-    slab: int,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
     """The nearest of each target in its own cloud, all in one launch: values and places.
@@ -97,7 +94,6 @@ def in_clouds(
         batch_x: ``(m,)``, sorted, the cloud of each source.
         batch_y: ``(n,)``, likewise of each target.
         excluded: whether the targets, which are the sources, do not find themselves.
-        slab: bytes that may be taken.
         backend: who was asked for.
 
     Returns:
@@ -120,12 +116,9 @@ def in_clouds(
     own = None
     if excluded:
         own = torch.arange(len(batch_y), device=batch_y.device) - starts[0][batch_y]
-    examples = Clouds(longest, starts, (batch_y, batch_x))
-    values, places = launch(problem.q, problem.keys, k, own, problem.kind == "angles", examples)
-    places = places + starts[1][batch_y].unsqueeze(-1)
-    if problem.exact and not is_direct(problem.q):
-        values = referee(problem.bound(), places, slab, problem.dtype)
-    return values, places
+    where, angles = Clouds(longest, starts, (batch_y, batch_x)), problem.kind == "angles"
+    values, places = launch(problem.q, problem.keys, k, own, angles, where, problem.exact)
+    return values, places + starts[1][batch_y].unsqueeze(-1)
 
 
 def is_plain(problem: Problem) -> bool:
