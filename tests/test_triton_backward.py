@@ -148,22 +148,24 @@ class TestGradients:
         assert all(torch.equal(a, b) for a, b in zip(found[:3], wanted, strict=False))
 
 
-def test_ranks_follow_targets_where_the_order_is_fixed(monkeypatch):
-    from convnn_geo.gpu.choosers import lists
+def test_slots_follow_targets_where_the_order_is_fixed():
+    from convnn_geo.gpu.choosers import Lists
 
     weight, place = (t.to(DEVICE) for t in pairs(150, 20, 5, (2,), hub=True))
     weight[:, ::4, 3] = 0.0
     torch.use_deterministic_algorithms(True)
     try:
-        rank, start = (t.cpu() for t in lists(weight, place, 2, 20))
+        lists = Lists.of(weight, place, 2, 20)
     finally:
         torch.use_deterministic_algorithms(False)
+    start, slot = lists.start.cpu(), lists.slot.cpu()
+    assert not lists.count.any()  # every slot is taken
     for example in range(2):
-        count = [0] * 20
+        taken = start[example].tolist()
         for row in range(150):
             for j in range(5):
                 source = place[example, row, j].item()
-                used = weight[example, row, j] != 0
-                assert rank[example, row, j] == (count[source] if used else -1)
-                count[source] += int(used)
-        assert start[example].diff().tolist() == count and start[example, 0] == 0
+                if weight[example, row, j] != 0:
+                    assert slot[example, row, j] == taken[source]
+                    taken[source] += 1
+        assert taken[:-1] == start[example, 1:].tolist() and start[example, 0] == 0

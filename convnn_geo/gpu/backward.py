@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.gpu.choosers import lists, sum_by_source
+from convnn_geo.gpu.choosers import Lists, slot, sum_by_source
 from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.layout import laid_out, split
 
@@ -89,8 +89,9 @@ def _backward_of_targets(
     grad_ptr,
     weight_ptr,
     place_ptr,
-    rank_ptr,
+    slot_ptr,
     start_ptr,
+    count_ptr,
     to_q_ptr,
     slope_ptr,
     mean_ptr,
@@ -118,6 +119,7 @@ def _backward_of_targets(
     J: tl.constexpr,
     PAIRS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    HAS_SLOT: tl.constexpr,
 ):
     """Gradients of a block of targets; what they send to sources goes into the sources' lists.
 
@@ -171,22 +173,24 @@ def _backward_of_targets(
     for some in range(begin, end, PAIRS):
         at = some + tl.arange(0, PAIRS)
         pair = example * n * k + at
-        rank = tl.load(rank_ptr + pair, mask=at < end, other=-1)
-        listed, row = rank >= 0, at // k
-        place = tl.load(place_ptr + pair, mask=listed, other=0)
-        weight = tl.load(weight_ptr + pair, mask=listed, other=0.0)
+        weight, row = tl.load(weight_ptr + pair, mask=at < end, other=0.0), at // k
+        listed = weight != 0.0
+        if HAS_SLOT:
+            to = tl.load(slot_ptr + pair, mask=listed, other=0)
+        else:
+            place = tl.load(place_ptr + pair, mask=listed, other=0)
+            to = slot(start_ptr + example * (m + 1), count_ptr + example * (m + 1), place, listed)
         slope = tl.load(slope_ptr + pair, mask=listed, other=0.0)
         slope = tl.load(mean_ptr + example * n + row, mask=listed, other=0.0) - slope
         of_distance = weight * slope / temperature
         if HAS_KEEP:
             weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
-        rank += tl.load(start_ptr + example * (m + 1) + place, mask=listed, other=0)
         weight = weight.to(tl.int32, bitcast=True)
         of_distance = of_distance.to(tl.int32, bitcast=True)
         sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
         field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
         tl.store(
-            sent_ptr + 4 * (example * n * k + rank)[:, None, None] + field[None, :, :],
+            sent_ptr + 4 * (example * n * k + to)[:, None, None] + field[None, :, :],
             sent,
             mask=listed[:, None, None],
         )  # in one word of 16 bytes: row, of_distance, weight, of_distance
@@ -229,7 +233,8 @@ def attend_backward(
     keep = None if keep is None else keep.expand(weight.shape).contiguous()
     outer, heads = split(lead)
     examples = outer * heads
-    rank, start = lists(weight, place, examples, m)
+    lists = Lists.of(weight, place, examples, m)
+    given = (keys, value, keep, grad, weight, place)
     slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
     sent = place.new_empty(*place.shape, 4)
     axes, channels = _block(d), _block(c)
@@ -238,7 +243,7 @@ def attend_backward(
     launch(
         _backward_of_targets,
         (gpu.cdiv(n, ROWS) * examples,),
-        (keys, value, keep, grad, weight, place, rank, start, to_q, slope, mean, sent),
+        (*given, lists.slot, lists.start, lists.count, to_q, slope, mean, sent),
         (n, m, k, heads, *keys_at, *value_at, *grad_at),
         (scale, temperature),
         d=d,
@@ -249,10 +254,11 @@ def attend_backward(
         J=max(1, min(at_once, at_once * 128 // wide)),
         PAIRS=gpu.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
+        HAS_SLOT=lists.slot is not None,
         num_warps=WARPS,
     )
     sum_by_source(
-        *(sent, start, q, grad, to_keys, to_value, to_bias, n * k, heads),
+        *(sent, lists.start, q, grad, to_keys, to_value, to_bias, n * k, heads),
         *(q_at, grad_at, scale, axes, channels),
     )
     return to_q, to_keys, to_value, to_bias

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -21,8 +23,8 @@ _COUNTED, _SETTLED = 1024, 64
 
 
 @triton.jit
-def _count(weight_ptr, place_ptr, rank_ptr, count_ptr, pairs, m, BLOCK: tl.constexpr):
-    """How many pairs choose each source, and which of them a pair is; -1 without weight."""
+def _count(weight_ptr, place_ptr, count_ptr, pairs, m, BLOCK: tl.constexpr):
+    """How many pairs with weight choose each source."""
     blocks = tl.cdiv(pairs, BLOCK)
     example = (tl.program_id(0) // blocks).to(tl.int64)
     pair = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -30,27 +32,34 @@ def _count(weight_ptr, place_ptr, rank_ptr, count_ptr, pairs, m, BLOCK: tl.const
     place = tl.load(place_ptr + at, mask=pair < pairs, other=0)
     used = tl.load(weight_ptr + at, mask=pair < pairs, other=0.0) != 0.0
     # Counted one place further up, so that a running sum of counts is where lists start.
-    count = count_ptr + example * (m + 1) + place + 1
-    rank = tl.atomic_add(count, 1, mask=used, sem="relaxed")
-    tl.store(rank_ptr + at, tl.where(used, rank, -1), mask=pair < pairs)
+    tl.atomic_add(count_ptr + example * (m + 1) + place + 1, 1, mask=used, sem="relaxed")
 
 
 @triton.jit
-def _list(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr):
-    """Pairs in the lists of their sources."""
+def slot(start_ptr, count_ptr, place, used):
+    """A slot in the list of each pair's source, given to nobody else: counts run down to 0."""
+    left = tl.atomic_add(count_ptr + place + 1, -1, mask=used, sem="relaxed")
+    return tl.load(start_ptr + place, mask=used, other=0) + left - 1
+
+
+@triton.jit
+def _list(
+    weight_ptr, place_ptr, start_ptr, count_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Pairs with weight in the lists of their sources, in any order."""
     blocks = tl.cdiv(pairs, BLOCK)
     example = (tl.program_id(0) // blocks).to(tl.int64)
     pair = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    rank = tl.load(rank_ptr + example * pairs + pair, mask=pair < pairs, other=-1)
-    used = rank >= 0
+    used = tl.load(weight_ptr + example * pairs + pair, mask=pair < pairs, other=0.0) != 0.0
     place = tl.load(place_ptr + example * pairs + pair, mask=used, other=0)
-    at = tl.load(start_ptr + example * (m + 1) + place, mask=used, other=0) + rank
+    lists = example * (m + 1)
+    at = slot(start_ptr + lists, count_ptr + lists, place, used)
     tl.store(list_ptr + example * pairs + at, pair, mask=used)
 
 
 @triton.jit
-def _settle(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr):
-    """Ranks in the order of targets, whatever that of the lists is: how many come before."""
+def _settle(place_ptr, start_ptr, list_ptr, slot_ptr, pairs, m, BLOCK: tl.constexpr):
+    """Slots in the order of targets, whatever that of the lists is: how many come before."""
     blocks = tl.cdiv(pairs, BLOCK)
     example = (tl.program_id(0) // blocks).to(tl.int64)
     place_ptr, list_ptr = place_ptr + example * pairs, list_ptr + example * pairs
@@ -72,7 +81,7 @@ def _settle(place_ptr, rank_ptr, start_ptr, list_ptr, pairs, m, BLOCK: tl.conste
             other = tl.load(list_ptr + other_at, mask=other_at < high, other=0)
             same = (other_at[None, :] >= first[:, None]) & (other_at[None, :] < end[:, None])
             before += (same & (other[None, :] < pair[:, None])).to(tl.int32)
-        tl.store(rank_ptr + example * pairs + pair, tl.sum(before, 1), mask=within)
+        tl.store(slot_ptr + example * pairs + pair, first + tl.sum(before, 1), mask=within)
 
 
 @triton.jit
@@ -175,24 +184,35 @@ def _sum_by_source(
         tl.store(to_bias_ptr + at, to_bias, mask=sources < m)
 
 
-def lists(weight: Tensor, place: Tensor, examples: int, m: int) -> tuple[Tensor, Tensor]:
-    """For each pair its rank in the list of its source, -1 without weight, and where lists start.
+@dataclass(frozen=True)
+class Lists:
+    """For each source the pairs that chose it and have weight.
 
-    Starts are ``(examples, m + 1)``, from each example's first pair on. Ranks are in the order of
-    targets under ``torch.use_deterministic_algorithms``, otherwise in any order.
+    Args:
+        start: ``(examples, m + 1)``, where lists start, from each example's first pair on.
+        count: ``(examples, m + 1)``, one place further up: slots that nobody has taken yet.
+        slot: ``(..., n, k)``, each pair's slot in the order of targets, under
+            ``torch.use_deterministic_algorithms``; otherwise pairs take theirs as they come.
     """
-    pairs, rank = place.shape[-2] * place.shape[-1], torch.empty_like(place)
-    count = place.new_zeros(examples, m + 1)
-    grid = (gpu.cdiv(pairs, _COUNTED) * examples,)
-    launch(_count, grid, (weight, place, rank, count), (pairs, m), BLOCK=_COUNTED)
-    start = count.cumsum(-1, dtype=count.dtype)
-    if torch.are_deterministic_algorithms_enabled():
-        listed = torch.empty_like(place)
-        tensors = (place, rank, start, listed)
-        launch(_list, grid, tensors, (pairs, m), BLOCK=_COUNTED)
+
+    start: Tensor
+    count: Tensor
+    slot: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, place: Tensor, examples: int, m: int) -> Lists:
+        """Those of weights and places ``(..., n, k)``."""
+        pairs, count = place.shape[-2] * place.shape[-1], place.new_zeros(examples, m + 1)
+        grid = (gpu.cdiv(pairs, _COUNTED) * examples,)
+        launch(_count, grid, (weight, place, count), (pairs, m), BLOCK=_COUNTED)
+        start = count.cumsum(-1, dtype=count.dtype)
+        if not torch.are_deterministic_algorithms_enabled():
+            return cls(start, count, None)
+        listed, slot = torch.empty_like(place), torch.empty_like(place)
+        launch(_list, grid, (weight, place, start, count, listed), (pairs, m), BLOCK=_COUNTED)
         grid = (gpu.cdiv(pairs, _SETTLED) * examples,)
-        launch(_settle, grid, tensors, (pairs, m), BLOCK=_SETTLED)
-    return rank, start
+        launch(_settle, grid, (place, start, listed, slot), (pairs, m), BLOCK=_SETTLED)
+        return cls(start, count, slot)
 
 
 def sum_by_source(
