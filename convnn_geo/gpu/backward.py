@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.gpu.choosers import Lists, slot, sum_by_source
+from convnn_geo.gpu.choosers import Lists, send, slot, sum_by_source
 from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.layout import laid_out, split
 
@@ -120,6 +120,7 @@ def _backward_of_targets(
     PAIRS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_SLOT: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Gradients of a block of targets; what they send to sources goes into the sources' lists.
 
@@ -185,15 +186,7 @@ def _backward_of_targets(
         of_distance = weight * slope / temperature
         if HAS_KEEP:
             weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
-        weight = weight.to(tl.int32, bitcast=True)
-        of_distance = of_distance.to(tl.int32, bitcast=True)
-        sent = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
-        field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(
-            sent_ptr + 4 * (example * n * k + to)[:, None, None] + field[None, :, :],
-            sent,
-            mask=listed[:, None, None],
-        )  # in one word of 16 bytes: row, of_distance, weight, of_distance
+        send(sent_ptr, example * n * k + to, row, of_distance, weight, listed, PACKED)
 
 
 @gpu.on_its_device
@@ -236,7 +229,9 @@ def attend_backward(
     lists = Lists.of(weight, place, examples, m)
     given = (keys, value, keep, grad, weight, place)
     slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
-    sent = place.new_empty(*place.shape, 4)
+    # What sums would round to bfloat16 anyway is sent as such.
+    packed = not biased and all(t.dtype == torch.bfloat16 for t in (q, keys, value, grad))
+    sent = place.new_empty(*place.shape, 2 if packed else 4)
     axes, channels = _block(d), _block(c)
     at_once = AT_ONCE[k > 16]
     wide = max(axes * keys.itemsize, channels * value.itemsize)
@@ -255,6 +250,7 @@ def attend_backward(
         PAIRS=gpu.next_power_of_2(min(ROWS * k, 64 * WARPS)),
         HAS_KEEP=keep is not None,
         HAS_SLOT=lists.slot is not None,
+        PACKED=packed,
         num_warps=WARPS,
     )
     sum_by_source(

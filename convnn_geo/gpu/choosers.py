@@ -43,6 +43,38 @@ def slot(start_ptr, count_ptr, place, used):
 
 
 @triton.jit
+def send(sent_ptr, at, row, of_distance, weight, used, PACKED: tl.constexpr):
+    """What pairs tell their sources: a target, the gradient to the distance, and the weight.
+
+    In words of 16 bytes, or ``PACKED``, as bfloat16, of 8.
+    """
+    if PACKED:
+        low = of_distance.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        high = weight.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        word, field = tl.join(row, high | low), tl.arange(0, 2)[None, :]
+        tl.store(sent_ptr + 2 * at[:, None] + field, word, mask=used[:, None])
+    else:
+        of_distance = of_distance.to(tl.int32, bitcast=True)
+        weight = weight.to(tl.int32, bitcast=True)
+        word = tl.join(tl.join(row, weight), tl.join(of_distance, of_distance))
+        field = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(sent_ptr + 4 * at[:, None, None] + field, word, mask=used[:, None, None])
+
+
+@triton.jit
+def _told(sent_ptr, at, used, PACKED: tl.constexpr):
+    """The same again."""
+    word = sent_ptr + (2 if PACKED else 4) * at
+    row, of_distance = tl.load(word, mask=used, other=0), tl.load(word + 1, mask=used, other=0)
+    if PACKED:  # bfloat16 is the upper half of float32
+        weight, of_distance = of_distance & -0x10000, of_distance << 16
+    else:
+        weight = tl.load(word + 2, mask=used, other=0)
+    of_distance = of_distance.to(tl.float32, bitcast=True)
+    return row.to(tl.int64), of_distance, weight.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _list(
     weight_ptr, place_ptr, start_ptr, count_ptr, list_ptr, pairs, m, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -109,6 +141,7 @@ def _sum_by_source(
     BLOCK_C: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     """A block of sources, whose pairs lie side by side.
@@ -127,7 +160,6 @@ def _sum_by_source(
     start = tl.load(start_ptr + sources, mask=sources < m, other=0)
     end = tl.load(start_ptr + sources + 1, mask=sources < m, other=0)
     begin, finish = tl.load(start_ptr + first), tl.load(start_ptr + tl.minimum(first + S, m))
-    sent_ptr += 4 * example * pairs
     queries = q_ptr + outer * q_example + head * q_head + axes
     grads = grad_ptr + outer * grad_example + head * grad_head + channels
     to_key = tl.zeros([S, BLOCK_D], tl.float32)
@@ -135,10 +167,7 @@ def _sum_by_source(
     to_bias = tl.zeros([S], tl.float32)
     for some in range(begin, finish, P):
         at = some + tl.arange(0, P)
-        sent = sent_ptr + 4 * at.to(tl.int64)
-        row = tl.load(sent, mask=at < finish, other=0).to(tl.int64)
-        of_distance = tl.load(sent + 1, mask=at < finish, other=0).to(tl.float32, bitcast=True)
-        weight = tl.load(sent + 2, mask=at < finish, other=0).to(tl.float32, bitcast=True)
+        row, of_distance, weight = _told(sent_ptr, example * pairs + at, at < finish, PACKED)
         q = tl.load(
             queries[None, :] + (row * q_row)[:, None],
             mask=(at < finish)[:, None] & (axes < d)[None, :],
@@ -159,10 +188,7 @@ def _sum_by_source(
         to_key = tl.zeros([S, BLOCK_D], tl.float32)
         to_value = tl.zeros([S, BLOCK_C], tl.float32)
         for at in range(begin, finish):
-            sent = sent_ptr + 4 * tl.cast(at, tl.int64)
-            row = tl.load(sent).to(tl.int64)
-            of_distance = tl.load(sent + 1).to(tl.float32, bitcast=True)
-            weight = tl.load(sent + 2).to(tl.float32, bitcast=True)
+            row, of_distance, weight = _told(sent_ptr, example * pairs + at, at < finish, PACKED)
             q = tl.load(queries + row * q_row, mask=axes < d, other=0.0).to(tl.float32)
             grad = tl.load(grads + row * grad_row, mask=channels < c, other=0.0)
             grad = tl.where(weight != 0.0, weight * grad.to(tl.float32), 0.0)
@@ -247,6 +273,7 @@ def sum_by_source(
         BLOCK_C=channels,
         S=sources,
         P=max(16, min(some, some * 64 // max(axes, channels))),
+        PACKED=sent.shape[-1] == 2,
         HAS_BIAS=bool(to_bias.numel()),
         num_warps=warps,
         num_stages=stages,
