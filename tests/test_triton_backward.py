@@ -52,7 +52,7 @@ def one_by_one(q, keys, value, grad, weight, place, keep, scale, temperature):
 
 
 def backward(q, keys, value, grad, weight, place, keep=None, scale=0.5, temperature=0.7, **how):
-    from convnn_geo.gpu.backward import attend_backward
+    from convnn_geo.gpu.attention import attend_backward
 
     q, keys, value, grad, weight, place = (
         t.to(DEVICE) for t in (q, keys, value, grad, weight, place)
@@ -159,11 +159,7 @@ def test_slots_follow_targets_where_the_order_is_fixed():
 
     weight, place = (t.to(DEVICE) for t in pairs(150, 20, 5, (2,), hub=True))
     weight[:, ::4, 3] = 0.0
-    torch.use_deterministic_algorithms(True)
-    try:
-        lists = Lists.of(weight, place, 2, 20)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    lists = Lists.of(weight, place, 2, 20, True)
     start, slot = lists.start.cpu(), lists.slot.cpu()
     assert not lists.count.any()  # every slot is taken
     for example in range(2):

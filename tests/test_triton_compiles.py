@@ -171,7 +171,7 @@ def test_attention(launches, tmp_path, n, k, dtype, deterministic):
         attend_backward(q, q, q, keep, 0.125, 1.0, q, weight, place.zero_())
     finally:
         torch.use_deterministic_algorithms(False)
-    backward = {"_count", "_backward_of_targets", "_sum_by_source"}
+    backward = {"_count", "of_targets", "of_sources"}
     if deterministic:
         backward |= {"_list", "_settle"}
     forward = {"_attend_rows"}
@@ -332,7 +332,7 @@ def test_backward_of_wide_heads_and_many_neighbors(launches, tmp_path, d, k, dty
 
     q, weight = torch.randn(1, 2, 300, d, dtype=dtype), torch.ones(1, 2, 300, k)
     attend_backward(q, q, q, None, 1.0, 1.0, q, weight, torch.zeros_like(weight).int())
-    check(launches, tmp_path, {"_count", "_backward_of_targets", "_sum_by_source"})
+    check(launches, tmp_path, {"_count", "of_targets", "of_sources"})
 
 
 def test_what_one_warp_stores_others_wait_for(launches):

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.gpu.backward import attend_backward
 from convnn_geo.gpu.calls import Found, Rows, Shapes
-from convnn_geo.gpu.layout import empty_result, laid_out, leading, result_strides, split, strides
+from convnn_geo.gpu.gradients import attend_backward
+from convnn_geo.gpu.layout import (
+    Seen,
+    empty_result,
+    laid_out,
+    leading,
+    result_strides,
+    seen,
+    split,
+    strides,
+)
 from convnn_geo.gpu.plans import plan
 from convnn_geo.gpu.rows import tile
 from convnn_geo.shapes import broadcast_shapes
@@ -51,7 +59,7 @@ def attend(
         wanted: whether weights and places are; otherwise they are empty.
     """
     if bias is None and mask is None and keep is None and scale > 0:
-        call = _plain(_seen(q), _seen(keys), _seen(value), k, wanted)
+        call = _plain(seen(q), seen(keys), seen(value), k, wanted)
         if call is not None:
             out = call.shapes.result(value)
             found = call((q, keys, value, None, None, None), out, scale, temperature)
@@ -83,7 +91,7 @@ def alone(
     q: Tensor, keys: Tensor, value: Tensor, k: int, scale: float, temperature: float
 ) -> Tensor:
     """The sum of :func:`attend` alone, with neither bias nor mask and no weight dropped."""
-    call = _plain(_seen(q), _seen(keys), _seen(value), k, False) if scale > 0 else None
+    call = _plain(seen(q), seen(keys), seen(value), k, False) if scale > 0 else None
     if call is None:
         return attend(q, keys, value, None, None, None, k, scale, temperature, False)[0]
     out = call.shapes.result(value)
@@ -99,14 +107,6 @@ def _results(
         return out, *found  # type: ignore[return-value]
     nothing = out.new_empty(0, dtype=torch.float32)
     return out, nothing, torch.empty_like(nothing, dtype=torch.int32)
-
-
-Seen: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-"""What a call follows from, of a tensor: shape, strides, dtype and device."""
-
-
-def _seen(tensor: Tensor) -> Seen:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 @functools.lru_cache(1024)

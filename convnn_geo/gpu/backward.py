@@ -7,21 +7,10 @@ their values are.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from convnn_geo import gpu
-from convnn_geo.gpu.choosers import Lists, send, slot, sum_by_source
-from convnn_geo.gpu.launching import launch
-from convnn_geo.gpu.layout import laid_out, split
-
-ROWS, AT_ONCE, WARPS = 16, (4, 8), 4
-"""Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps.
-
-The first number is for up to 16 neighbours, which leave registers to more programs.
-"""
+from convnn_geo.gpu.choosers import send, slot
 
 
 @triton.jit
@@ -82,7 +71,7 @@ def _neighbors(
 
 
 @triton.jit
-def _backward_of_targets(
+def of_targets(
     key_ptr,
     value_ptr,
     keep_ptr,
@@ -187,78 +176,3 @@ def _backward_of_targets(
         if HAS_KEEP:
             weight *= tl.load(keep_ptr + pair, mask=listed, other=0.0)
         send(sent_ptr, example * n * k + to, row, of_distance, weight, listed, PACKED)
-
-
-@gpu.on_its_device
-def attend_backward(
-    q: Tensor,
-    keys: Tensor,
-    value: Tensor,
-    keep: Tensor | None,
-    scale: float,
-    temperature: float,
-    grad: Tensor,
-    weight: Tensor,
-    place: Tensor,
-    biased: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to queries, keys, values and bias in the result's leading shape.
-
-    They have their tensors' types; float32, to be summed, where leading axes were broadcast. That
-    of a bias is in float32, and empty unless ``biased``. Under
-    ``torch.use_deterministic_algorithms`` sums over pairs have a fixed order.
-    """
-    lead, (n, k) = place.shape[:-2], place.shape[-2:]
-    (m, d), c = keys.shape[-2:], value.shape[-1]
-    nothing = not grad.numel()
-    new = weight.new_zeros if nothing else weight.new_empty
-    to_q, to_keys, to_value = (
-        new((*lead, *t.shape[-2:]), dtype=t.dtype if t.shape[:-2] == lead else torch.float32)
-        for t in (q, keys, value)
-    )
-    to_bias = new((*lead, m) if biased else 0)
-    if nothing:
-        return to_q, to_keys, to_value, to_bias
-    (q, q_at), (keys, keys_at), (value, value_at), (grad, grad_at) = (
-        laid_out(t, lead, 2) for t in (q, keys, value, grad)
-    )
-    weight, place = weight.contiguous(), place.contiguous()
-    keep = None if keep is None else keep.expand(weight.shape).contiguous()
-    outer, heads = split(lead)
-    examples = outer * heads
-    lists = Lists.of(weight, place, examples, m)
-    given = (keys, value, keep, grad, weight, place)
-    slope, mean = torch.empty_like(weight), weight.new_empty(examples * n)
-    # What sums would round to bfloat16 anyway is sent as such.
-    packed = not biased and all(t.dtype == torch.bfloat16 for t in (q, keys, value, grad))
-    sent = place.new_empty(*place.shape, 2 if packed else 4)
-    axes, channels = _block(d), _block(c)
-    at_once = AT_ONCE[k > 16]
-    wide = max(axes * keys.itemsize, channels * value.itemsize)
-    launch(
-        _backward_of_targets,
-        (gpu.cdiv(n, ROWS) * examples,),
-        (*given, lists.slot, lists.start, lists.count, to_q, slope, mean, sent),
-        (n, m, k, heads, *keys_at, *value_at, *grad_at),
-        (scale, temperature),
-        d=d,
-        c=c,
-        BLOCK_N=ROWS,
-        BLOCK_D=axes,
-        BLOCK_C=channels,
-        J=max(1, min(at_once, at_once * 128 // wide)),
-        PAIRS=gpu.next_power_of_2(min(ROWS * k, 64 * WARPS)),
-        HAS_KEEP=keep is not None,
-        HAS_SLOT=lists.slot is not None,
-        PACKED=packed,
-        num_warps=WARPS,
-    )
-    sum_by_source(
-        *(sent, lists.start, q, grad, to_keys, to_value, to_bias, n * k, heads),
-        *(q_at, grad_at, scale, axes, channels),
-    )
-    return to_q, to_keys, to_value, to_bias
-
-
-def _block(size: int) -> int:
-    return max(16, gpu.next_power_of_2(size))

@@ -13,11 +13,6 @@ from convnn_geo import gpu
 from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.tiles import dot
 
-HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
-"""Sources of a program, pairs whose rows it reads at once, warps and loads on their way.
-
-Tensor cores multiply 16 rows, used or not; of float32 threads multiply each.
-"""
 _COUNTED, _SETTLED = 1024, 64
 """Pairs of a program that counts or lists them, and of one that brings them into order."""
 
@@ -117,7 +112,7 @@ def _settle(place_ptr, start_ptr, list_ptr, slot_ptr, pairs, m, BLOCK: tl.conste
 
 
 @triton.jit
-def _sum_by_source(
+def of_sources(
     sent_ptr,
     start_ptr,
     q_ptr,
@@ -212,13 +207,13 @@ def _sum_by_source(
 
 @dataclass(frozen=True)
 class Lists:
-    """For each source the pairs that chose it and have weight.
+    """For each source the pairs that chose it and have weight, one after the other.
 
     Args:
         start: ``(examples, m + 1)``, where lists start, from each example's first pair on.
         count: ``(examples, m + 1)``, one place further up: slots that nobody has taken yet.
-        slot: ``(..., n, k)``, each pair's slot in the order of targets, under
-            ``torch.use_deterministic_algorithms``; otherwise pairs take theirs as they come.
+        slot: ``(..., n, k)``, each pair's slot in the order of targets; None where pairs take
+            theirs as they come.
     """
 
     start: Tensor
@@ -226,55 +221,16 @@ class Lists:
     slot: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor, place: Tensor, examples: int, m: int) -> Lists:
-        """Those of weights and places ``(..., n, k)``."""
+    def of(cls, weight: Tensor, place: Tensor, examples: int, m: int, fixed: bool) -> Lists:
+        """Those of weights and places ``(..., n, k)``; ``fixed``: in the order of targets."""
         pairs, count = place.shape[-2] * place.shape[-1], place.new_zeros(examples, m + 1)
         grid = (gpu.cdiv(pairs, _COUNTED) * examples,)
         launch(_count, grid, (weight, place, count), (pairs, m), BLOCK=_COUNTED)
         start = count.cumsum(-1, dtype=count.dtype)
-        if not torch.are_deterministic_algorithms_enabled():
+        if not fixed:
             return cls(start, count, None)
         listed, slot = torch.empty_like(place), torch.empty_like(place)
         launch(_list, grid, (weight, place, start, count, listed), (pairs, m), BLOCK=_COUNTED)
         grid = (gpu.cdiv(pairs, _SETTLED) * examples,)
         launch(_settle, grid, (place, start, listed, slot), (pairs, m), BLOCK=_SETTLED)
         return cls(start, count, slot)
-
-
-def sum_by_source(
-    sent: Tensor,
-    start: Tensor,
-    q: Tensor,
-    grad: Tensor,
-    to_keys: Tensor,
-    to_value: Tensor,
-    to_bias: Tensor,
-    pairs: int,
-    heads: int,
-    q_at: tuple[int, ...],
-    grad_at: tuple[int, ...],
-    scale: float,
-    axes: int,
-    channels: int,
-) -> None:
-    """Gradients to keys, values and, unless it is empty, to a bias, of what targets sent."""
-    (examples, m), d, c = start.shape, to_keys.shape[-1], to_value.shape[-1]
-    m -= 1
-    sources, some, warps, stages = FLOATS if torch.float32 in (q.dtype, grad.dtype) else HALVES
-    launch(
-        _sum_by_source,
-        (gpu.cdiv(m, sources) * examples,),
-        (sent, start, q, grad, to_keys, to_value, to_bias),
-        (pairs, m, heads, *q_at, *grad_at),
-        (scale,),
-        d=d,
-        c=c,
-        BLOCK_D=axes,
-        BLOCK_C=channels,
-        S=sources,
-        P=max(16, min(some, some * 64 // max(axes, channels))),
-        PACKED=sent.shape[-1] == 2,
-        HAS_BIAS=bool(to_bias.numel()),
-        num_warps=warps,
-        num_stages=stages,
-    )

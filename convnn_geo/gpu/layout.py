@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from convnn_geo.shapes import broadcast_shapes
+
+Seen: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+"""What a call follows from, of a tensor: shape, strides, dtype and device."""
+
+
+def seen(tensor: Tensor) -> Seen:
+    """Of a tensor all but its values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def leading(
