@@ -445,7 +445,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("current", [0, 1])
     def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch, current):
-        from convnn_geo.gpu import attention, backward, cells, search, taps
+        from convnn_geo.gpu import attention, cells, centered, gradients, search, taps
 
         class OnASecondGpu:
             is_cuda = True
@@ -459,8 +459,8 @@ class TestAttention:
         seen = gpu.on_its_device(lambda first, *rest, **more: (first, rest, more, len(entered)))
         assert seen(tensor, 2, a=3) == (tensor, (2,), {"a": 3}, 1 - current)
         launching = (
-            *(attention.attend, attention.alone, backward.attend_backward, search.nearest),
-            *(cells.nearest, taps.gather_taps, taps.gather_taps_backward),
+            *(attention.attend, attention.alone, gradients.attend_backward, search.nearest),
+            *(cells.nearest, centered.centered, taps.gather_taps, taps.gather_taps_backward),
         )
         assert {f.__code__ for f in launching} == {seen.__code__}
 
