@@ -405,3 +405,10 @@ def test_the_layer_is_the_same_without(monkeypatch):
     found = layer(x)
     monkeypatch.setattr(build, "library", lambda: None)
     torch.testing.assert_close(layer(x), found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_few_products_wake_no_thread(monkeypatch):
+    from convnn_geo.compiled import build
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [build.threads(n) for n in (0, 2**19, 2**20, 3 * 2**19, 2**40)] == [1, 1, 2, 3, 4]

@@ -34,7 +34,7 @@ def gather_taps(
     kept = [None if t is None else t.contiguous() for t in (rows, index, rho, taps, bias)]
     served = build.library().gather_taps(  # type: ignore[union-attr]
         *(None if t is None else t.data_ptr() for t in kept),
-        *(n, k, c, d, torch.get_num_threads(), out.data_ptr()),
+        *(n, k, c, d, build.threads(n * taps.numel()), out.data_ptr()),
     )
     return out if served else None
 
@@ -87,7 +87,7 @@ def attention(
     out = q.new_empty(*shape[:-1], problem.n, *heads, value.shape[-1]).transpose(-2, -3)
     strides = [0] * (4 - out.ndim) + list(out.stride()[:-1])
     served = build.library().attention_forward(  # type: ignore[union-attr]
-        *(ctypes.addressof(layout), torch.get_num_threads()),
+        *(ctypes.addressof(layout), problem.threads),
         *(weight.data_ptr(), place.data_ptr(), out.data_ptr(), *strides),
     )
     return (out if shape else out.squeeze(0), weight, place) if served else None
@@ -114,7 +114,7 @@ def attention_backward(
     grads = [q.new_zeros(*lead, *t.shape[-2:]) for t in (q, keys, value)]
     grads.append(q.new_zeros(*lead, problem.m))
     served = build.library().attention_backward(  # type: ignore[union-attr]
-        *(ctypes.addressof(layout), torch.get_num_threads()),
+        *(ctypes.addressof(layout), problem.threads),
         *(problem.flat(t) for t in (grad, weight, place)),
         *(t.data_ptr() for t in grads),
     )

@@ -48,6 +48,14 @@ def here(tensor: Tensor) -> bool:
     return plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
+def threads(products: int) -> int:
+    """On how many to work where so many products are added up.
+
+    To wake one takes as long as half a million, and far longer where others keep it busy.
+    """
+    return max(1, min(torch.get_num_threads(), products >> 19))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled sources; None where there is no compiler or CONVNN_GEO_COMPILE is 0."""

@@ -113,6 +113,11 @@ class Described:
         )
 
     @property
+    def threads(self) -> int:
+        """On how many to work; to choose costs some products a pair, too."""
+        return build.threads(self.lead.numel() * self.n * self.m * (self.d + 16))
+
+    @property
     def address(self) -> int:
         """Of the layout."""
         return ctypes.addressof(self.layout)

@@ -8,6 +8,9 @@ from torch import Tensor
 from convnn_geo.compiled import build
 from convnn_geo.compiled.problem import LARGEST_K, Described
 
+_VISITED = 128
+"""Products for each neighbour that is found among cells, and what else is done for it."""
+
 
 def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """The ``k`` smallest of each row of ``(..., m)`` in order of (value, index), NaN last.
@@ -22,7 +25,7 @@ def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     index = torch.empty_like(best, dtype=torch.long)
     m = values.shape[-1]
     build.library().k_smallest(  # type: ignore[union-attr]
-        *(values.data_ptr(), values.numel() // m, m, k, torch.get_num_threads()),
+        *(values.data_ptr(), values.numel() // m, m, k, build.threads(values.numel())),
         *(best.data_ptr(), index.data_ptr()),
     )
     return best, index
@@ -48,7 +51,7 @@ def cells_nearest(
     places = torch.empty_like(values, dtype=torch.long)
     status = build.library().cells_nearest(  # type: ignore[union-attr]
         *(keys.data_ptr(), len(keys), q.data_ptr(), len(q), q.shape[-1], k),
-        *(None if own is None else own.data_ptr(), torch.get_num_threads()),
+        *(None if own is None else own.data_ptr(), build.threads(_VISITED * k * len(q))),
         *(values.data_ptr(), places.data_ptr()),
     )
     return (values, places) if status == 0 else None
@@ -88,7 +91,7 @@ def products_nearest(
     values = q.new_empty(*problem.lead, problem.n, k)
     places = torch.empty_like(values, dtype=torch.long)
     served = build.library().products_nearest(  # type: ignore[union-attr]
-        problem.address, torch.get_num_threads(), values.data_ptr(), places.data_ptr()
+        problem.address, problem.threads, values.data_ptr(), places.data_ptr()
     )
     return (values, places) if served else None
 
@@ -110,6 +113,6 @@ def squared_differences(q: Tensor, keys: Tensor, index: Tensor) -> Tensor | None
     (n, d), m, k = q.shape[-2:], keys.shape[-2], index.shape[-1]
     build.library().squared_differences(  # type: ignore[union-attr]
         *(q.data_ptr(), keys.data_ptr(), index.data_ptr(), q.shape[:-2].numel()),
-        *(n, m, d, k, torch.get_num_threads(), out.data_ptr()),
+        *(n, m, d, k, build.threads(index.numel() * d), out.data_ptr()),
     )
     return out
