@@ -761,11 +761,15 @@ def test_a_vector_without_direction_gets_no_gradient(kind, channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("metric", ["euclidean", "cosine", "pearson"])
+@pytest.mark.parametrize(
+    "metric",
+    [*map(Feature, ("euclidean", "cosine", "pearson")), Mahalanobis(12), Spatial()],
+    ids=lambda metric: type(metric).__name__,
+)
 def test_points_searched_in_themselves_are_one_tensor(metric, dtype):
     """In half precision as well, where they are converted: once for all."""
-    points = Points(torch.randn(5, 12, dtype=dtype))
-    bound = Feature(metric).bind(points, points)
+    points = Points(torch.randn(5, 12, dtype=dtype), torch.randn(5, 2, dtype=dtype))
+    bound = metric.bind(points, points)
     assert bound.q is bound.k
 
 

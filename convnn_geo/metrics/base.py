@@ -21,6 +21,14 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def of_both(
+    what: Callable[[Points], Tensor], target: Points, source: Points
+) -> tuple[Tensor, Tensor]:
+    """What is made of targets and of sources: one tensor where these are the same points."""
+    made = what(target)
+    return made, made if target is source else what(source)
+
+
 def seen_by(module: object, x: Tensor) -> Tensor:
     """Features as a module of the metric takes them, now that autocast converts nothing.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_alike, check_name, check_number
 from convnn_geo.metrics.angular import Angular
-from convnn_geo.metrics.base import Metric, precise, register_metric, seen_by
+from convnn_geo.metrics.base import Metric, of_both, precise, register_metric, seen_by
 from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
@@ -70,9 +70,11 @@ class Feature(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Project, then bind the kind's form."""
-        q = _project("query", self.query, target.features)
-        same = target is source and self.query is self.key  # one tensor, which searches see
-        k = q if same else _project("key", self.key, source.features)
+        if self.query is self.key:
+            q, k = of_both(lambda p: _project("query", self.query, p.features), target, source)
+        else:
+            q = _project("query", self.query, target.features)
+            k = _project("key", self.key, source.features)
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"features of targets have {q.shape[-1]} channels, of sources {k.shape[-1]}; "

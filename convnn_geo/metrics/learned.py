@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_alike, check_int, check_tuple
-from convnn_geo.metrics.base import Metric, precise
+from convnn_geo.metrics.base import Metric, of_both, precise
 from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.combined import Pairwise
 from convnn_geo.metrics.differences import Differences
@@ -54,8 +54,11 @@ class Mahalanobis(Metric):
     def distances(self, target: Points, source: Points) -> Distances:
         """Squared Euclidean distance of ``L x``."""
         factor = precise(self.factor)
-        q, k = (_features("Mahalanobis", p, self.channels, factor) for p in (target, source))
-        return Differences(q @ factor.T, k @ factor.T, 2.0, root=False)
+
+        def moved(points: Points) -> Tensor:
+            return _features("Mahalanobis", points, self.channels, factor) @ factor.T
+
+        return Differences(*of_both(moved, target, source), 2.0, root=False)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, rank={self.factor.shape[0]}"

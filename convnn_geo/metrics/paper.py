@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_number
-from convnn_geo.metrics.base import Metric, precise, register_metric
+from convnn_geo.metrics.base import Metric, of_both, precise, register_metric
 from convnn_geo.metrics.combined import Combination
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
@@ -38,11 +38,11 @@ class PaperMix(Metric):
         """Squared distances of normalised features and positions."""
         parts: list[tuple[float | Tensor, Distances]] = []
         if self.lam > 0:
-            f_q, f_k = precise(target.features), precise(source.features)
+            f_q, f_k = of_both(lambda points: precise(points.features), target, source)
             sigma = _deviation(f_k, source.mask)
             parts.append((self.lam**2, Differences(f_q, f_k, root=False, scale=1 / sigma)))
         if self.lam < 1:
-            p_q, p_k = precise(target.position), precise(source.position)
+            p_q, p_k = of_both(lambda points: precise(points.position), target, source)
             low, high = position_range(p_k, source.mask)
             scale = 2 / (high - low).clamp_min(2e-12)  # to [-1, 1]; the middle drops out
             parts.append(((1 - self.lam) ** 2, Differences(p_q, p_k, root=False, scale=scale)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from convnn_geo.checks import check_name, check_number
-from convnn_geo.metrics.base import Metric, precise, register_metric
+from convnn_geo.metrics.base import Metric, of_both, precise, register_metric
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points
@@ -57,7 +57,7 @@ class Spatial(Metric):
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Differences of positions."""
-        q, k = precise(target.position), precise(source.position)
+        q, k = of_both(lambda points: precise(points.position), target, source)
         if q.shape[-1] != k.shape[-1]:
             raise ValueError(
                 f"positions of targets have {q.shape[-1]} axes, of sources {k.shape[-1]}"
