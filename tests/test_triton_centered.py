@@ -79,10 +79,10 @@ def test_offsets_are_taken_away():
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf])
 def test_what_is_no_number_is_the_longest(value):
     keys = torch.ones(2, 200, 16)
-    keys[1, 77, 3] = value  # not among those whose mean is taken
+    keys[1, 78, 3] = value  # not among those whose mean is taken
     found, *_ = centered(keys, keys, True)
     assert found.longest[0] == 0 and not found.longest[1] < torch.inf
-    assert found.keys[1, :77].isfinite().all()
+    assert found.keys[1, :78].isfinite().all()
 
 
 @pytest.mark.parametrize("metric", ["squared_euclidean", "euclidean", "cosine"])
@@ -97,3 +97,47 @@ def test_distances_are_those_of_differences(metric, m, k):
     wanted = knn(x, k=k, metric=metric, backend="dense")
     assert torch.equal(found.index, wanted.index)
     torch.testing.assert_close(found.distance, wanted.distance, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5])
+def test_who_is_nearer_than_products_tell_is_looked_for_again(seed):
+    """Eighty points on a sphere about the target: products have them in another order."""
+    torch.manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    y, u = unit(torch.randn(1, 20), dim=-1) * 3, unit(torch.randn(80, 20).double(), dim=-1)
+    near = y.double() + u * (1 + 1e-6 * torch.rand(80, 1).double())
+    x = torch.cat([near.float(), -(y.double() + u * 2).float()]).to(DEVICE)
+    found, wanted = (knn(x, y.to(DEVICE), 20, backend=b) for b in ("triton", "dense"))
+    assert torch.equal(found.index, wanted.index)
+
+
+def test_a_batch_vector_may_be_a_column_of_a_table():
+    torch.manual_seed(0)
+    batch = torch.arange(3).repeat_interleave(torch.tensor([40, 23, 17]))
+    table = torch.stack([batch, 2 - batch, torch.arange(80) + 10**6], 1).to(DEVICE)
+    x = torch.randn(80, 12) + 1e3 * batch[:, None]
+    x = x.to(DEVICE)
+    for y, batch_y in ((None, None), (x.clone(), table[:, 0].clone()), (x.clone(), table[:, 0])):
+        options = {"k": 5, "batch_x": table[:, 0], "batch_y": batch_y}
+        found, wanted = (knn(x, y, backend=b, **options) for b in ("triton", "dense"))
+        assert torch.equal(found.index, wanted.index)
+
+
+def test_what_lies_apart_is_the_same_in_itself():
+    from convnn_geo.gpu import centered as kernels
+
+    launched, x = [], torch.randn(24, 70).to(DEVICE).T  # not contiguous
+    points = kernels._center
+    with pytest.MonkeyPatch.context() as patch:
+
+        class Counted:
+            arg_names = points.arg_names
+
+            def __getitem__(self, grid):
+                launched.append(grid)
+                return points[grid]
+
+        patch.setattr(kernels, "_center", Counted())
+        found = knn(x, k=5, backend="triton")
+    assert len(launched) == 1
+    assert torch.equal(found.index, knn(x, k=5, backend="dense").index)

@@ -113,16 +113,16 @@ def test_search(launches, tmp_path, d, k, dtype):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("angles", [False, True])
+@pytest.mark.parametrize("angles, exact", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize(
     ("d", "k"), [(3, 9), (64, 9), pytest.param(192, 40, marks=pytest.mark.slow)]
 )
-def test_search_engine(launches, tmp_path, d, k, angles, own):
+def test_search_engine(launches, tmp_path, d, k, angles, exact, own):
     from convnn_geo.search.launches import launch
 
     points = torch.randn(2, 1024, d)
     places = torch.arange(1024).repeat(2) if own else None
-    launch(points, points, k, places, angles, exact=own)
+    launch(points, points, k, places, angles, exact=exact)
     searches = SEARCHES if k <= 32 else {"_nearest"}
     check(launches, tmp_path, searches if d <= 8 else searches | CENTERS)
 

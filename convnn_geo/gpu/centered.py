@@ -18,6 +18,8 @@ from convnn_geo.gpu.launching import launch
 
 _SAMPLE = tl.constexpr(128)
 """Sources whose mean is the center: any point near most of them would do."""
+_GOLDEN = tl.constexpr(2654435769)
+"""2^32 over the golden ratio: its multiples meet no image's width."""
 _BLOCK = 64
 """Points of a program."""
 
@@ -27,13 +29,14 @@ def _mean(
     point_ptr, start_ptr, center_ptr, longest_ptr, n, d: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Of an example's points, or of some of them, evenly spaced."""
+    """Of some of an example's points, far apart in no regular order; and nobody is longest yet."""
     example = tl.program_id(0).to(tl.int64)
     first, count = example * n, tl.cast(n, tl.int64)
     if RAGGED:
         first = tl.load(start_ptr + example)
         count = tl.load(start_ptr + example + 1) - first
-    rows = first + tl.arange(0, _SAMPLE).to(tl.int64) * count // _SAMPLE
+    share = tl.arange(0, _SAMPLE).to(tl.int64) * _GOLDEN & 0xFFFFFFFF  # of 2^32
+    rows = first + (share * count >> 32)
     for start in range(0, d, BLOCK_D):
         axes = start + tl.arange(0, BLOCK_D)
         there = (rows < first + count)[:, None] & (axes < d)[None, :]
@@ -74,7 +77,7 @@ def _center(
         if ANGLES:
             tl.store(bias_ptr + rows, square + tl.where(own < 0.25, 1.0, 0.0), mask=real)
         # As integers positive floats keep their order, and NaN comes last.
-        longest = tl.sqrt(square).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        longest = tl.sqrt_rn(square).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         first, last = tl.min(tl.where(real, example, 0x7FFFFFFF), 0), tl.max(example, 0)
         if first == last:
             tl.atomic_max(longest_ptr + last, tl.max(tl.where(real, longest, 0), 0), sem="relaxed")

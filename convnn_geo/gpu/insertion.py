@@ -17,7 +17,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     ordered,
     products,
-    slack,
+    rounding,
     squared_differences,
     squared_differences_of_pairs,
 )
@@ -112,11 +112,13 @@ def _settled(
         code, places = _none_yet(kept, BLOCK_N, K)
         for j in range(0, kept):
             place = place_of(_slot(best, j, K))
+            seen = tl.where(j < k, measured, unclear)
             exact = squared_differences_of_pairs(
-                q, key, rows, place, measured, d, d, d, BLOCK_D, ANGLES
+                q, key, rows, place, seen, d, d, d, BLOCK_D, ANGLES
             )
+            exact = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
             here = (tl.arange(0, K) == j)[None, :]
-            code = tl.where(here, ordered(exact.to(tl.float32))[:, None], code)
+            code = tl.where(here, exact[:, None], code)
             places = tl.where(here, place[:, None], places)
         again = _sorted(code, places, kept, K)
         beyond = value_of(_slot(best, kept - 1, K)) + square - slack
@@ -255,7 +257,7 @@ def _nearest(
         square = tl.load(square_ptr + first + rows, mask=rows < n, other=0.0)
         value, pair = _settled(
             pair, original_ptr + first * d, original_key_ptr + start * d, rows, wanted, own, square,
-            slack(square, longest_ptr + example, share), n, m, k, kept, d, K, BLOCK_N, BLOCK_M,
+            rounding(square, longest_ptr + example, share), n, m, k, kept, d, K, BLOCK_N, BLOCK_M,
             BLOCK_D, ANGLES, EXACT, HAS_OWN,
         )  # fmt: skip
     slot = tl.arange(0, K)

@@ -20,7 +20,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     how_many,
     ordered,
-    slack,
+    rounding,
     squared_differences,
     squared_differences_of_pairs,
 )
@@ -241,7 +241,7 @@ def _nearest_survivors(
         most = _bound(least, need)
         if SETTLE:
             square = tl.load(square_ptr + first + rows, mask=real, other=0.0)
-            spare = slack(square, longest_ptr + example, share)
+            spare = rounding(square, longest_ptr + example, share)
             most = tl.where(spare < float("inf"), most + spare, float("nan"))
         most = tl.where(real, most, float("nan"))  # whom nobody satisfies
         most = tl.broadcast_to(most[:, None], [BLOCK_N, BLOCK_M])

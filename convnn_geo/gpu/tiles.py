@@ -152,9 +152,9 @@ def squared_differences_of_pairs(
 
 
 @triton.jit
-def slack(square, longest_ptr, share):
+def rounding(square, longest_ptr, share):
     """How far off differences of a row's values may be, by its length and the longest source's."""
-    length = tl.sqrt(square) + tl.load(longest_ptr)
+    length = tl.sqrt_rn(square) + tl.load(longest_ptr)  # the other root takes tiny ones for 0
     return length * length * share
 
 

@@ -45,7 +45,8 @@ class Feature(Metric):
         kind: one of the table.
         p: exponent of ``minkowski``.
         query: module on the features of targets; the features themselves by default.
-        key: module on the features of sources.
+        key: module on the features of sources. Where it is ``query`` itself, and targets are the
+            sources, it runs once.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""One launch of our kernel for all examples, be they of one size or clouds that are not."""
+"""A search by our kernels in all examples at once, be they of one size or not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_ROUGH = 1.05 * 2**-9
+"""How much more is to be allowed for where products are of TF32.
+
+A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
+lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at most a
+quarter of the square of the lengths' sum. A twentieth more covers products of errors.
+"""
 
 
 @dataclass(frozen=True)
@@ -15,7 +23,7 @@ class Clouds:
     Args:
         longest: targets of the largest.
         starts: ``(b + 1,)`` twice, where clouds start among targets and among sources.
-        batch: ``(n,)`` and ``(m,)``, the cloud of each.
+        batch: ``(n,)`` and ``(m,)``, the cloud of each; contiguous.
     """
 
     longest: int
@@ -41,19 +49,21 @@ def launch(
         own: ``(b n,)``, a source that each target is not to find; -1 for none.
         angles: vectors have length one, or zero.
         clouds: how examples lie that are not of one size.
-        exact: whether distances are as differences have them; otherwise good to rounding.
+        exact: whether distances are as differences have them; otherwise they only tell the order.
     """
     from convnn_geo.gpu.centered import centered
     from convnn_geo.gpu.search import Rounding, nearest
 
-    q, keys, d = q.contiguous(), keys.contiguous(), q.shape[-1]
+    same, d = _same(q, keys), q.shape[-1]
+    q = q.contiguous()
+    keys = q if same else keys.contiguous()
     bias = rounding = None
-    if not is_direct(q):
-        alike = _same(q, keys) and (clouds is None or _same(*clouds.batch))
+    if not _is_direct(q):
+        alike = same and (clouds is None or _same(*clouds.batch))
         where = () if clouds is None else (clouds.starts[1], clouds.batch)
         points = centered(q, keys, alike, angles, *where)
         bias = points.bias
-        rounding = Rounding(points, share(d), share(d) + 1.05 * _ROUGH, exact)
+        rounding = Rounding(points, _share(d), _share(d) + _ROUGH, exact)
     longest, starts = (q.shape[1], None) if clouds is None else (clouds.longest, clouds.starts)
     if clouds is None:  # as the kernels take it: with an axis of heads
         q, keys = q.unsqueeze(1), keys.unsqueeze(1)
@@ -70,23 +80,16 @@ def launch(
 
 
 def _same(q: Tensor, keys: Tensor) -> bool:
-    return q.data_ptr() == keys.data_ptr() and q.shape == keys.shape
+    if q.shape != keys.shape or q.stride() != keys.stride():
+        return False
+    return q.data_ptr() == keys.data_ptr()
 
 
-def is_direct(q: Tensor) -> bool:
+def _is_direct(q: Tensor) -> bool:
     """Whether axes are so few that differences cost no more than products."""
     return q.shape[-1] <= 8
 
 
-def share(d: int) -> float:
+def _share(d: int) -> float:
     """Of the square of the sum of two lengths, that rounding may make up."""
     return 2 * (d + 4) * torch.finfo(torch.float32).eps
-
-
-_ROUGH = 2**-9
-"""How much more is to be allowed for where products are of TF32.
-
-A factor that loses all but ten bits is off by 2^-10 of itself, so a product by 2^-9 of both
-lengths' product, a value by 2^-8, and a difference of two values by 2^-7 of it; which is at most a
-quarter of the square of the lengths' sum. A twentieth more covers products of errors.
-"""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.search.launches import Clouds, is_direct, launch, share
+from convnn_geo.search.launches import Clouds, launch
 from convnn_geo.search.nearest import Problem
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.query import Query
@@ -48,7 +48,7 @@ class Triton(PointEngine):
         return super().refuses(query) if reason is None else reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
-        """In one launch, order and all, where neighbours are told apart by differences."""
+        """At once, order and all, where neighbours are told apart by differences."""
         spare = problem.keys.shape[-2] - (hidden.own is not None)
         served = is_plain(problem) and hidden.mask is None and problem.q.numel() > 0
         if not served or not 0 < k <= spare:
@@ -65,14 +65,6 @@ class Triton(PointEngine):
         values, places = (t.view(*lead, -1, k) for t in found)
         return values, places
 
-    def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
-        """That of ``|k|^2 - 2 <q, k>`` about the keys' mean, or of differences."""
-        if is_direct(q):
-            return super().slack(q, keys, value)
-        center = keys.mean(-2, keepdim=True)
-        most = (keys - center).norm(dim=-1).amax(-1, keepdim=True)
-        return share(q.shape[-1]) * ((q - center).norm(dim=-1) + most).square()
-
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
         """Of what is no point: by coordinates that stand for it."""
         return launch(q, prepared, asked)[1].view(*q.shape[:2], asked)
@@ -86,7 +78,7 @@ def in_clouds(
     excluded: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """The nearest of each target in its own cloud, all in one launch: values and places.
+    """The nearest of each target in its own cloud, in all clouds at once: values and places.
 
     Args:
         problem: between all rows ``(n, d)`` and ``(m, d)``.
@@ -102,22 +94,25 @@ def in_clouds(
     """
     if not batch_y.numel() or not batch_x.numel() or k < 1:
         return None
-    clouds = 1 + int(torch.maximum(batch_x[-1], batch_y[-1]))
+    count = 1 + int(torch.maximum(batch_x[-1], batch_y[-1]))
     few_axes = problem.q.shape[-1] <= 3
-    if backend == "auto" and few_axes and len(batch_x) >= WORTH_CELLS * clouds:
+    if backend == "auto" and few_axes and len(batch_x) >= WORTH_CELLS * count:
         return None
-    numbers = torch.arange(clouds + 1, device=batch_x.device)
+    same = batch_y is batch_x
+    batch_x = batch_x.contiguous()  # a column of a table, say
+    batch_y = batch_x if same else batch_y.contiguous()
+    numbers = torch.arange(count + 1, device=batch_x.device)
     starts = torch.searchsorted(batch_y, numbers), torch.searchsorted(batch_x, numbers)
     targets, sources = (start.diff() for start in starts)
     most = sources.new_tensor(len(batch_x))
     longest, least = torch.stack([targets.max(), sources.where(targets > 0, most).min()]).tolist()
-    if k > least - excluded or clouds * longest > EMPTY * max(len(batch_y), 2**15):
+    if k > least - excluded or count * longest > EMPTY * max(len(batch_y), 2**15):
         return None
     own = None
     if excluded:
         own = torch.arange(len(batch_y), device=batch_y.device) - starts[0][batch_y]
-    where, angles = Clouds(longest, starts, (batch_y, batch_x)), problem.kind == "angles"
-    values, places = launch(problem.q, problem.keys, k, own, angles, where, problem.exact)
+    clouds, angles = Clouds(longest, starts, (batch_y, batch_x)), problem.kind == "angles"
+    values, places = launch(problem.q, problem.keys, k, own, angles, clouds, problem.exact)
     return values, places + starts[1][batch_y].unsqueeze(-1)
 
 
