@@ -411,4 +411,4 @@ def test_a_few_products_wake_no_thread(monkeypatch):
     from convnn_geo.compiled import build
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert [build.threads(n) for n in (0, 2**19, 2**20, 3 * 2**19, 2**40)] == [1, 1, 2, 3, 4]
+    assert [build.threads(n) for n in (0, 2**20 - 1, 2**20, 2**40)] == [1, 1, 4, 4]

@@ -86,8 +86,9 @@ def attention(
     heads = shape[-1:] or (1,)
     out = q.new_empty(*shape[:-1], problem.n, *heads, value.shape[-1]).transpose(-2, -3)
     strides = [0] * (4 - out.ndim) + list(out.stride()[:-1])
+    gathered = weight.numel() * value.shape[-1]
     served = build.library().attention_forward(  # type: ignore[union-attr]
-        *(ctypes.addressof(layout), problem.threads),
+        *(ctypes.addressof(layout), build.threads(problem.products + gathered)),
         *(weight.data_ptr(), place.data_ptr(), out.data_ptr(), *strides),
     )
     return (out if shape else out.squeeze(0), weight, place) if served else None
@@ -113,8 +114,11 @@ def attention_backward(
     layout = _attention(problem, value, keep, temperature)
     grads = [q.new_zeros(*lead, *t.shape[-2:]) for t in (q, keys, value)]
     grads.append(q.new_zeros(*lead, problem.m))
+    products = 2 * place.numel() * (problem.d + value.shape[-1])
+    if problem.lead.numel() == 1:  # each example is one thread's
+        products = 0
     served = build.library().attention_backward(  # type: ignore[union-attr]
-        *(ctypes.addressof(layout), problem.threads),
+        *(ctypes.addressof(layout), build.threads(products)),
         *(problem.flat(t) for t in (grad, weight, place)),
         *(t.data_ptr() for t in grads),
     )

@@ -49,11 +49,12 @@ def here(tensor: Tensor) -> bool:
 
 
 def threads(products: int) -> int:
-    """On how many to work where so many products are added up.
+    """On how many to work where so many products are added up: on one, or on all that torch has.
 
-    To wake one takes as long as half a million, and far longer where others keep it busy.
+    To wake them takes as long as some hundred thousand, and far longer where others keep them busy.
+    Some of them are no choice: OpenMP ends the rest, and starts others when torch asks for all.
     """
-    return max(1, min(torch.get_num_threads(), products >> 19))
+    return torch.get_num_threads() if products >= 2**20 else 1
 
 
 @functools.cache

@@ -113,9 +113,9 @@ class Described:
         )
 
     @property
-    def threads(self) -> int:
-        """On how many to work; to choose costs some products a pair, too."""
-        return build.threads(self.lead.numel() * self.n * self.m * (self.d + 16))
+    def products(self) -> int:
+        """How many a search takes; to choose costs some a pair, too."""
+        return self.lead.numel() * self.n * self.m * (self.d + 16)
 
     @property
     def address(self) -> int:

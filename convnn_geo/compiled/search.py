@@ -91,7 +91,8 @@ def products_nearest(
     values = q.new_empty(*problem.lead, problem.n, k)
     places = torch.empty_like(values, dtype=torch.long)
     served = build.library().products_nearest(  # type: ignore[union-attr]
-        problem.address, problem.threads, values.data_ptr(), places.data_ptr()
+        *(problem.address, build.threads(problem.products)),
+        *(values.data_ptr(), places.data_ptr()),
     )
     return (values, places) if served else None
 

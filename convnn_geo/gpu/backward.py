@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from convnn_geo.gpu.choosers import send, slot
+from convnn_geo.gpu.choosers import send, take_slot
 
 
 @triton.jit
@@ -138,17 +138,17 @@ def of_targets(
     by_slope = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     by_weight = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for first in range(0, k - k % J, J):
-        more = _neighbors(
+        slopes, of_slopes, of_weights = _neighbors(
             first, J, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
             k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
         )  # fmt: skip
-        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
+        mean, by_slope, by_weight = mean + slopes, by_slope + of_slopes, by_weight + of_weights
     for first in range(k - k % J, k):
-        more = _neighbors(
+        slopes, of_slopes, of_weights = _neighbors(
             first, 1, grad, values, keys, keep_ptr, weight_ptr, place_ptr, slope_ptr, first_pair,
             k, n - first_row, channels < c, axes < d, value_row, key_row, HAS_KEEP,
         )  # fmt: skip
-        mean, by_slope, by_weight = mean + more[0], by_slope + more[1], by_weight + more[2]
+        mean, by_slope, by_weight = mean + slopes, by_slope + of_slopes, by_weight + of_weights
     tl.store(
         to_q_ptr + (example * n + rows)[:, None] * d + axes[None, :],
         (scale / temperature * (by_slope - mean[:, None] * by_weight)).to(
@@ -169,7 +169,8 @@ def of_targets(
             to = tl.load(slot_ptr + pair, mask=listed, other=0)
         else:
             place = tl.load(place_ptr + pair, mask=listed, other=0)
-            to = slot(start_ptr + example * (m + 1), count_ptr + example * (m + 1), place, listed)
+            lists = example * (m + 1)
+            to = take_slot(start_ptr + lists, count_ptr + lists, place, listed)
         slope = tl.load(slope_ptr + pair, mask=listed, other=0.0)
         slope = tl.load(mean_ptr + example * n + row, mask=listed, other=0.0) - slope
         of_distance = weight * slope / temperature

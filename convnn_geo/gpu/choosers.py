@@ -31,7 +31,7 @@ def _count(weight_ptr, place_ptr, count_ptr, pairs, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def slot(start_ptr, count_ptr, place, used):
+def take_slot(start_ptr, count_ptr, place, used):
     """A slot in the list of each pair's source, given to nobody else: counts run down to 0."""
     left = tl.atomic_add(count_ptr + place + 1, -1, mask=used, sem="relaxed")
     return tl.load(start_ptr + place, mask=used, other=0) + left - 1
@@ -58,7 +58,7 @@ def send(sent_ptr, at, row, of_distance, weight, used, PACKED: tl.constexpr):
 
 @triton.jit
 def _told(sent_ptr, at, used, PACKED: tl.constexpr):
-    """The same again."""
+    """What pairs have told: a target, the gradient to the distance, and the weight."""
     word = sent_ptr + (2 if PACKED else 4) * at
     row, of_distance = tl.load(word, mask=used, other=0), tl.load(word + 1, mask=used, other=0)
     if PACKED:  # bfloat16 is the upper half of float32
@@ -80,7 +80,7 @@ def _list(
     used = tl.load(weight_ptr + example * pairs + pair, mask=pair < pairs, other=0.0) != 0.0
     place = tl.load(place_ptr + example * pairs + pair, mask=used, other=0)
     lists = example * (m + 1)
-    at = slot(start_ptr + lists, count_ptr + lists, place, used)
+    at = take_slot(start_ptr + lists, count_ptr + lists, place, used)
     tl.store(list_ptr + example * pairs + at, pair, mask=used)
 
 

@@ -20,7 +20,9 @@ from convnn_geo.gpu.layout import Seen, laid_out, seen, split, strides
 ROWS, AT_ONCE, WARPS = 16, (4, 8), 4
 """Targets of a program, neighbours of each read at once in rows of 128 bytes, and warps.
 
-The first number is for up to 16 neighbours, which leave registers to more programs.
+The first number is for up to 16 neighbours, which leave registers to more programs. Pairs that take
+slots are as many as threads at least: up to Triton 3.4 only one of several threads with the same
+pair was told its slot.
 """
 HALVES, FLOATS = (16, 64, 2, 3), (4, 32, 4, 3)
 """Sources of a program, pairs whose rows it reads at once, warps and loads on their way.
@@ -67,7 +69,7 @@ class Gradients:
 
     @functools.cached_property
     def _packed(self) -> bool:
-        """Whether what is sent is sent as bfloat16, to which sums would round it anyway."""
+        """Whether what is sent is sent as bfloat16, to which products would round it anyway."""
         return not self.biased and set(self.kinds[:4]) == {torch.bfloat16}
 
     @functools.cached_property
@@ -94,7 +96,7 @@ class Gradients:
             **blocks,
             BLOCK_N=ROWS,
             J=max(1, min(at_once, at_once * 128 // wide)),
-            PAIRS=gpu.next_power_of_2(min(ROWS * k, 64 * WARPS)),
+            PAIRS=gpu.next_power_of_2(max(32 * WARPS, min(ROWS * k, 64 * WARPS))),
             HAS_KEEP=self.keeps,
             HAS_SLOT=self.fixed,
             PACKED=self._packed,
@@ -173,8 +175,8 @@ def attend_backward(
         laid = [laid_out(t, pairs[:-2], 2) for t in tensors]
         tensors, steps = zip(*laid, strict=True)
         call = _call(*_common(all_seen, pairs), sum(steps, ()), *which)
-    weight, place = weight.contiguous(), place.contiguous()
-    keep = None if keep is None else keep.expand(weight.shape).contiguous()
+    weight, place = weight.float().contiguous(), place.int().contiguous()
+    keep = None if keep is None else keep.float().expand(weight.shape).contiguous()
     return call(tensors, keep, weight, place, scale, temperature)
 
 

@@ -195,7 +195,8 @@ def _nearest_survivors(
     need = k
     if HAS_OWN:
         need = k + 1  # one may be a target's own
-    ROOM: tl.constexpr = min(8, BLOCK_M // (2 * LISTS))
+    PIECES: tl.constexpr = BLOCK_M // (2 * LISTS)
+    ROOM: tl.constexpr = PIECES if PIECES < 8 else 8
     full: tl.constexpr = LENGTH - ROOM - 1  # no list ever ends where the next begins
     LINE: tl.constexpr = 2 * (AHEAD + LISTS * LENGTH)
     place_list_ptr = list_ptr + LISTED  # once lists are joined, values come before places
@@ -272,7 +273,7 @@ def _nearest_survivors(
                 place = tl.load(place_list_ptr + lines * LINE + j, mask=j < length, other=0)
                 exact = squared_differences_of_pairs(
                     original, original_key_ptr + start * d, rows, place, j < length, d, d, d,
-                    min(BLOCK_D, 16), ANGLES,
+                    BLOCK_D if BLOCK_D < 16 else 16, ANGLES,
                 )  # fmt: skip
                 exact = exact.to(tl.float32).to(tl.int32, bitcast=True)
                 tl.store(list_ptr + lines * LINE + j, exact, mask=j < length)
