@@ -88,14 +88,6 @@ def test_what_is_interpreted_has_no_form():
     assert (len(kernel.asked), kernel.launched) == (2, [])
 
 
-def test_older_tritons_are_asked_each_time(monkeypatch):
-    monkeypatch.setattr(launching, "_takes_constants", lambda: False)
-    kernel = Kernel()
-    go(kernel)
-    go(kernel)
-    assert (len(kernel.asked), kernel.launched) == (2, [])
-
-
 def test_what_is_kept_is_bounded(launches, monkeypatch):
     monkeypatch.setattr(launching, "_MOST", 3)
     kernel = Kernel()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo import kernels, lowering, metrics, recipes
-from convnn_geo.candidates import Block, Candidates, Causal, Congruent, Random, Subset, Window
+from convnn_geo.candidates import All, Block, Candidates, Causal, Congruent, Random, Subset, Window
+from convnn_geo.kernels import Sum
 from convnn_geo.lowering import RULES, choose, explain, run
-from convnn_geo.lowering.attention import Attention
+from convnn_geo.lowering.attention import Attention, MaskedAttention
 from convnn_geo.lowering.convolution import Convolution, Pooling
+from convnn_geo.metrics import as_metric
 from convnn_geo.nn import (
     Branching,
     ConvNN1d,
@@ -22,6 +24,8 @@ from convnn_geo.nn import (
     NeighborConv,
     PointConvNN,
 )
+from convnn_geo.nn.functional import knn_attention
+from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.weighting import Softmax, Weighting
@@ -40,11 +44,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_rules_are_tried_from_the_fastest_to_the_plainest():
     names = [rule.name for rule in RULES]
     native = ["convolution", "pooling", "attention"]
-    assert names[:6] == [*native, "neighbor_attention", "triton_attention", "gather"]
-    assert names[6:] == ["message_passing", "triton_taps"]  # run when asked for
+    others = ["neighbor_attention", "triton_attention", "masked_attention"]
+    assert names[:7] == [*native, *others, "gather"]
+    assert names[7:] == ["message_passing", "triton_taps"]  # run when asked for
     backends = [rule.backend for rule in RULES]
-    assert backends[:6] == [*["native"] * 3, "compiled", "triton", "gather"]
-    assert backends[6:] == ["message_passing", "triton"]
+    assert backends[:7] == [*["native"] * 3, "compiled", "triton", "native", "gather"]
+    assert backends[7:] == ["message_passing", "triton"]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_choose_takes_the_first_that_can(backend, expected):
 
 def test_auto_ends_at_gather():
     rule, passed = choose(ConvNN2d(4, 6, k=3, metric="cosine").operation(IMAGE))
-    assert rule.name == "gather" and len(passed) == 5 and all(reason for _, reason in passed)
+    assert rule.name == "gather" and len(passed) == 6 and all(reason for _, reason in passed)
 
 
 def test_unknown_backend():
@@ -216,7 +221,7 @@ def test_every_refusal_says_why(rule, make, reason):
 def test_the_slow_rules_never_refuse():
     for make, _ in (*CONVOLUTION.values(), *ATTENTION.values()):
         op = make()
-        assert all(rule.refuses(op) is None for rule in RULES[5:7])
+        assert all(rule.refuses(op) is None for rule in RULES[6:8])
 
 
 # --- explain -------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ def test_explain_a_backend_that_was_asked_for():
     assert lines[0] == "ConvNN2d runs by: message_passing"
     assert lines[1:] == [
         f"  {name:<18} refused: backend='message_passing' was asked for"
-        for name in (rule.name for rule in RULES[:6])
+        for name in (rule.name for rule in RULES[:7])
     ]
 
 
@@ -515,3 +520,59 @@ def test_more_neighbours_than_there_are_keys_are_all_of_them(masked, backend, me
         found.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
         assert layer.operation(x).neighborhood().k == 7
     torch.testing.assert_close(*found)
+
+
+class TestMaskedAttention:
+    """Many neighbours among few: attention over a mask of them is what gather computes."""
+
+    @pytest.mark.parametrize("given", ["nothing", "a mask", "a bias", "causal"])
+    def test_values_and_gradients(self, given):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, 3, 140, 16, requires_grad=True) for _ in range(3))
+        options = {}
+        if given == "a mask":
+            options["attn_mask"] = torch.rand(140, 140) < 0.95
+            options["attn_mask"][3] = False  # who may attend to nobody
+        elif given == "a bias":
+            options["attn_mask"] = torch.randn(3, 140, 140).masked_fill(
+                torch.rand(140, 140) < 0.05, -torch.inf
+            )
+        elif given == "causal":
+            options["is_causal"] = True
+        found, wanted = (
+            (out, torch.autograd.grad(out.square().sum(), (q, k, v)))
+            for out in (
+                knn_attention(q, k, v, 130, backend=b, **options) for b in ("auto", "gather")
+            )
+        )
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+        for a, b in zip(found[1], wanted[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "m, k, lost, reason",
+        [
+            (140, 130, None, None),
+            (140, 128, None, "at most 128"),
+            (1560, 130, None, None),
+            (1561, 130, None, "a mask of 1561 sources"),
+            (140, 130, "v", "finite"),
+            (140, 130, "k", "finite"),
+        ],
+    )
+    def test_it_serves_many_of_few(self, m, k, lost, reason):
+        parts = {"q": torch.randn(1, 5, 16), "k": torch.randn(1, m, 16), "v": torch.randn(1, m, 8)}
+        if lost is not None:
+            parts[lost][0, 7, 3] = torch.inf
+        op = Operation(
+            *(Points(parts["q"]), Points(parts["k"]), parts["v"], as_metric("dot"), All()),
+            *(KNearest(k), Softmax(), Sum()),
+        )
+        found = MaskedAttention().refuses(op)
+        assert found is None if reason is None else reason in found
+
+    def test_ties_go_to_the_lowest_index(self):
+        q, keys = torch.ones(1, 2, 16), torch.ones(1, 140, 16)
+        value = torch.arange(140.0).view(1, 140, 1)
+        out = knn_attention(q, keys, value, 130)
+        torch.testing.assert_close(out, torch.full((1, 2, 1), 64.5))

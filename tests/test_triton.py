@@ -443,6 +443,10 @@ class TestAttention:
         assert not weight.numel() and not place.numel()
         assert torch.equal(out, call(*arguments)[0])
 
+    def test_an_older_triton_is_refused(self, monkeypatch):
+        monkeypatch.setattr(gpu, "_version", lambda: (3, 4))
+        assert "triton 3.4 is installed, the kernels need 3.5" in gpu.refuses(torch.device(DEVICE))
+
     @pytest.mark.parametrize("current", [0, 1])
     def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch, current):
         from convnn_geo.gpu import attention, cells, centered, gradients, search, taps

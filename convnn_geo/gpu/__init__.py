@@ -17,6 +17,8 @@ from torch import Tensor
 Result = TypeVar("Result")
 _INSTALLED = find_spec("triton") is not None
 
+_OLDEST = (3, 5)
+"""Version of Triton: earlier ones do not compile functions that call themselves, among others."""
 LARGEST_K = 256
 """Neighbours, at most, that a search keeps in registers."""
 
@@ -27,7 +29,21 @@ def refuses(device: torch.device) -> str | None:
         return "triton is not installed: pip install 'convnn-geo[triton]'"
     if device.type != "cuda" and not interpreted():
         return f"Triton is for GPUs, the points are on {device}"
+    version = _version()
+    if version < _OLDEST:
+        return (
+            f"triton {version[0]}.{version[1]} is installed, the kernels need {_OLDEST[0]}."
+            f"{_OLDEST[1]}, as it comes with torch 2.9: update torch"
+        )
     return None
+
+
+@functools.cache
+def _version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def interpreted() -> bool:

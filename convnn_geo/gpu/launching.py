@@ -6,7 +6,6 @@ attention itself takes. What it looks at is known here, so that a form, once fou
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +42,7 @@ class Launch:
             compiled[(*grid, 1, 1)[:3]](*tensors, *self.numbers, *floats, *last)
             return
         compiled = self.kernel[grid](*tensors, *self.numbers, *floats, **self.constants)
-        if compiled is None or not _takes_constants():  # None: it was interpreted
+        if compiled is None:  # it was interpreted
             return
         given = len(tensors) + len(self.numbers) + len(floats)
         names = self.kernel.arg_names[given:]
@@ -93,11 +92,3 @@ def prepared(
             _launches.clear()
         known = _launches[key] = Launch(kernel, numbers, **constants)
     return known
-
-
-@functools.cache
-def _takes_constants() -> bool:
-    """Whether forms are launched with their constants, as they are from Triton 3.3 on."""
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)

@@ -9,13 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn_geo.candidates import All, Block, Both, Candidates, Causal, Congruent
+from convnn_geo.checks import all_finite
+from convnn_geo.compiled import LARGEST_K
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import full_precision
 from convnn_geo.operation import Operation
+from convnn_geo.operators import is_watched
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
+
+_SPARSE = 12
+"""Bytes of a neighbour's index and distance; a source in a mask takes one."""
 
 
 def by_mask(candidates: Candidates) -> bool:
@@ -35,6 +41,17 @@ def _keeps_all(op: Operation) -> bool:
     return isinstance(chosen, Every)
 
 
+def _unlike_attention(op: Operation) -> str | None:
+    """Why an operation is no softmax by a bilinear metric over a mask of sources."""
+    if not isinstance(op.kernel, Sum):
+        return f"the kernel is {type(op.kernel).__name__}, not Sum"
+    if not isinstance(op.weighting, Softmax):
+        return f"weights are {type(op.weighting).__name__}, not Softmax"
+    if not by_mask(op.candidates):
+        return f"candidates of {type(op.candidates).__name__} are named by index"
+    return "the metric is not bilinear" if op.product is None else None
+
+
 class Attention(Rule):
     """``F.scaled_dot_product_attention``.
 
@@ -49,20 +66,19 @@ class Attention(Rule):
 
     def refuses(self, op: Operation) -> str | None:
         """Needs softmax over all candidates of a bilinear metric, and a sum."""
-        if not isinstance(op.kernel, Sum):
-            return f"the kernel is {type(op.kernel).__name__}, not Sum"
-        if not isinstance(op.weighting, Softmax):
-            return f"weights are {type(op.weighting).__name__}, not Softmax"
-        if not _keeps_all(op):
+        reason = _unlike_attention(op)
+        if reason is None and not _keeps_all(op):
             return f"{type(op.selection).__name__} keeps part of the candidates"
-        if not by_mask(op.candidates):
-            return f"candidates of {type(op.candidates).__name__} are named by index"
-        if op.product is None:
-            return "the metric is not bilinear"
-        return None
+        return reason
 
     def run(self, op: Operation) -> Tensor:
         """Attend."""
+        plain = op.mask is None and op.source.mask is None and op.bias is None
+        causal = plain and type(op.candidates) is Causal
+        return self.attend(op, None if causal else op.subset.mask, causal)
+
+    def attend(self, op: Operation, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """Over what a mask ``(..., n | 1, m)`` allows."""
         form = op.product
         if form is None:
             raise TypeError("attention lowering needs a bilinear metric")
@@ -77,9 +93,6 @@ class Attention(Rule):
                 b = (form.b / -form.scale).unsqueeze(-1)
                 k = torch.cat([k, b.expand(*k.shape[:-1], 1)], -1)
             dtype = q.dtype  # half precision would round b, which may be large, to whole units
-        plain = op.mask is None and op.source.mask is None and op.bias is None
-        causal = plain and type(op.candidates) is Causal
-        mask = None if causal else op.subset.mask
         if op.bias is not None:
             bias = (op.bias / weighting.temperature).to(dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
@@ -90,6 +103,41 @@ class Attention(Rule):
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
             )
         return out[..., : value.shape[-1]].to(value.dtype)
+
+
+class MaskedAttention(Attention):
+    """The same over a mask of the neighbours: of many among few, a mask is less than their copies.
+
+    What is not chosen must be finite: to a product nothing is not the same as 0 times infinity.
+    """
+
+    name = "masked_attention"
+
+    def refuses(self, op: Operation) -> str | None:
+        """Needs more neighbours than are sought in C, of at most twelve times as many sources."""
+        reason = _unlike_attention(op)
+        if reason is not None:
+            return reason
+        if not isinstance(op.selection, KNearest) or op.target.mask is not None:
+            return "the neighbours are not the k nearest of each target"
+        k, m = op.selection.k, op.source.num_points
+        if k <= LARGEST_K:
+            return f"k={k} is at most {LARGEST_K}"
+        if m > _SPARSE * k:
+            return f"a mask of {m} sources is more than k={k} neighbours with their distances"
+        if op.value.device.type != "cpu" or is_watched():
+            return "whether all is finite is looked at on the CPU, where nobody traces"
+        form = op.product
+        if form is None or not all(all_finite(t) for t in (form.q, form.k, op.value)):
+            return "not all features and values are finite"
+        return None
+
+    def run(self, op: Operation) -> Tensor:
+        """Search, and attend to whom was found."""
+        found, m = op.neighborhood(), op.source.num_points
+        index = found.index if found.mask is None else found.index.where(found.mask, m)
+        mask = torch.zeros(*index.shape[:-1], m + 1, dtype=torch.bool)
+        return self.attend(op, mask.scatter_(-1, index, True)[..., :m].contiguous())
 
 
 def _alike(q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:

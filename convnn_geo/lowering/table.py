@@ -10,7 +10,7 @@ from torch_geometric.nn import MessagePassing
 
 from convnn_geo import gpu
 from convnn_geo.checks import check_name
-from convnn_geo.lowering.attention import Attention
+from convnn_geo.lowering.attention import Attention, MaskedAttention
 from convnn_geo.lowering.convolution import Convolution, Pooling
 from convnn_geo.lowering.message_passing import MessagePassingRule
 from convnn_geo.lowering.neighbor_attention import NeighborAttention, TritonAttention
@@ -31,6 +31,7 @@ RULES: tuple[Rule, ...] = (
     Attention(),
     NeighborAttention(),
     TritonAttention(),
+    MaskedAttention(),
     Gather(),
     MessagePassingRule(),
     TritonTaps(),
