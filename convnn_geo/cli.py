@@ -216,19 +216,22 @@ def _add_show(commands: _Commands) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from convnn_geo import verify
+    from convnn_geo.console import progress
     from convnn_geo.demo.errors import print_errors, save_errors
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise InputError(f"--json: there is no folder {arguments.json.parent}")
-    try:
-        rows = verify.run(arguments.recipe)
-    except ValueError as error:
-        raise InputError(error) from error
+    golden = []
     if arguments.golden is not None:
         try:
-            rows += verify.golden(arguments.golden)
+            golden = verify.golden(arguments.golden)
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"--golden: {error}") from error
+    try:
+        with progress("verify") as tick:
+            rows = [*verify.run(arguments.recipe, tick), *golden]
+    except ValueError as error:
+        raise InputError(error) from error
     print_errors(rows)
     if arguments.json is not None:
         save_errors(rows, arguments.json)

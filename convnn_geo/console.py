@@ -1,13 +1,47 @@
-"""Tables for the terminal: by rich where it is installed, in plain text otherwise."""
+"""The terminal: tables, by rich where it is installed, in plain text otherwise, and progress."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from convnn_geo.extras import MissingExtraError, require
 
 _WIDE = 160
+Tick = Callable[[str, int, int], None]
+"""Called with what is done now, how much of all is done, and all."""
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Tick]:
+    """A bar on standard error while something goes on; none where rich is not installed."""
+    try:
+        bars = require("rich.progress", extra="viz")
+        console = require("rich.console", extra="viz").Console(stderr=True)
+    except MissingExtraError:
+        yield lambda what, done, total: None
+        return
+    columns = (
+        bars.TextColumn("{task.description:<34}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    )
+    bar = bars.Progress(*columns, console=console)
+    shown = bar.add_task(name, total=1)
+
+    def tick(what: str, done: int, total: int) -> None:
+        bar.start()  # not before: what is refused at once needs no bar
+        label = f"{name}: {what}" if what else name
+        bar.update(shown, description=label, completed=done, total=total)
+
+    try:
+        yield tick
+        tick("", bar.tasks[0].total, bar.tasks[0].total)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def print_table(

@@ -57,7 +57,9 @@ def test_verify_prints_a_line_a_recipe_and_backend(capsys, tmp_path):
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
 def test_verify_fails_where_an_error_exceeds_its_bound(monkeypatch, capsys, tmp_path, error):
-    monkeypatch.setattr(verify, "run", lambda names: [row(), row(error, backend="gather")])
+    monkeypatch.setattr(
+        verify, "run", lambda names, progress: [row(), row(error, backend="gather")]
+    )
     file = tmp_path / "errors.json"
     assert main(["verify", "--json", str(file)]) == 1
     assert "1 of 2 checks" in capsys.readouterr().out
@@ -67,7 +69,7 @@ def test_verify_fails_where_an_error_exceeds_its_bound(monkeypatch, capsys, tmp_
 
 def test_verify_without_rich_prints_plain_text(monkeypatch, capsys):
     hide(monkeypatch, "rich")
-    monkeypatch.setattr(verify, "run", lambda names: [row(), row(1.0, "kvt")])
+    monkeypatch.setattr(verify, "run", lambda names, progress: [row(), row(1.0, "kvt")])
     assert main(["verify"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["recipe", "peer", "backend"]
@@ -75,7 +77,7 @@ def test_verify_without_rich_prints_plain_text(monkeypatch, capsys):
 
 
 def test_verify_checks_numeric_cases_too(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(verify, "run", lambda names: [row()])
+    monkeypatch.setattr(verify, "run", lambda names, progress: [row()])
     monkeypatch.setattr(verify, "golden", lambda directory: [row(recipe=str(directory))])
     assert main(["verify", "--golden", "cases"]) == 0
     assert "cases" in capsys.readouterr().out

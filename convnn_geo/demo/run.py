@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,7 +14,7 @@ from typing import Any
 
 from convnn_geo import datasets, verify, viz
 from convnn_geo.checks import check_int
-from convnn_geo.console import print_table
+from convnn_geo.console import Tick, print_table, progress
 from convnn_geo.demo import neighbors
 from convnn_geo.demo.errors import print_errors
 from convnn_geo.demo.experiments import Experiment, experiments
@@ -28,8 +28,6 @@ from convnn_geo.workers import run_jobs
 EXTRAS = ("sklearn", "skimage", "matplotlib", "rich")
 LAMS = neighbors.spectrum(5)
 QUICK_RECIPES = ("conv2d", "conv2d_by_position", "multihead_attention", "kvt")
-
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -89,24 +87,9 @@ def run(
 @contextmanager
 def _stage(name: str, seconds: dict[str, float]) -> Iterator[Tick]:
     """A progress bar, and the time that the stage took."""
-    progress = require("rich.progress", extra="viz")
-    columns = (
-        progress.TextColumn("{task.description:<34}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-    )
     start = time.perf_counter()
-    with progress.Progress(*columns) as bar:
-        shown = bar.add_task(name, total=1)
-
-        def tick(what: str, done: int, total: int) -> None:
-            label = f"{name}: {what}" if what else name
-            bar.update(shown, description=label, completed=done, total=total)
-
+    with progress(name) as tick:
         yield tick
-        total = bar.tasks[0].total
-        bar.update(shown, description=name, completed=total)
     seconds[name] = round(time.perf_counter() - start, 1)
 
 

@@ -94,7 +94,10 @@ class Cells(PointEngine):
         """As every engine for points, in up to three dimensions."""
         reason = super().refuses(query)
         if reason is None and query.dimension > 3:
-            return f"cells are for up to 3 dimensions, the metric has {query.dimension}"
+            return (
+                f"cells are for up to 3 dimensions, the points that stand for the metric have "
+                f"{query.dimension}"
+            )
         if reason is None and query.problem.kind == "angles":
             return "vectors that differ by angles lie where directions are, many in one cell"
         return reason
