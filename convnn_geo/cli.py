@@ -159,7 +159,7 @@ def _add_demo(commands: _Commands) -> None:
         help="verify, draw, train along the spectrum, and write a report",
         description="On real data that ships with packages: verify every recipe, draw neighbours "
         "on a photograph, train on digits as images and as point clouds at five points of the "
-        "spectrum, and write a report. Takes about 75 seconds on two CPU cores.",
+        "spectrum, and write a report. Takes about 75 seconds on two idle CPU cores.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: %(default)s"

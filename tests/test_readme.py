@@ -55,7 +55,7 @@ def test_demo_takes_as_long_as_its_help_says(capsys):
     with pytest.raises(SystemExit):
         _parser().parse_args(["demo", "--help"])
     told = re.search(
-        r"about \d+ seconds on two CPU cores", " ".join(capsys.readouterr().out.split())
+        r"about \d+ seconds on two idle CPU cores", " ".join(capsys.readouterr().out.split())
     )
     assert told
     times = re.findall(r"demo.*(about .*(?:second|minute).*)", README)
