@@ -176,6 +176,14 @@ def test_other_work_is_named(tmp_path, capsys, monkeypatch, load):
     assert ("load 9.0 on 2 cores" in capsys.readouterr().err) == (load == 9.0)
 
 
+def test_it_says_why_there_are_no_ratios(capsys, monkeypatch):
+    from convnn_geo.bench import commands, peer
+
+    monkeypatch.setattr(peer, "installed", lambda: False)
+    assert peer.NAME not in commands._engines("all")
+    assert "without torch_cluster there are no ratios" in capsys.readouterr().err
+
+
 def test_graph_from_the_command_line(tmp_path, capsys):
     options = ["--engines", "dense,auto", "--metric", "euclidean,mixed", "--input", "random"]
     out = tmp_path / "out"

@@ -239,7 +239,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 def _engines(name: str) -> list[str]:
     if name != "all":
         return [name]
-    return [*search.engines(), *([peer.NAME] if peer.installed() else [])]
+    if peer.installed():
+        return [*search.engines(), peer.NAME]
+    hint = "pip install --no-build-isolation 'convnn-geo[cluster]'"
+    print(f"note: without torch_cluster there are no ratios to it: {hint}", file=sys.stderr)
+    return search.engines()
 
 
 def _measure(
