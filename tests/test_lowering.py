@@ -525,11 +525,12 @@ def test_more_neighbours_than_there_are_keys_are_all_of_them(masked, backend, me
 class TestMaskedAttention:
     """Many neighbours among few: attention over a mask of them is what gather computes."""
 
+    @pytest.mark.parametrize("metric", ["scaled_dot", "cosine", "squared_euclidean"])
     @pytest.mark.parametrize("given", ["nothing", "a mask", "a bias", "causal"])
-    def test_values_and_gradients(self, given):
+    def test_values_and_gradients(self, given, metric):
         torch.manual_seed(0)
         q, k, v = (torch.randn(2, 3, 140, 16, requires_grad=True) for _ in range(3))
-        options = {}
+        options = {"metric": metric}
         if given == "a mask":
             options["attn_mask"] = torch.rand(140, 140) < 0.95
             options["attn_mask"][3] = False  # who may attend to nobody
@@ -570,6 +571,33 @@ class TestMaskedAttention:
         )
         found = MaskedAttention().refuses(op)
         assert found is None if reason is None else reason in found
+
+    def test_who_is_nearer_than_rounding_tells_is_found(self):
+        """The last of the nearest and the next are closer to one another than a product tells."""
+        torch.manual_seed(0)
+        q = torch.randn(1, 60, 16)
+        keys = torch.randn(1, 1, 16) * 10 + 1e-6 * torch.randn(1, 140, 16)
+        value = torch.eye(140).unsqueeze(0)
+        found, wanted = (
+            knn_attention(q, keys, value, 130, backend=backend) != 0
+            for backend in ("native", "gather")
+        )
+        assert torch.equal(found, wanted) and (found.sum(-1) == 130).all()
+
+    @pytest.mark.parametrize(
+        "self_point, dilation", [("first", 1), ("excluded", 1), ("natural", 2)]
+    )
+    def test_other_choices_of_neighbours(self, self_point, dilation):
+        torch.manual_seed(0)
+        points = Points(torch.randn(1, 280, 16))
+        chosen = KNearest(130, dilation, self_point)
+        op = Operation(
+            *(points, points, torch.randn(1, 280, 8), as_metric("dot"), All(), chosen),
+            *(Softmax(), Sum()),
+        )
+        rule, _ = choose(op)
+        assert rule.name == "masked_attention"
+        torch.testing.assert_close(rule.run(op), run(op, "gather"), rtol=1e-4, atol=1e-5)
 
     def test_ties_go_to_the_lowest_index(self):
         q, keys = torch.ones(1, 2, 16), torch.ones(1, 140, 16)

@@ -16,10 +16,16 @@ from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.operators import is_watched
+from convnn_geo.search.nearest import Problem, by_rows
+from convnn_geo.search.rows import Hidden
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
+_BY_ROWS = ("auto", "dense")
+"""Engines for which rows of distances may be searched."""
+_SLAB = 2**23
+"""Bytes of a slab of distances: what stays in cache."""
 _SPARSE = 12
 """Bytes of a neighbour's index and distance; a source in a mask takes one."""
 
@@ -134,10 +140,27 @@ class MaskedAttention(Attention):
 
     def run(self, op: Operation) -> Tensor:
         """Search, and attend to whom was found."""
-        found, m = op.neighborhood(), op.source.num_points
-        index = found.index if found.mask is None else found.index.where(found.mask, m)
+        index, m = _chosen(op), op.source.num_points
         mask = torch.zeros(*index.shape[:-1], m + 1, dtype=torch.bool)
         return self.attend(op, mask.scatter_(-1, index, True)[..., :m].contiguous())
+
+
+def _chosen(op: Operation) -> Tensor:
+    """The neighbours ``(..., n, k)``, in any order, and the number of sources where there is none.
+
+    Of the k nearest the order is left open: to settle it costs several times what attention does.
+    """
+    chosen, m = op.selection, op.source.num_points
+    plain = type(chosen) is KNearest and chosen.dilation == 1 and chosen.self_point == "natural"
+    if isinstance(chosen, KNearest) and plain and op.bias is None and op.search in _BY_ROWS:
+        with torch.no_grad(), full_precision(op.value.device):
+            problem, k = Problem.of(op.bound, op.query().dtype), min(chosen.k, m)
+            if problem is not None:
+                hidden = Hidden(op.subset.mask)
+                values, places = by_rows(problem, k, hidden, _SLAB, any_order=True)
+                return places.where(values != torch.inf, m)
+    found = op.neighborhood()
+    return found.index if found.mask is None else found.index.where(found.mask, m)
 
 
 def _alike(q: Tensor, k: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:

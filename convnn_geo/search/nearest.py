@@ -203,19 +203,25 @@ def _shapes(
     return values, values.new_empty(shape, dtype=torch.long)
 
 
-def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
-    """Dense search: rows of distances by one matrix product, or by differences where few axes."""
+def by_rows(
+    problem: Problem, k: int, hidden: Hidden, slab: int, any_order: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Dense search: rows of distances by one matrix product, or by differences where few axes.
+
+    ``any_order``: who the nearest are must be right, their order only to rounding.
+    """
     found = _by_fused_rows(problem, k, hidden, slab)
     if found is not None:
         return found
     n = problem.q.shape[-2]
     if problem.q.nbytes > slab < _ROOMY and n > 1:  # bounds copies of targets, too
-        return _in_parts(problem, k, hidden, slab, max(1, slab * n // problem.q.nbytes))
+        step = max(1, slab * n // problem.q.nbytes)
+        return _in_parts(problem, k, hidden, slab, step, any_order)
     bound, dtype = problem.bound(), problem.dtype
     rough = bound.ordering(dtype)
     if type(rough) is not BilinearForm:
         return smallest_in_rows(rough, k, hidden, slab, dtype)
-    values, places = _by_product(problem, rough, k, hidden, slab)
+    values, places = _by_product(problem, rough, k, hidden, slab, any_order)
     if problem.exact:
         seen = referee(bound, places, slab, dtype)
         values = torch.where(values == torch.inf, values, seen)
@@ -223,7 +229,7 @@ def by_rows(problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor
 
 
 def _in_parts(
-    problem: Problem, k: int, hidden: Hidden, slab: int, step: int
+    problem: Problem, k: int, hidden: Hidden, slab: int, step: int, any_order: bool
 ) -> tuple[Tensor, Tensor]:
     """:func:`by_rows` for some targets at a time."""
     n, seen = problem.q.shape[-2], () if hidden.mask is None else hidden.mask.shape[:-2]
@@ -233,12 +239,13 @@ def _in_parts(
     for start in range(0, n, step):
         stop = min(start + step, n)
         part, behind = problem.between(start, stop), hidden.between(start, stop)
-        values[..., start:stop, :], places[..., start:stop, :] = by_rows(part, k, behind, slab)
+        found = by_rows(part, k, behind, slab, any_order)
+        values[..., start:stop, :], places[..., start:stop, :] = found
     return values, places
 
 
 def _by_product(
-    problem: Problem, rough: BilinearForm, k: int, hidden: Hidden, slab: int
+    problem: Problem, rough: BilinearForm, k: int, hidden: Hidden, slab: int, any_order: bool
 ) -> tuple[Tensor, Tensor]:
     """By a product that tells all but near ones apart; rows where it doesn't are searched again."""
     asked = min(k + 1, problem.keys.shape[-2])
@@ -247,7 +254,8 @@ def _by_product(
     if problem.kind == "points":  # what decides holds the target's square, too, and is rounded
         size = rough.q.square().sum(-1, keepdim=True)
         margin = margin + 6 * torch.finfo(problem.dtype).eps * size
-    unsure = _undecided(problem, values, places, margin)
+    first = k - 1 if any_order else 0  # from whom on it matters who is nearer
+    unsure = _undecided(problem, values[..., first:], places[..., first:], margin)
     if 1 < asked < problem.keys.shape[-2]:
         unsure = unsure | _open_ended(problem, values, places, hidden.own)
     values, places = values[..., :k], places[..., :k]
