@@ -89,13 +89,13 @@ IMAGES = {
         lambda: conv(k=K, metric=Encoded("cosine", Conditional(CHANNELS)), weighting="softmax"),
         SEARCH + TAPS + WEIGHTED + 2 * PIXELS * CHANNELS * 9,
     ),
-    "factor of Mahalanobis, on targets and sources": (
+    "factor of Mahalanobis, on targets that are the sources": (
         lambda: conv(k=K, metric=Mahalanobis(CHANNELS), weighting="softmax"),
-        SEARCH + TAPS + WEIGHTED + 2 * 2 * PIXELS * CHANNELS * CHANNELS,
+        SEARCH + TAPS + WEIGHTED + 2 * PIXELS * CHANNELS * CHANNELS,
     ),
     "rank of Mahalanobis": (
         lambda: conv(k=K, metric=Mahalanobis(CHANNELS, 3), weighting="softmax"),
-        2 * PIXELS * PIXELS * 3 + TAPS + WEIGHTED + 2 * 2 * PIXELS * CHANNELS * 3,
+        2 * PIXELS * PIXELS * 3 + TAPS + WEIGHTED + 2 * PIXELS * CHANNELS * 3,
     ),
     "matrix of Bilinear, on targets": (
         lambda: conv(k=K, metric=Bilinear(CHANNELS), weighting="softmax"),
@@ -231,7 +231,7 @@ def test_point_transformer():
 
 def test_grav_net():
     layer = recipes.grav_net(CHANNELS, OUT, space_dimensions=2, propagate_dimensions=5, k=3)
-    space = 2 * 2 * 12 * CHANNELS * 2 + 2 * 12 * 12 * 2  # of targets and sources, then pairs
+    space = 2 * 12 * CHANNELS * 2 + 2 * 12 * 12 * 2  # of points, then pairs
     networks = 2 * 12 * (CHANNELS * 5 + CHANNELS * OUT + 2 * 5 * OUT)
     found, _ = on_every_backend(layer, torch.randn(12, CHANNELS))
     assert found == {space + networks + 12 * 3 * 5}

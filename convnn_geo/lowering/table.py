@@ -100,6 +100,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
           attention          refused: the kernel is Taps, not Sum
           neighbor_attention refused: the kernel is Taps, not Sum
           triton_attention   refused: the kernel is Taps, not Sum
+          masked_attention   refused: the kernel is Taps, not Sum
           search             ... (grid: the metric looks at more than positions...)
     """
     name = type(layer).__name__
