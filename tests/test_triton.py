@@ -444,7 +444,7 @@ class TestAttention:
         assert torch.equal(out, call(*arguments)[0])
 
     def test_an_older_triton_is_refused(self, monkeypatch):
-        monkeypatch.setattr(gpu, "_version", lambda: (3, 4))
+        monkeypatch.setattr(gpu, "_VERSION", (3, 4))
         assert "triton 3.4 is installed, the kernels need 3.5" in gpu.refuses(torch.device(DEVICE))
 
     @pytest.mark.parametrize("current", [0, 1])

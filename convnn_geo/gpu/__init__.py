@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -19,6 +20,20 @@ _INSTALLED = find_spec("triton") is not None
 
 _OLDEST = (3, 5)
 """Version of Triton: earlier ones do not compile functions that call themselves, among others."""
+
+
+def _version() -> tuple[int, int]:
+    """Of what is installed, under whatever name; of what has none nothing is refused."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            major, minor = metadata.version(name).split(".")[:2]
+            return int(major), int(minor)
+        except (metadata.PackageNotFoundError, ValueError):
+            continue
+    return _OLDEST
+
+
+_VERSION = _version()  # known before anything is traced
 LARGEST_K = 256
 """Neighbours, at most, that a search keeps in registers."""
 
@@ -29,21 +44,12 @@ def refuses(device: torch.device) -> str | None:
         return "triton is not installed: pip install 'convnn-geo[triton]'"
     if device.type != "cuda" and not interpreted():
         return f"Triton is for GPUs, the points are on {device}"
-    version = _version()
-    if version < _OLDEST:
+    if _VERSION < _OLDEST:
         return (
-            f"triton {version[0]}.{version[1]} is installed, the kernels need {_OLDEST[0]}."
+            f"triton {_VERSION[0]}.{_VERSION[1]} is installed, the kernels need {_OLDEST[0]}."
             f"{_OLDEST[1]}, as it comes with torch 2.9: update torch"
         )
     return None
-
-
-@functools.cache
-def _version() -> tuple[int, int]:
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def interpreted() -> bool:
