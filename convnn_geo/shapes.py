@@ -9,7 +9,7 @@ import torch
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """:func:`torch.broadcast_shapes`, at a tenth of its time where nobody traces sizes.
+    """:func:`torch.broadcast_shapes`, in a part of its time where nobody traces sizes.
 
     Example:
         >>> broadcast_shapes((2, 3), (), (2, 3)), broadcast_shapes((2, 1), (3,))

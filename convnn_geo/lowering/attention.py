@@ -18,14 +18,10 @@ from convnn_geo.operation import Operation
 from convnn_geo.operators import is_watched
 from convnn_geo.search.nearest import Problem, by_rows
 from convnn_geo.search.rows import Hidden
-from convnn_geo.selection import Every, KNearest
+from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
-_BY_ROWS = ("auto", "dense")
-"""Engines for which rows of distances may be searched."""
-_SLAB = 2**23
-"""Bytes of a slab of distances: what stays in cache."""
 _SPARSE = 12
 """Bytes of a neighbour's index and distance; a source in a mask takes one."""
 
@@ -37,13 +33,25 @@ def by_mask(candidates: Candidates) -> bool:
     return type(candidates) in (All, Block, Causal, Congruent)
 
 
+def simply_nearest(chosen: Selection) -> bool:
+    """Whether those that are kept are the k nearest, and nothing else."""
+    plain = type(chosen) is KNearest and chosen.dilation == 1
+    return plain and chosen.self_point == "natural"
+
+
+def by_rows_of_distances(op: Operation) -> bool:
+    """Whether the search that was asked for may be one of rows of distances."""
+    return op.search in ("auto", "dense")
+
+
 def _keeps_all(op: Operation) -> bool:
     """Whether every candidate is kept: in a sum their order does not count."""
     chosen = op.selection
     if isinstance(chosen, KNearest) and type(op.candidates) is All:
-        alone = chosen.dilation == 1 and chosen.self_point == "natural"
         m = op.source.num_points
-        return alone and (chosen.k == m or (chosen.k > m and chosen.short == "pad"))
+        return simply_nearest(chosen) and (
+            chosen.k == m or (chosen.k > m and chosen.short == "pad")
+        )
     return isinstance(chosen, Every)
 
 
@@ -151,13 +159,14 @@ def _chosen(op: Operation) -> Tensor:
     Of the k nearest the order is left open: to settle it costs several times what attention does.
     """
     chosen, m = op.selection, op.source.num_points
-    plain = type(chosen) is KNearest and chosen.dilation == 1 and chosen.self_point == "natural"
-    if isinstance(chosen, KNearest) and plain and op.bias is None and op.search in _BY_ROWS:
+    simply = simply_nearest(chosen) and by_rows_of_distances(op) and op.bias is None
+    if isinstance(chosen, KNearest) and simply:
         with torch.no_grad(), full_precision(op.value.device):
-            problem, k = Problem.of(op.bound, op.query().dtype), min(chosen.k, m)
+            query, k = op.query(), min(chosen.k, m)
+            problem = Problem.of(op.bound, query.dtype)
             if problem is not None:
                 hidden = Hidden(op.subset.mask)
-                values, places = by_rows(problem, k, hidden, _SLAB, any_order=True)
+                values, places = by_rows(problem, k, hidden, query.slab, any_order=True)
                 return places.where(values != torch.inf, m)
     found = op.neighborhood()
     return found.index if found.mask is None else found.index.where(found.mask, m)

@@ -17,7 +17,7 @@ from torch import Tensor
 from convnn_geo import compiled, gpu
 from convnn_geo.gpu.layout import empty_result, leading
 from convnn_geo.kernels import Sum
-from convnn_geo.lowering.attention import by_mask
+from convnn_geo.lowering.attention import by_mask, by_rows_of_distances, simply_nearest
 from convnn_geo.lowering.rules import Again, Rule
 from convnn_geo.metrics import (
     Angular,
@@ -200,11 +200,11 @@ def _refuses(op: Operation) -> str | None:
         return f"the kernel is {type(op.kernel).__name__}, not Sum"
     if not isinstance(op.weighting, Softmax):
         return f"weights are {type(op.weighting).__name__}, not Softmax"
-    if type(chosen) is not KNearest or chosen.dilation != 1 or chosen.self_point != "natural":
+    if not isinstance(chosen, KNearest) or not simply_nearest(chosen):
         return "neighbours are not simply the k nearest"
     if not by_mask(op.candidates) or op.target.mask is not None:
         return f"candidates of {type(op.candidates).__name__} are no mask over all sources"
-    if op.search not in ("auto", "dense"):
+    if not by_rows_of_distances(op):
         return f"search={op.search!r} was asked for"
     if op.bias is not None:
         return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
