@@ -156,16 +156,44 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
     return value if isinstance(value, int) else int(value)
 
 
-def check_number(name: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
-    """Return ``value`` if it is a finite real number not under ``minimum``."""
+def check_number(
+    name: str,
+    value: Any,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    *,
+    exclusive: bool = False,
+) -> float:
+    """Return ``value`` if it is a finite real number between bounds.
+
+    Args:
+        name: of the argument, for the error.
+        value: to be checked.
+        minimum: the least that it may be.
+        maximum: the most that it may be.
+        exclusive: refuse the minimum itself.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
     number = float(value)
-    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
-        bound = bound if math.isfinite(minimum) else ""
-        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    inside = minimum < number <= maximum if exclusive else minimum <= number <= maximum
+    if not (inside and math.isfinite(number)):
+        raise ValueError(f"{name}: expected {_numbers(minimum, maximum, exclusive)}, got {value}")
     return number
+
+
+def _numbers(minimum: float, maximum: float, exclusive: bool) -> str:
+    """The numbers between bounds, in words.
+
+    Example:
+        >>> _numbers(0, 1, exclusive=True), _numbers(0, math.inf, exclusive=True)
+        ('a number in (0, 1]', 'a finite number greater than 0')
+    """
+    if math.isfinite(maximum):
+        return f"a number in {'(' if exclusive else '['}{minimum:g}, {maximum:g}]"
+    if math.isfinite(minimum):
+        return f"a finite number {'greater than' if exclusive else 'of at least'} {minimum:g}"
+    return "a finite number"
 
 
 def check_instance(name: str, value: Any, kind: type) -> Any:

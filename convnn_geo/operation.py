@@ -44,6 +44,7 @@ class Operation:
         bias: added to the similarities, ``(..., n | 1, m)``; may carry a gradient.
         search: search engine.
         image: ``(b, c, *size)``, the image that the values are the pixels of, where there is one.
+        with_weights: whether the weights of the chosen pairs are asked for, too.
     """
 
     target: Points
@@ -59,6 +60,7 @@ class Operation:
     bias: Tensor | None = None
     search: str = "auto"
     image: Tensor | None = None
+    with_weights: bool = False
 
     @once
     def subset(self) -> Subset:

@@ -45,6 +45,11 @@ class Pairs:
             return self.bind().at(self.neighborhood.index)
 
     @property
+    def squared_distance(self) -> Tensor:
+        """The same, squared where the metric took a root, as ``"euclidean"`` does."""
+        return self.distance.square() if self.bind().rooted else self.distance
+
+    @property
     def similarity(self) -> Tensor:
         """Similarities, ``(..., n, k)``: what the metric negated."""
         return self.bind().offset - self.distance

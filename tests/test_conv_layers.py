@@ -444,7 +444,7 @@ def test_encoding_with_a_convolution():
 
 WEIGHTINGS = {
     "softmax": lambda d: (-d).softmax(-1),
-    "gaussian": lambda d: (-d / 2).exp(),
+    "gaussian": lambda d: (-d.square() / 2).exp(),
     "similarity": lambda d: -d,
     "inverse_distance": lambda d: (1 / (d + 1e-8)) / (1 / (d + 1e-8)).sum(-1, keepdim=True),
 }

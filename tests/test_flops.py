@@ -42,18 +42,18 @@ def tokens():
     return torch.randn(1, TOKENS, EMBED)
 
 
-def flops(layer, *inputs):
-    (line,) = convert.report(layer, *inputs).lines
+def flops(layer, *inputs, **options):
+    (line,) = convert.report(layer, *inputs, **options).lines
     return line.flops
 
 
-def on_every_backend(layer, *inputs):
+def on_every_backend(layer, *inputs, **options):
     """What each backend that can run the layer counts, and the backends."""
     found = {}
     for name in BACKENDS:
         layer.backend = name
         try:
-            found[name] = flops(layer, *inputs)
+            found[name] = flops(layer, *inputs, **options)
         except ValueError as error:
             if "can't run this layer" not in str(error):
                 raise
@@ -205,8 +205,9 @@ ATTENTIONS = {
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name):
     make, by_hand = ATTENTIONS[name]
-    found, backends = on_every_backend(make(), tokens())
+    found, backends = on_every_backend(make(), tokens(), need_weights=False)
     assert found == {by_hand} and {"auto", "gather", "message_passing"} <= backends
+    assert flops(make(), tokens(), need_weights=True) == by_hand
     assert ("native" in backends) == (name == "all keys")
 
 

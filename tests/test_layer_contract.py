@@ -14,7 +14,11 @@ from torch import Tensor, nn
 import convnn_geo.nn.attention
 import convnn_geo.nn.conv
 import convnn_geo.nn.point_conv
-from convnn_geo.nn import ConvNN2d
+from convnn_geo import recipes
+from convnn_geo.kernels import EdgeMLP
+from convnn_geo.metrics import Mahalanobis, interpolate
+from convnn_geo.nn import ConvNN2d, ConvNNAttention, PointConvNN
+from convnn_geo.weighting import PositionMLP
 
 each = pytest.mark.parametrize("case", CASES, ids=NAMES)
 each_random = pytest.mark.parametrize("case", RANDOM_CASES, ids=[c.name for c in RANDOM_CASES])
@@ -143,6 +147,38 @@ def test_reset_parameters_draws_anew_and_repeats(case: Case):
         t.shape == before[name].shape and bool(t.isfinite().all())
         for name, t in layer.state_dict().items()
     )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConvNN2d(4, 4, k=3, metric=Mahalanobis(4), weighting="softmax"),
+        lambda: ConvNN2d(4, 4, k=3, metric="cosine", encoding="conditional"),
+        lambda: PointConvNN(4, 4, k=3, weighting=PositionMLP(nn.Linear(3, 1))),
+        lambda: ConvNNAttention(4, 2, k=3, metric=Mahalanobis(2)),
+        lambda: ConvNNAttention(
+            4, 2, k=3, metric=interpolate("squared_spatial", "scaled_dot", 0.25, learnable=True)
+        ),
+        lambda: recipes.vig(4, k=3),
+        lambda: recipes.edge_conv(4, 4, k=3),
+    ],
+)
+def test_reset_parameters_reaches_every_part(make):
+    """What a layer is made of stays as it is at first, and is drawn anew when asked for."""
+    torch.manual_seed(0)
+    layer = make()
+    for p in layer.parameters():
+        nn.init.constant_(p, 3.0)
+    layer.reset_parameters()
+    untouched = [name for name, p in layer.named_parameters() if bool((p == 3.0).all())]
+    assert untouched == []
+
+
+def test_parts_come_into_a_layer_as_they_are():
+    part = nn.Linear(8, 4)
+    before = part.weight.clone()
+    PointConvNN(4, 4, k=3, kernel=EdgeMLP(part))
+    assert torch.equal(part.weight, before)
 
 
 @each

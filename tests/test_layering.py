@@ -184,3 +184,13 @@ def test_what_a_package_exports_is_there(path):
     assert len(set(exported)) == len(exported)
     for name in exported:
         assert hasattr(module, name), f"{module.__name__}.{name}"
+
+
+def test_every_file_of_the_package_goes_into_a_wheel():
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["convnn_geo"]
+    there = {path for path in ROOT.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    carried = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    assert ROOT / "search" / "costs.json" in there
+    assert {path for path in there - carried if path.suffix != ".py"} == set()

@@ -15,6 +15,7 @@ from convnn_geo.kernels import Sum
 from convnn_geo.lowering import RULES, choose, explain, run
 from convnn_geo.lowering.attention import Attention, MaskedAttention
 from convnn_geo.lowering.convolution import Convolution, Pooling
+from convnn_geo.lowering.rules import Aggregation
 from convnn_geo.metrics import as_metric
 from convnn_geo.nn import (
     Branching,
@@ -27,7 +28,8 @@ from convnn_geo.nn import (
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
-from convnn_geo.selection import Every, KNearest
+from convnn_geo.search import registry
+from convnn_geo.selection import Every, KNearest, Radius
 from convnn_geo.weighting import Softmax, Weighting
 
 IMAGE = torch.zeros(1, 4, 6, 6)
@@ -240,7 +242,8 @@ def test_explain_pooling():
 
 
 def test_explain_attention():
-    assert explain(ConvNNAttention(8, 2), TOKENS).splitlines() == [
+    lines = explain(ConvNNAttention(8, 2), TOKENS, need_weights=False).splitlines()
+    assert lines == [
         "ConvNNAttention runs by: attention",
         "  convolution        refused: the kernel is Sum, not taps",
         "  pooling            refused: the kernel is Sum, neither Mean nor Max",
@@ -276,7 +279,8 @@ def test_explain_takes_what_the_layer_takes(unbatched):
     assert explain(ConvNN2d(4, 6, k=3, metric="cosine"), x).startswith("ConvNN2d runs by: gather")
     tokens = TOKENS[0] if unbatched else TOKENS
     layer = ConvNNAttention(8, 2)
-    assert "runs by: attention" in explain(layer, tokens, key_padding_mask=None, is_causal=True)
+    options = {"key_padding_mask": None, "need_weights": False, "is_causal": True}
+    assert "runs by: attention" in explain(layer, tokens, **options)
     with pytest.raises(ValueError, match="expected 4 channels, got 3"):
         explain(ConvNN2d(4, 6, 3), torch.zeros(1, 3, 6, 6))
 
@@ -292,6 +296,76 @@ def test_explain_other_layers():
     assert "  ConvNN2d runs by: gather" in text and "  ConvNN2d runs by: convolution" in text
     mixed = Branching.of(ConvNN2d(4, 6, k=3, metric="cosine"), nn.Conv2d(4, 6, 1), None)
     assert "  Conv2d: as it is" in explain(mixed, IMAGE)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+def test_explain_names_what_attention_with_weights_runs(monkeypatch, k, backend, weights):
+    layer = ConvNNAttention(8, 2, k=k, backend=backend)
+    ran = []
+    for rule in RULES:
+        monkeypatch.setattr(type(rule), "run", lambda rule, op: ran.append(rule.name) or op.value)
+        if isinstance(rule, Aggregation):
+            own = type(rule).run_with_weights
+            spied = lambda rule, *a, own=own: ran.append(rule.name) or own(rule, *a)  # noqa: E731
+            monkeypatch.setattr(type(rule), "run_with_weights", spied)
+    text = explain(layer, TOKENS, TOKENS, TOKENS, None, weights)  # in the order of forward
+    layer(TOKENS, TOKENS, TOKENS, None, weights)
+    assert text.splitlines()[0] == f"ConvNNAttention runs by: {ran[0]}"
+    assert ("weights are asked for, too" in text) == ((weights and k is not None) or weights)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ConvNN2d(3, 4, k=9, metric="euclidean"),
+        ConvNN2d(3, 4, k=40, metric="cosine"),
+        ConvNN2d(3, 4, k=9, metric="euclidean", self_point="first"),
+        ConvNN2d(3, 4, k=9, metric="euclidean", self_point="excluded"),
+        ConvNN2d(3, 4, metric="euclidean", selection=KNearest(20, dilation=2)),
+        ConvNN2d(3, 3, selection=Radius(0.3, 20), metric="euclidean", kernel="sum"),
+    ],
+    ids=lambda layer: str(layer.selection),
+)
+@pytest.mark.parametrize("size", [16, 40, 72])
+def test_explain_asks_what_the_layer_asks(monkeypatch, layer, size):
+    image = torch.rand(1, 3, size, size + 8, generator=torch.Generator().manual_seed(size))
+    asked = []
+    explained, chosen = registry.explain_query, registry.fastest
+    monkeypatch.setattr(
+        lowering.table,
+        "explain_query",
+        lambda query: asked.append(("explain", said(query))) or explained(query),
+    )
+    monkeypatch.setattr(
+        registry, "fastest", lambda query: asked.append(("run", said(query))) or chosen(query)
+    )
+
+    def said(query):
+        own = None if query.excluded is None else query.excluded.tolist()
+        return query.k, own, query.subset.index is None, query.source.num_points
+
+    line = explain(layer, image).splitlines()[-1].split()
+    explaining, asked[:] = [what for who, what in asked if who == "explain"], []
+    layer(image)
+    running = [what for who, what in asked if who == "run"]
+    assert explaining == running and len(running) == 1
+    assert line[:2] == ["search", chosen(layer.selection.asked(*question(layer, image)))]
+
+
+def question(layer, image):
+    op = layer.operation(image)
+    return op.query(), op.own()
+
+
+def test_explain_a_graph_that_is_given():
+    layer, x = PointConvNN(3, 4, k=2), torch.rand(600, 3)
+    edges = torch.stack([torch.arange(600).roll(1), torch.arange(600)])
+    last = explain(layer, x, x, edge_index=edges).splitlines()[-1]
+    assert last.split(None, 1) == ["search", "none: neighbours are those of edge_index"]
+    last = explain(layer, x, x, torch.arange(600) // 300).splitlines()[-1]
+    assert last.split(None, 1)[1] == "none: neighbours are those of search.knn, cloud by cloud"
 
 
 def test_explain_needs_a_layer():
@@ -400,7 +474,7 @@ class Evens(Candidates):
 def test_candidates_of_ones_own_are_not_taken_for_a_mask():
     layer = ConvNNAttention(8, 2, candidates=Evens()).double()
     x = random(2, 6, 8)
-    assert "candidates of Evens are named by index" in explain(layer, x)
+    assert "candidates of Evens are named by index" in explain(layer, x, need_weights=False)
     out, weights = layer(x)
     assert bool((weights[..., 1::2] == 0).all()) and bool((weights[..., ::2] > 0).all())
     torch.testing.assert_close(layer(x, need_weights=False)[0], out)

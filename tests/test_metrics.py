@@ -900,6 +900,11 @@ def test_names_resolve():
     metrics.register_metric("mine", lambda: Spatial("l1"))
     try:
         assert metrics.as_metric("mine").p == 1
+        for taken in ("mine", "cosine"):
+            with pytest.raises(ValueError, match=f"got '{taken}'; choose another.*mine, "):
+                metrics.register_metric(taken, lambda: Spatial("chebyshev"))
+        assert metrics.as_metric("mine").p == 1
+        assert metrics.as_metric("cosine").kind == "cosine"
     finally:
         metrics.base._RESOLVER.pop("mine")
 

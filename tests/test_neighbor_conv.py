@@ -18,6 +18,7 @@ from convnn_geo import checking
 from convnn_geo.neighborhood import edge_rank
 from convnn_geo.nn import NeighborConv, PointConvNN
 from convnn_geo.search import knn
+from convnn_geo.weighting import PositionMLP
 
 N, M, C, D, K = 6, 9, 4, 5, 3
 
@@ -126,6 +127,23 @@ def test_other_weightings_of_distances(name):
         layer, x, edges(), edge_rank(edges(), distance), weight=rho[:, None].expand(10, C)
     )
     equal(layer((x, None), edges(), distance=distance, size=(M, N)), expected)
+
+
+def test_weightings_need_what_they_weigh():
+    x, edge = random(M, C), edges()
+    with pytest.raises(ValueError, match="Softmax depend on distances; pass distance="):
+        NeighborConv(C, D, K, weighting="softmax").double()((x, None), edge, size=(M, N))
+    with pytest.raises(ValueError, match=r"PositionMLP depend on positions.* edge_weight="):
+        NeighborConv(C, D, K, weighting=PositionMLP(nn.Linear(3, 1)))
+
+
+def test_repr_names_what_is_not_as_by_default():
+    assert repr(NeighborConv(C, D, K)) == f"NeighborConv({C}, {D}, k={K})"
+    found = repr(NeighborConv(C, 6, K, bias=False, aggr="mean", weighting="softmax", groups=2))
+    assert found == (
+        f"NeighborConv({C}, 6, k={K}, groups=2, bias=False, aggr='mean', "
+        "weighting=Softmax(temperature=1, dropout=0))"
+    )
 
 
 def test_the_same_as_the_dense_layer_on_its_graph():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from convnn_geo import kernels, metrics
 from convnn_geo.candidates import Random
 from convnn_geo.encodings import Coordinates
+from convnn_geo.kernels import EdgeMLP
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import PointConvNN
 from convnn_geo.search import knn
@@ -103,6 +104,32 @@ def test_a_given_graph_is_weighed_by_the_metric(weighting, backend):
         strict=True,
     ):
         equal(a, b)
+
+
+def test_a_kernel_of_ones_own_must_give_the_channels_that_the_layer_says():
+    mlp = EdgeMLP(nn.Linear(2 * C, 4))
+    assert PointConvNN(C, 4, K, kernel=mlp)(torch.rand(9, C), torch.rand(9, 3)).shape == (9, 4)
+    with pytest.raises(ValueError, match="EdgeMLP gives 4 channels, but the layer was made for 99"):
+        PointConvNN(C, 99, K, kernel=mlp)(torch.rand(9, C), torch.rand(9, 3))
+
+
+def test_kernels_that_look_at_targets_need_their_features():
+    layer = PointConvNN(C, 4, K, kernel=EdgeMLP(nn.Linear(2 * C, 4)))
+    x, pos = torch.rand(9, C), torch.rand(9, 3)
+    assert layer((x, x[:5]), (pos, pos[:5])).shape == (5, 4)
+    with pytest.raises(ValueError, match=r"EdgeMLP looks at features of targets.*x_target"):
+        layer((x, None), (pos, pos[:5]))
+
+
+def test_repr_names_what_is_not_as_by_default():
+    def first(**options):
+        return repr(PointConvNN(4, 4, k=3, **options)).splitlines()[1].strip()
+
+    assert first() == "4, 4, k=3"
+    assert first(kernel="max") == "4, 4, k=3, kernel='max'"
+    assert first(groups=2, bias=False, order="raster") == (
+        "4, 4, k=3, groups=2, bias=False, order='raster'"
+    )
 
 
 def test_a_given_graph_with_fewer_edges_than_taps():

@@ -569,10 +569,9 @@ def test_no_neighbours_at_all():
     x = cloud(5, 3)
     found = find(Query(Points(x, x), Points(x, x), Spatial(), 0), "dense")
     assert found.index.shape == (5, 0)
-    own = torch.arange(5)
-    assert search.with_self_first(
-        Query(Points(x, x), Points(x, x), Spatial(), 1), "auto", own
-    ).index.tolist() == [[0], [1], [2], [3], [4]]
+    bound = Spatial().bind(Points(x, x), Points(x, x))
+    first = search.with_self_first(found, bound, torch.arange(5))
+    assert first.index.tolist() == [[0], [1], [2], [3], [4]]
 
 
 def test_empty_targets_give_an_empty_answer():

@@ -315,8 +315,8 @@ def test_copies(case):
     [
         (lambda: Softmax(0.0), "greater than 0"),
         (lambda: Softmax(-1.0), "greater than 0"),
-        (lambda: Softmax(dropout=1.5), "probability"),
-        (lambda: Softmax(dropout=-0.5), "at least 0"),
+        (lambda: Softmax(dropout=1.5), r"dropout: expected a number in \[0, 1\]"),
+        (lambda: Softmax(dropout=-0.5), r"dropout: expected a number in \[0, 1\], got -0.5"),
         (lambda: Gaussian(0), "greater than 0"),
         (lambda: Gaussian(math.nan), "finite"),
         (lambda: InverseDistance(0.0), "greater than 0"),

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_geo.convert.positions import PatchPositions
 from convnn_geo.kernels import HeadTaps, Max, Mean, Separable, Sum, Taps, VectorAttention
+from convnn_geo.lowering import operation_of
 from convnn_geo.metrics import Encoded, Interpolation, Metric, PaperMix, PositionBias, Spatial
 from convnn_geo.metrics import Sum as MetricSum
 from convnn_geo.nn import ConvNNAttention
@@ -56,11 +57,9 @@ def counted(layer: Any, *args: Any, **kwargs: Any) -> tuple[Operation, int]:
         >>> counted(layer, x)[1] == 2 * 2 * (20 * 20 * 3 + 20 * 9 * 3 * 8)
         True
     """
+    op, total = _encoded(layer, *args, **kwargs)
     bound = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-    takes = inspect.signature(layer.operation).parameters
-    call = {name: value for name, value in bound.items() if name in takes}
-    op, total = _encoded(layer, call)
-    total += _distances(op, _asked(op, call)) + _kernel(op)
+    total += _distances(op, _asked(op, bound.get("batch"))) + _kernel(op)
     if isinstance(layer, ConvNNAttention):
         total += _projections(layer, op)
     return op, total
@@ -88,14 +87,14 @@ def _parts(metric: Metric) -> list[Any] | None:
     return None
 
 
-def _encoded(layer: Any, call: dict[str, Any]) -> tuple[Operation, int]:
+def _encoded(layer: Any, *args: Any, **kwargs: Any) -> tuple[Operation, int]:
     """The operation, and what the layer's encoding does on the way there.
 
     Not what the way takes otherwise: large clouds are searched there, by any engine.
     """
     encoding: nn.Module | None = layer.encoding
     if encoding is None or encoding.on == "metric":  # then it is part of the metric
-        return layer.operation(**call), 0
+        return operation_of(layer, *args, **kwargs), 0
     with FlopCounterMode(display=False) as counter:
         seen: list[int] = []
         handles = [
@@ -103,18 +102,18 @@ def _encoded(layer: Any, call: dict[str, Any]) -> tuple[Operation, int]:
             encoding.register_forward_hook(lambda *_: seen.append(counter.get_total_flops())),
         ]
         try:
-            op = layer.operation(**call)
+            op = operation_of(layer, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
     return op, sum(seen)
 
 
-def _asked(op: Operation, call: dict[str, Any]) -> int:
+def _asked(op: Operation, batch: Any) -> int:
     """Pairs whose distances somebody asks for."""
     if isinstance(op.selection, Given):
-        if call.get("edge_index") is None:  # the layer has searched already, cloud by cloud
-            return _pairs_of_clouds(op, call["batch"])
+        if op.selection.origin != "edge_index":  # the layer has searched already, cloud by cloud
+            return _pairs_of_clouds(op, batch)
         return _chosen(op) if op.weighting.uses_distance else 0
     return _pairs(op) if op.weighting.uses_distance or not op.whole else 0
 

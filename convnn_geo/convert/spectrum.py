@@ -20,6 +20,7 @@ from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttenti
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.nn.point_attention import PointAttention
 from convnn_geo.pairs import Pairs
+from convnn_geo.recipes.convolution import nearest_in_window
 from convnn_geo.selection import Every, KNearest
 from convnn_geo.weighting import Ones, Softmax, Weighting
 
@@ -93,8 +94,7 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
         >>> convert.set_interpolation(model, 0), torch.allclose(model(x), conv(x), atol=1e-6)
         (['0'], True)
     """
-    if check_number("lam", lam) > 1:
-        raise ValueError(f"lam: expected a number in [0, 1], got {lam}")
+    check_number("lam", lam, maximum=1)
     movable = _movable(model)
     if not movable:
         raise ValueError(
@@ -187,17 +187,12 @@ def _ends(model: nn.Module, name: str, layer: Any) -> tuple[Metric, Metric]:
         place = token_positions(model, name)
         if not isinstance(place, Spatial):  # the sequence is of patches
             return place, layer.metric
-    near = _nearest(layer.kernel_size or (1,))
+    near = nearest_in_window(layer.kernel_size or (1,))
     return near, Feature("cosine") if isinstance(layer.metric, Spatial) else layer.metric
 
 
-def _nearest(sides: tuple[int, ...]) -> Spatial:
-    """The metric whose nearest are the window: Chebyshev, in windows."""
-    square = len(set(sides)) == 1
-    return Spatial("chebyshev", scale=None if square else tuple(2 / side for side in sides))
-
-
 def _set_lam(metric: Interpolation, lam: float, learnable: bool, device: torch.device) -> None:
+    metric.start = lam
     if learnable and isinstance(metric.lam, nn.Parameter):
         with torch.no_grad():
             metric.lam.fill_(lam)

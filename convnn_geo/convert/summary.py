@@ -96,7 +96,7 @@ class Report:
         return "\n".join([*table, *(f"left {name}: {why}" for name, why in self.left.items())])
 
 
-def report(model: nn.Module, *inputs: Any) -> Report:
+def report(model: nn.Module, *inputs: Any, **options: Any) -> Report:
     """What a model consists of, layer by layer.
 
     FLOPs are two a multiply-add, of one run in eval mode on the inputs, whichever lowering runs.
@@ -110,6 +110,7 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     Args:
         model: any torch model, converted or not.
         *inputs: of its forward; without them neither FLOPs nor lowerings are known.
+        **options: of its forward, by name.
 
     Example:
         >>> from convnn_geo import convert
@@ -127,12 +128,13 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     found = places(model, lambda layer: kind(layer) is not None or is_ours(layer))
     layers = {names[0]: layer for layer, names in found}
     meter = _Meter(layers)
-    if inputs:
-        meter.run(model, inputs)
+    run = bool(inputs or options)
+    if run:
+        meter.run(model, inputs, options)
     counted: set[int] = set()
     lines = []
     for name, layer in layers.items():
-        flops = meter.flops.get(name, 0) if inputs else None
+        flops = meter.flops.get(name, 0) if run else None
         lowering = " + ".join(dict.fromkeys(meter.rules.get(name, ()))) or "torch"
         lines.append(
             Line(
@@ -141,11 +143,11 @@ def report(model: nn.Module, *inputs: Any) -> Report:
                 now=type(layer).__name__,
                 parameters=_numbers(layer, counted),
                 flops=flops,
-                lowering=lowering if inputs else None,
+                lowering=lowering if run else None,
                 left=getattr(layer, "left_because", ""),
             )
         )
-    rest = meter.total - sum(line.flops or 0 for line in lines) if inputs else None
+    rest = meter.total - sum(line.flops or 0 for line in lines) if run else None
     return Report(tuple(lines), _numbers(model, counted), rest)
 
 
@@ -158,7 +160,7 @@ class _Meter:
     rules: dict[str, list[str]] = field(default_factory=dict)
     total: int = 0
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def run(self, model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Run the model once, watched; nothing in it changes."""
         self._inside: list[str] = []
         self._starts: list[int] = []
@@ -169,7 +171,7 @@ class _Meter:
         try:
             with _quietly(model), FlopCounterMode(display=False) as counter:
                 self._counter = counter
-                model(*inputs)
+                model(*inputs, **options)
                 self.total = self._now()
         finally:
             for handle in handles:

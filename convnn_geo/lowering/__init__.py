@@ -2,7 +2,14 @@
 
 from convnn_geo.lowering.message_passing import EdgeAggregation
 from convnn_geo.lowering.rules import Again, Rule
-from convnn_geo.lowering.table import RULES, choose, explain, run, run_with_weights
+from convnn_geo.lowering.table import (
+    RULES,
+    choose,
+    explain,
+    operation_of,
+    run,
+    run_with_weights,
+)
 
 __all__ = [
     "RULES",
@@ -11,6 +18,7 @@ __all__ = [
     "Rule",
     "choose",
     "explain",
+    "operation_of",
     "run",
     "run_with_weights",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from typing import Any
 
@@ -23,6 +24,8 @@ from convnn_geo.lowering.rules import (
 )
 from convnn_geo.operation import Operation
 from convnn_geo.pairs import Pairs
+from convnn_geo.search.registry import explain_query
+from convnn_geo.selection import Given
 from convnn_geo.typing import BACKENDS
 
 RULES: tuple[Rule, ...] = (
@@ -45,6 +48,10 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
     """The rule that runs an operation, and the reason of each that does not."""
     check_name("backend", backend, BACKENDS)
     passed: list[tuple[Rule, str]] = []
+    if op.with_weights:
+        chosen, _ = _weighing(op, backend)
+        before = next(i for i, rule in enumerate(RULES) if rule.name == chosen.name)
+        return chosen, [(rule, "weights are asked for, too") for rule in RULES[:before]]
     other = f"backend={backend!r} was asked for"
     for rule in RULES:
         if backend not in ("auto", rule.backend):
@@ -73,17 +80,21 @@ def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pair
     Fused attention has none with a gradient: ``"triton"`` then searches by Triton, and weighs and
     sums by gather.
     """
-    if backend == "triton":
-        reason = gpu.refuses(op.value.device)
-        if reason is not None:
-            raise ValueError(f"backend='triton' can't run this layer: {reason}")
-        taps = TritonTaps()
-        if taps.refuses(op) is None:
-            return taps.run_with_weights(op)
-        return Gather().run_with_weights(op, triton_search(op))
-    wanted = "message_passing" if backend == "message_passing" else "gather"
-    rule = next(r for r in RULES if isinstance(r, Aggregation) and r.backend == wanted)
-    return rule.run_with_weights(op)
+    rule, search = _weighing(op, backend)
+    return rule.run_with_weights(op, search)
+
+
+def _weighing(op: Operation, backend: str) -> tuple[Aggregation, str]:
+    """The rule that has weights at hand, and the engine by which it searches."""
+    rules = {rule.name: rule for rule in RULES if isinstance(rule, Aggregation)}
+    if backend != "triton":
+        rule = rules["message_passing" if backend == "message_passing" else "gather"]
+        return rule, rule.search(op)
+    reason = gpu.refuses(op.value.device)
+    if reason is not None:
+        raise ValueError(f"backend='triton' can't run this layer: {reason}")
+    taps = rules["triton_taps"].refuses(op) is None
+    return rules["triton_taps" if taps else "gather"], triton_search(op)
 
 
 def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
@@ -115,12 +126,22 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
             f"explain: expected a layer of convnn_geo.nn, got {name}; "
             "for a model, explain its layers one by one"
         )
-    op = layer.operation(*args, **kwargs)
-    rule, passed = choose(op, getattr(layer, "backend", "auto"))
+    op = operation_of(layer, *args, **kwargs)
+    backend = getattr(layer, "backend", "auto")
+    rule, passed = choose(op, backend)
     lines = [f"{name} runs by: {rule.name}"]
     lines += [f"  {other.name:<{_WIDTH}} refused: {reason}" for other, reason in passed]
-    lines += _search_line(op, rule)
+    lines += _search_line(op, rule, backend)
     return "\n".join(lines)
+
+
+def operation_of(layer: Any, *args: Any, **kwargs: Any) -> Operation:
+    """The operation that a layer's ``forward`` would run for these arguments."""
+    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    takes = inspect.signature(layer.operation).parameters
+    op: Operation = layer.operation(**{k: v for k, v in bound.arguments.items() if k in takes})
+    return op
 
 
 def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
@@ -129,17 +150,20 @@ def _explain_part(branch: nn.Module, *args: Any, **kwargs: Any) -> str:
     return textwrap.indent(text, "  ")
 
 
-def _search_line(op: Operation, rule: Rule) -> list[str]:
-    from convnn_geo.search.registry import explain_query
-
+def _search_line(op: Operation, rule: Rule, backend: str) -> list[str]:
     if not isinstance(rule, Aggregation) or op.whole:
+        return []
+    if isinstance(op.selection, Given):
+        return [f"  {'search':<{_WIDTH}} none: neighbours are those of {op.selection.origin}"]
+    query = op.selection.asked(op.query(), op.own())
+    if query is None:
         return []
     if op.search != "auto":
         return [f"  {'search':<{_WIDTH}} {op.search} (asked for)"]
-    search = rule.search(op)
+    search = triton_search(op) if backend == "triton" else rule.search(op)
     if search != "auto":
-        return [f"  {'search':<{_WIDTH}} {search} (as backend={rule.backend!r} has it)"]
-    *passed, (chosen, _) = explain_query(op.query())
+        return [f"  {'search':<{_WIDTH}} {search} (as backend={backend!r} has it)"]
+    *passed, (chosen, _) = explain_query(query)
     names: dict[str, list[str]] = {}
     for name, reason in passed:
         names.setdefault(str(reason), []).append(name)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import casts, check_number
 from convnn_geo.metrics.combined import Combination, Pairwise
@@ -173,12 +174,17 @@ class Interpolation(Metric):
     ) -> None:
         super().__init__()
         self.first, self.second = as_metric(first), as_metric(second)
-        lam = check_number("lam", lam)
-        if lam > 1:
-            raise ValueError(f"lam: expected a number in [0, 1], got {lam}")
+        lam = check_number("lam", lam, maximum=1)
+        self.start = lam
         self.lam: float | nn.Parameter = (
             nn.Parameter(torch.tensor(lam)) if learnable else lam  # a 0-d parameter
         )
+
+    def reset_parameters(self) -> None:
+        """A learned place as it was given, and both metrics as they do themselves."""
+        if isinstance(self.lam, nn.Parameter):
+            nn.init.constant_(self.lam, self.start)
+        reset(self.first), reset(self.second)
 
     @property
     def end(self) -> Metric | None:
@@ -203,7 +209,7 @@ class Interpolation(Metric):
 
     def extra_repr(self) -> str:
         if isinstance(self.lam, Tensor):
-            return f"lam={self.lam.item():g}, learnable"
+            return "lam=" + ("" if self.lam.is_meta else f"{self.lam.item():g}, ") + "learnable"
         return f"lam={self.lam:g}"
 
 
@@ -313,5 +319,25 @@ def metric_names() -> list[str]:
 
 
 def register_metric(name: str, factory: Callable[[], Metric]) -> None:
-    """Make ``factory()`` available to :func:`as_metric` under ``name``."""
+    """Make ``factory()`` available to :func:`as_metric` under ``name``.
+
+    Args:
+        name: that no other metric has.
+        factory: makes the metric, anew each time.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> from convnn_geo.metrics import Spatial, as_metric, register_metric
+        >>> register_metric("taxicab", lambda: Spatial("l1"))
+        >>> as_metric("taxicab")
+        Spatial(p=1.0)
+        >>> del _RESOLVER["taxicab"]  # here alone, as other examples list all metrics
+    """
+    if name in _RESOLVER:
+        raise ValueError(
+            f"expected a new name of a metric, got {name!r}; choose another, as taken are: "
+            f"{', '.join(metric_names())}"
+        )
     _RESOLVER[name] = factory

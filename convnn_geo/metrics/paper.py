@@ -30,9 +30,7 @@ class PaperMix(Metric):
 
     def __init__(self, lam: float = 0.5) -> None:
         super().__init__()
-        self.lam = check_number("lam", lam)
-        if lam > 1:
-            raise ValueError(f"lam: expected a number in [0, 1], got {lam}")
+        self.lam = check_number("lam", lam, maximum=1)
 
     def distances(self, target: Points, source: Points) -> Distances:
         """Squared distances of normalised features and positions."""

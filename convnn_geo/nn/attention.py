@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch_geometric.nn.inits import reset
 
 from convnn_geo.candidates import All, Candidates, Causal, Window
 from convnn_geo.checks import (
@@ -236,8 +237,9 @@ class ConvNNAttention(nn.Module):
             self.pointwise = nn.Parameter(torch.empty(self.head_dim, self.head_dim, **factory))
 
     def reset_parameters(self) -> None:
-        """As nn.MultiheadAttention does; taps start as a plain sum."""
-        self.out_proj.reset_parameters()
+        """As nn.MultiheadAttention does; taps start as a plain sum, other parts as they do."""
+        for part in self.children():
+            reset(part)
         self._reset_own_parameters()
 
     def _reset_own_parameters(self) -> None:
@@ -287,7 +289,9 @@ class ConvNNAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments, shapes and results are those of nn.MultiheadAttention."""
-        op, grid = self._operation(query, key, value, key_padding_mask, attn_mask, is_causal)
+        op, grid = self._operation(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        )
         if need_weights:
             out, weights = self._with_weights(op)
         else:
@@ -305,11 +309,14 @@ class ConvNNAttention(nn.Module):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Operation:
         """The layer on this input, as an operation on ``(b, heads, n, head_dim)``."""
-        return self._operation(query, key, value, key_padding_mask, attn_mask, is_causal)[0]
+        return self._operation(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        )[0]
 
     def _operation(
         self,
@@ -317,6 +324,7 @@ class ConvNNAttention(nn.Module):
         key: Tensor | None,
         value: Tensor | None,
         key_padding_mask: Tensor | None,
+        need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> tuple[Operation, Grid]:
@@ -369,6 +377,7 @@ class ConvNNAttention(nn.Module):
             mask=mask,
             bias=bias,
             search=self.search,
+            with_weights=need_weights,
         )
         return op, grid
 

@@ -92,7 +92,7 @@ class _ConvNN(TapLayer):
         self.padding: str | tuple[int, ...] = (
             padding if isinstance(padding, str) else check_tuple("padding", padding, self.axes, 0)
         )
-        self.window = self._window()
+        self._windows = (self._window(),)  # no part of its own: mostly these are the candidates
         if k is not None and selection is not None:
             raise ValueError("expected k or a selection, and not both")
         given = selection is not None
@@ -130,7 +130,12 @@ class _ConvNN(TapLayer):
         shape = self.kernel_size if whole else None if self.k is None else (self.k,)
         channels = (None, None) if free else (in_channels * scale + extra, out_channels * scale)
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
-        self.reset_parameters()
+        self.reset_taps()
+
+    @property
+    def window(self) -> Window:
+        """Where on the image targets lie; with ``kernel_size`` alone also where they look."""
+        return self._windows[0]
 
     def _window(self) -> Window:
         if self.kernel_size is not None:
@@ -221,7 +226,9 @@ class _ConvNN(TapLayer):
         if self._convolves():
             return self._convolved(input)
         op = self.operation(input)
-        out = run(op, self.backend)
+        scale = self.shuffle**self.axes
+        expected = None if self.out_channels is None else self.out_channels * scale
+        out = self.check_channels(run(op, self.backend), expected)
         out = out.transpose(1, 2).unflatten(-1, op.target.grid.size)  # type: ignore[union-attr]
         if self.shuffle > 1:
             out = pixel_shuffle(out, self.shuffle)
@@ -274,13 +281,9 @@ class _ConvNN(TapLayer):
         if isinstance(self.selection, KNearest):
             parts.append(f"k={self.k}")
         parts.append(f"stride={self.stride}")
-        if self.groups != 1:
-            parts.append(f"groups={self.groups}")
-        if self.bias is None:
-            parts.append("bias=False")
-        if isinstance(self.kernel, str) and self.kernel != "standard":
-            parts.append(f"kernel={self.kernel!r}")
-        parts.append(f"order={self.order!r}")
+        if isinstance(self.padding, str) or any(self.padding):
+            parts.append(f"padding={self.padding!r}")
+        parts += [*self.kernel_repr(), f"order={self.order!r}"]
         if self.shuffle > 1:
             parts.append(f"shuffle={self.shuffle}")
         return ", ".join(parts)

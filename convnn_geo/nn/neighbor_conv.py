@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch_geometric import EdgeIndex
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import (
     check_edges,
@@ -23,7 +24,7 @@ from convnn_geo.checks import (
 )
 from convnn_geo.kernels import Taps
 from convnn_geo.neighborhood import Neighborhood, edge_rank
-from convnn_geo.weighting import Weighting, as_weighting
+from convnn_geo.weighting import Ones, Weighting, as_weighting
 
 
 class NeighborConv(MessagePassing):
@@ -41,7 +42,7 @@ class NeighborConv(MessagePassing):
         groups: groups of channels; ``groups=heads`` keeps taps inside heads.
         heads: blocks of channels that edge weights ``(E, heads)`` weigh apart.
         bias: learn an additive bias.
-        weighting: of given distances: ``"softmax"``, ``"gaussian"``, ...
+        weighting: of given distances: ``"softmax"``, ``"gaussian"`` (of squared ones), ...
         aggr: ``"taps"``, or any PyG aggregation (``"mean"``, ``"max"``, ``["sum", "std"]``, an
             instance), after which one matrix takes the place of the taps.
         **kwargs: of :class:`torch_geometric.nn.MessagePassing`.
@@ -89,6 +90,11 @@ class NeighborConv(MessagePassing):
         self.k, self.groups = check_int("k", k), check_int("groups", groups)
         self.heads = check_int("heads", heads)
         self.weighting = as_weighting(weighting)
+        if self.weighting.uses_offset:
+            raise ValueError(
+                f"NeighborConv: weights of {type(self.weighting).__name__} depend on positions, "
+                "which edges do not have; compute them and pass edge_weight= to forward"
+            )
         if isinstance(in_channels, tuple) and len(in_channels) != 2:
             raise ValueError(
                 f"in_channels: expected a number or (source, target), got {in_channels}"
@@ -128,6 +134,7 @@ class NeighborConv(MessagePassing):
     def reset_parameters(self) -> None:
         """As :class:`torch.nn.Conv1d` does; a lazy layer waits for its first input."""
         super().reset_parameters()
+        reset(self.weighting)
         if is_lazy(self.weight):
             return
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -161,6 +168,11 @@ class NeighborConv(MessagePassing):
         pair = x if isinstance(x, tuple) else (x, x)
         source = pair[0]
         self._check(*pair, edge_index, edge_weight, rank, distance)
+        if distance is None and self.weighting.uses_distance:
+            raise ValueError(
+                f"NeighborConv: weights of {type(self.weighting).__name__} depend on distances; "
+                "pass distance=, one number an edge"
+            )
         if is_lazy(self.weight):
             self.weight.materialize(self._shape(source.shape[-1]), source.device, source.dtype)
             if self.bias is not None:
@@ -256,7 +268,13 @@ class NeighborConv(MessagePassing):
         check_values("x", x, target)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, k={self.k})"
+        parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}"]
+        parts += [f"{n}={getattr(self, n)}" for n in ("groups", "heads") if getattr(self, n) != 1]
+        parts += [] if self.bias is not None else ["bias=False"]
+        parts += [] if self.by_rank else [f"aggr={self.aggr!r}"]
+        if not isinstance(self.weighting, Ones):
+            parts.append(f"weighting={self.weighting}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _check_range(edges: Tensor, sources: int, targets: int) -> None:
@@ -299,6 +317,10 @@ class _Slots:
     @property
     def distance(self) -> Tensor:
         return self.neighborhood.distance  # type: ignore[return-value]
+
+    @property
+    def squared_distance(self) -> Tensor:
+        return self.distance
 
     @property
     def similarity(self) -> Tensor:

@@ -63,7 +63,7 @@ class PointConvNN(TapLayer):
         order: of the taps, ``"rank"`` or ``"raster"`` (by index).
         encoding: positional encoding or its name.
         axes: of ``pos``, for encodings that add channels for each.
-        backend: ``"auto"``, ``"gather"``, ``"message_passing"`` or ``"triton"``.
+        backend: ``"auto"``, or one of those of :data:`convnn_geo.typing.BACKENDS` by name.
         search: engine that finds the neighbours.
 
     Shapes:
@@ -132,7 +132,7 @@ class PointConvNN(TapLayer):
         extra = 0 if self.encoding is None else self.encoding.extra_channels(axes)
         taps = None if self.k is None else (self.k,)
         self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})
-        self.reset_parameters()
+        self.reset_taps()
 
     def operation(
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None
@@ -158,12 +158,18 @@ class PointConvNN(TapLayer):
         self, source: Points, target: Points, batch: Pair, edge_index: Tensor | None
     ) -> Operation:
         alone = target is source
+        kernel = self.bound_kernel()
+        if kernel.needs_target and target.x is None and source.x is not None:
+            raise ValueError(
+                f"{type(kernel).__name__} looks at features of targets, and there are none: pass "
+                "x=(x_source, x_target)"
+            )
         batch = _pair(batch)
         source = self._encoded(source, batch[0])
         target = source if alone else self._encoded(target, batch[1])
         selection = self.selection
         if edge_index is None and self._by_cloud(source, *batch):
-            selection = Given(self._searched(source, target, *batch))
+            selection = Given(self._searched(source, target, *batch), "search.knn, cloud by cloud")
         elif edge_index is None:
             source, target = self._dense(source, target, *batch)
         else:
@@ -181,7 +187,7 @@ class PointConvNN(TapLayer):
             candidates=self.candidates,
             selection=selection,
             weighting=self.weighting,
-            kernel=self.bound_kernel(),
+            kernel=kernel,
             order=self.order if edge_index is None else "rank",
             search=self.search,
         )
@@ -209,7 +215,7 @@ class PointConvNN(TapLayer):
             rows = source.position if source.x is None else source.x
             return rows.sum() * rows.new_zeros(0, self.out_channels)
         op = self._operation(source, target, batch, edge_index)
-        out = run(op, self.backend)
+        out = self.check_channels(run(op, self.backend), self.out_channels)
         return out if isinstance(op.selection, Given) else op.target.to_rows(out)
 
     def _encoded(self, points: Points, batch: Tensor | None) -> Points:
@@ -323,7 +329,8 @@ class PointConvNN(TapLayer):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, k={self.k}"
+        parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}", *self.kernel_repr()]
+        return ", ".join(parts if self.order == "rank" else [*parts, f"order={self.order!r}"])
 
 
 def _pair(value: Pair) -> tuple[Tensor | None, Tensor | None]:

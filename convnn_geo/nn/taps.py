@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
@@ -99,7 +100,13 @@ class TapLayer(nn.Module):
             self.bias = nn.Parameter(torch.empty(d, **factory))
 
     def reset_parameters(self) -> None:
-        """As :class:`torch.nn.Conv2d` does."""
+        """As :class:`torch.nn.Conv2d` does; metric, encoding and the like as they do themselves."""
+        for part in self.children():
+            reset(part)
+        self.reset_taps()
+
+    def reset_taps(self) -> None:
+        """The layer's own parameters alone: what it was made of may be trained already."""
         for weight in (self.weight, self.pointwise):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -107,6 +114,26 @@ class TapLayer(nn.Module):
             last = self.weight if self.pointwise is None else self.pointwise
             bound = 1 / math.sqrt(last[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
+
+    def check_channels(self, out: torch.Tensor, expected: int | None) -> torch.Tensor:
+        """What a kernel of the user's own gave, if it has as many channels as the layer says."""
+        if isinstance(self.kernel, Kernel) and expected not in (None, out.shape[-1]):
+            raise ValueError(
+                f"the kernel {type(self.kernel).__name__} gives {out.shape[-1]} channels, but the "
+                f"layer was made for {expected}: pass out_channels to match"
+            )
+        return out
+
+    def kernel_repr(self) -> list[str]:
+        """What of the kernel is not as by default."""
+        parts = [] if self.groups == 1 else [f"groups={self.groups}"]
+        if self.weight is not None and self.bias is None:
+            parts.append("bias=False")
+        if isinstance(self.kernel, str) and self.kernel != "standard":
+            parts.append(f"kernel={self.kernel!r}")
+        if isinstance(self.kernel, Kernel) and not isinstance(self.kernel, nn.Module):
+            parts.append(f"kernel={type(self.kernel).__name__}()")
+        return parts
 
     def bound_kernel(self) -> Kernel:
         """The kernel with this layer's weights."""

@@ -8,8 +8,7 @@ from convnn_geo.candidates import Block, Causal, Congruent, Window
 from convnn_geo.metrics import Feature, Metric, Spatial, interpolate
 from convnn_geo.nn import ConvNNAttention
 from convnn_geo.recipes.registry import recipe
-
-Size = int | tuple[int, ...]
+from convnn_geo.typing import Size
 
 
 @recipe

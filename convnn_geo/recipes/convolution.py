@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,13 +14,12 @@ from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Mean
 from convnn_geo.metrics import Feature, Metric, Spatial, as_metric, interpolate
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.nn.by_axes import CONVNN
 from convnn_geo.points import Points
-from convnn_geo.recipes.registry import recipe
+from convnn_geo.recipes.registry import recipe, recipe_by_position
 from convnn_geo.selection import Every
+from convnn_geo.typing import Size
 from convnn_geo.weighting import Gaussian
-
-Size = int | tuple[int, ...]
-_LAYER = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
 @recipe
@@ -98,41 +96,43 @@ def separable_conv3d(
     return ConvNN3d(in_channels, out_channels, kernel_size, *args, kernel="separable", **kwargs)
 
 
-def _nearest_in_window(kernel_size: Size, axes: int) -> Spatial:
-    """The metric whose ``prod(kernel_size)`` nearest are the window: Chebyshev, each axis scaled
-    by the window's side, so that windows need not be square.
+def nearest_in_window(sides: tuple[int, ...]) -> Spatial:
+    """The metric whose ``prod(sides)`` nearest are a window of odd sides: Chebyshev, each axis
+    scaled by the window's side, so that windows need not be square.
     """
+    square = len(set(sides)) == 1
+    return Spatial("chebyshev", scale=None if square else tuple(2 / side for side in sides))
+
+
+def _odd(kernel_size: Size, axes: int) -> tuple[int, ...]:
+    """The sides of a window, if they are odd."""
     sides = check_tuple("kernel_size", kernel_size, axes)
     if any(side % 2 == 0 for side in sides):
         raise ValueError(
             f"kernel_size: a window is the nearest points of its centre for odd sides only, "
             f"got {sides}; use the plain convolution recipe for even ones"
         )
-    square = len(set(sides)) == 1
-    return Spatial("chebyshev", scale=None if square else tuple(2 / side for side in sides))
+    return sides
 
 
-def _by_position(axes: int) -> Callable[..., Any]:
-    def build(
-        in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
-    ) -> Any:
-        metric = _nearest_in_window(kernel_size, axes)
-        return _LAYER[axes](
-            in_channels, out_channels, kernel_size, *args, metric=metric, candidates=All(), **kwargs
-        )
-
-    return build
+def _by_position(
+    axes: int, in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
+) -> Any:
+    metric = nearest_in_window(_odd(kernel_size, axes))
+    return CONVNN[axes](
+        in_channels, out_channels, kernel_size, *args, metric=metric, candidates=All(), **kwargs
+    )
 
 
-@recipe
+@recipe_by_position
 def conv1d_by_position(
     in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
 ) -> ConvNN1d:
     """``nn.Conv1d`` (odd kernels, zero padding) by the k nearest positions of all points."""
-    return _by_position(1)(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return _by_position(1, in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
-@recipe
+@recipe_by_position
 def conv2d_by_position(
     in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
 ) -> ConvNN2d:
@@ -151,15 +151,15 @@ def conv2d_by_position(
         >>> torch.allclose(layer(x), conv(x), atol=1e-5)
         True
     """
-    return _by_position(2)(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return _by_position(2, in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
-@recipe
+@recipe_by_position
 def conv3d_by_position(
     in_channels: int, out_channels: int, kernel_size: Size, *args: Any, **kwargs: Any
 ) -> ConvNN3d:
     """``nn.Conv3d`` (odd kernels, zero padding) by the k nearest positions of all points."""
-    return _by_position(3)(in_channels, out_channels, kernel_size, *args, **kwargs)
+    return _by_position(3, in_channels, out_channels, kernel_size, *args, **kwargs)
 
 
 @recipe
@@ -172,7 +172,7 @@ def feature_conv2d(
     return ConvNN2d(in_channels, out_channels, k=k, metric=metric, **kwargs)
 
 
-@recipe
+@recipe_by_position
 def interpolated_conv2d(
     in_channels: int,
     out_channels: int,
@@ -194,7 +194,7 @@ def interpolated_conv2d(
     features, as after a ReLU, stay below one such step, so that nothing moves up to ``lam = 0.5``
     and the spectrum lies beyond; those of any sign stay below two, and ``lam = 1 / 3``.
     """
-    near = _nearest_in_window(kernel_size, 2)
+    near = nearest_in_window(_odd(kernel_size, 2))
     return ConvNN2d(
         in_channels,
         out_channels,

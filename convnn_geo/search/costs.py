@@ -40,7 +40,7 @@ def save(cells: list[dict[str, Any]]) -> Path:
     path = user_table()
     path.parent.mkdir(parents=True, exist_ok=True)
     devices = {cell["device"] for cell in cells}
-    cells = [cell for cell in _read(path) if cell["device"] not in devices] + cells
+    cells = [cell for cell in _users() if cell["device"] not in devices] + cells
     lines = ",\n".join(json.dumps(cell) for cell in cells)
     path.write_text(f"[\n{lines}\n]\n")
     table.cache_clear()
@@ -51,9 +51,9 @@ def save(cells: list[dict[str, Any]]) -> Path:
 @functools.cache
 def table(device: str) -> dict[Case, dict[str, float]]:
     """Seconds by case and engine on a kind of device: the user's where there are any."""
-    for path in (user_table(), SHIPPED):
+    for read in (_users, _shipped):
         found: dict[Case, dict[str, float]] = {}
-        for cell in _read(path):
+        for cell in read():
             if cell["device"] == device:
                 case = (cell["dimension"], cell["m"], cell["k"], cell["batch"])
                 found.setdefault(case, {})[cell["engine"]] = cell["seconds"]
@@ -62,17 +62,24 @@ def table(device: str) -> dict[Case, dict[str, float]]:
     return {}
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table; none where there is no such file, or it holds something else."""
+def _shipped() -> list[dict[str, Any]]:
+    return _read(SHIPPED)
+
+
+def _users() -> list[dict[str, Any]]:
+    """The rows of this user's table; none where there is no such file, or it holds other things."""
     try:
-        cells = json.loads(path.read_text())
-        return [
-            {**cell, **{name: int(cell[name]) for name in _NUMBERS}, "seconds": float(seconds)}
-            for cell in cells
-            if (seconds := cell["seconds"]) > 0 and {"engine", "device"} <= {*cell}
-        ]
+        return _read(user_table())
     except (OSError, ValueError, TypeError, KeyError):
         return []
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [
+        {**cell, **{name: int(cell[name]) for name in _NUMBERS}, "seconds": float(seconds)}
+        for cell in json.loads(path.read_text())
+        if (seconds := cell["seconds"]) > 0 and {"engine", "device"} <= {*cell}
+    ]
 
 
 def expected(query: Query) -> dict[str, float]:

@@ -210,10 +210,10 @@ class _Search:
         if self.self_point == "natural":
             return find(query, self.backend).padded(k)
         self_index = row_starts(source.num_points, 1, source.device)
-        if own:
-            found = find(replace(query, excluded=self_index), self.backend)
-        else:
-            found = with_self_first(query, self.backend, self_index)
+        query = replace(query, k=query.k - (not own), excluded=self_index)
+        found = find(query, self.backend)
+        if not own:
+            found = with_self_first(found, query.bound, self_index)
         return found.padded(k)
 
 

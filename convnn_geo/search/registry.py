@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from convnn_geo.checks import check_name
-from convnn_geo.metrics import Feature
+from convnn_geo.metrics import Distances, Feature
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import is_watched
@@ -229,17 +228,18 @@ def _traced(query: Query) -> Engine:
     return next((e for e in (_GRID, _DEFERRED) if e.refuses(query) is None), ENGINES[Dense.name])
 
 
-def with_self_first(query: Query, backend: str, own: torch.Tensor) -> Neighborhood:
-    """Each target's own point as neighbour 0, then its k - 1 nearest others.
+def with_self_first(rest: Neighborhood, bound: Distances, own: torch.Tensor) -> Neighborhood:
+    """Each target's own point as neighbour 0, then its nearest others.
 
     Args:
+        rest: the others, ``(..., n, k - 1)``.
+        bound: what is measured.
         own: ``(n,)``, the source that each target is.
     """
-    rest = find(replace(query, k=query.k - 1, excluded=own), backend)
     shape = (*rest.index.shape[:-1], 1)
     first = own[:, None].expand(shape)
     with torch.no_grad():
-        distance = query.bound.at(first)
+        distance = bound.at(first)
     mask = rest.mask
     if mask is not None:
         mask = torch.cat([torch.ones_like(mask[..., :1]), mask], -1)

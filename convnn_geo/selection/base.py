@@ -29,6 +29,15 @@ class Selection(nn.Module, ABC):
             search: engine.
         """
 
+    def asked(self, query: Query, own: Tensor | None) -> Query | None:
+        """What it asks of a search engine; None where it asks none.
+
+        Args:
+            query: targets, sources, metric and candidates.
+            own: ``(n,)``, the source that each target is; None where targets are no sources.
+        """
+        return None
+
 
 class Every(Selection):
     """Every candidate, in order of source index."""
@@ -78,6 +87,13 @@ class KNearest(Selection):
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """Search; with the point itself put first or left out where asked."""
+        found = find(self.asked(query, own), search)
+        if self.self_point == "first":
+            found = with_self_first(found, query.bound, own)  # type: ignore[arg-type]
+        return _dilate(found, self.dilation).padded(self.k)
+
+    def asked(self, query: Query, own: Tensor | None) -> Query:
+        """The nearest among distinct candidates, or those beside the point itself."""
         if self.self_point != "natural" and own is None:
             raise ValueError(
                 f"self_point={self.self_point!r} needs targets that are among the sources"
@@ -93,13 +109,9 @@ class KNearest(Selection):
                 + (" besides the point itself" if self.self_point == "excluded" else "")
                 + "; lower k, widen the candidates, or select by KNearest(..., short='pad')"
             )
-        excluded = own if self.self_point == "excluded" else None
-        query = replace(query, subset=subset, k=k, excluded=excluded)
-        if self.self_point == "first":
-            found = with_self_first(query, search, own)  # type: ignore[arg-type]
-        else:
-            found = find(query, search)
-        return _dilate(found, self.dilation).padded(self.k)
+        excluded = None if self.self_point == "natural" else own
+        others = k - (self.self_point == "first")
+        return replace(query, subset=subset, k=others, excluded=excluded)
 
     def _spare(self, subset: Subset, m: int) -> int:
         """The most of ``m`` sources that a target may be left with, as far as sizes tell."""
@@ -131,19 +143,27 @@ class Radius(Selection):
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """The nearest ``max_k``, masked beyond the radius."""
-        found = KNearest(self.max_k, short="pad")(replace(query, exact=True), own, search)
-        return found.within(self.r)
+        return find(self.asked(query, own), search).padded(self.max_k).within(self.r)
+
+    def asked(self, query: Query, own: Tensor | None) -> Query:
+        """The nearest, whose distances decide."""
+        return KNearest(self.max_k, short="pad").asked(replace(query, exact=True), own)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, max_k={self.max_k}"
 
 
 class Given(Selection):
-    """A neighbourhood that is there already: from a graph that the user gives."""
+    """A neighbourhood that is there already.
 
-    def __init__(self, neighborhood: Neighborhood) -> None:
+    Args:
+        neighborhood: whom to keep.
+        origin: where it comes from.
+    """
+
+    def __init__(self, neighborhood: Neighborhood, origin: str = "edge_index") -> None:
         super().__init__()
-        self.neighborhood = neighborhood
+        self.neighborhood, self.origin = neighborhood, origin
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """That neighbourhood."""

@@ -17,6 +17,8 @@ class Weighting(nn.Module, ABC):
 
     uses_distance = True
     """Whether the weights depend on distances, so that the metric learns through them."""
+    uses_offset = False
+    """Whether the weights depend on relative positions."""
 
     @abstractmethod
     def forward(self, pairs: Pairs) -> Tensor | None:
@@ -47,9 +49,7 @@ class Softmax(Weighting):
     def __init__(self, temperature: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.temperature = check_number("temperature", temperature, exclusive=True)
-        self.dropout = check_number("dropout", dropout)
-        if dropout > 1:
-            raise ValueError(f"dropout: expected a probability, got {dropout}")
+        self.dropout = check_number("dropout", dropout, maximum=1)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Softmax in the distances' precision; a target without neighbours gets zeros."""
@@ -70,7 +70,10 @@ def _softmax(score: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Gaussian(Weighting):
-    """``exp(-d / (2 sigma^2))`` for a squared metric, optionally normalised.
+    """``exp(-d^2 / (2 sigma^2))``, optionally normalised.
+
+    Metrics that take a root, as ``"spatial"`` and ``"euclidean"`` do, are squared; what others give
+    (``"squared_euclidean"``, ``"cosine"``, mixtures with such) counts as squared.
 
     Args:
         sigma: standard deviation, in the unit of the distance before squaring.
@@ -82,8 +85,8 @@ class Gaussian(Weighting):
         self.sigma, self.normalize = check_number("sigma", sigma, exclusive=True), normalize
 
     def forward(self, pairs: Pairs) -> Tensor:
-        """Gaussian of the squared distance."""
-        exponent = -pairs.distance / (2 * self.sigma**2)
+        """Gaussian of the distance."""
+        exponent = -pairs.squared_distance / (2 * self.sigma**2)
         if self.normalize:
             weight = _softmax(exponent, pairs.mask)
         elif pairs.mask is None:

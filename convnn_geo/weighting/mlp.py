@@ -18,6 +18,7 @@ class PositionMLP(Weighting):
     """
 
     uses_distance = False
+    uses_offset = True
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
