@@ -81,11 +81,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parser(asked: str = "") -> argparse.ArgumentParser:
-    """The command line."""
-    return _parsers(asked)[0]
-
-
 def _parsers(asked: str) -> tuple[argparse.ArgumentParser, _Commands]:
     """The command line and its commands.
 

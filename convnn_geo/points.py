@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn_geo.caching import keep
-from convnn_geo.checks import check_alike, check_floating, check_tensor
+from convnn_geo.checks import check_tensor
 from convnn_geo.shapes import broadcast_shapes
 
 if TYPE_CHECKING:
@@ -297,12 +297,3 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     values = values.expand(*lead, m, c).reshape(math.prod(lead) * m, c)
     flat = (index + row_starts(math.prod(lead), m, index.device).view(*lead, 1, 1)).flatten()
     return values.index_select(0, flat).view(*lead, n, k, c)
-
-
-def check_points(name: str, points: Points) -> None:
-    """Check dtypes and devices of one set of points."""
-    for key, tensor in (("x", points.x), ("pos", points.pos)):
-        if tensor is not None:
-            check_floating(f"{name}.{key}", tensor)
-    if points.x is not None and points.pos is not None:
-        check_alike(f"{name}.x", points.x, f"{name}.pos", points.pos)

@@ -17,17 +17,14 @@ A shape such as ``(..., n, k)`` may have any leading axes, and they broadcast.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
-Size: TypeAlias = "int | tuple[int, ...]"
-Order: TypeAlias = Literal["rank", "raster"]
-SelfPoint: TypeAlias = Literal["natural", "first", "excluded"]
-Backend: TypeAlias = Literal["auto", "native", "compiled", "gather", "message_passing", "triton"]
+Size: TypeAlias = int | tuple[int, ...]
 
 BACKENDS: tuple[str, ...] = ("auto", "native", "compiled", "gather", "message_passing", "triton")
 ORDERS: tuple[str, ...] = ("rank", "raster")
 SELF_POINTS: tuple[str, ...] = ("natural", "first", "excluded")
 
-__all__ = ["BACKENDS", "ORDERS", "SELF_POINTS", "Backend", "Order", "SelfPoint", "Size", "Tensor"]
+__all__ = ["BACKENDS", "ORDERS", "SELF_POINTS", "Size", "Tensor"]

@@ -507,7 +507,7 @@ TABLE: list[Row] = [
         "attention-dropout",
         lambda: ConvNNAttention(8, 2, dropout=1.5),
         V,
-        "dropout: expected a probability, got 1.5",
+        r"dropout: expected a number in \[0, 1\], got 1.5",
     ),
     (
         "attention-dropout-lost",
@@ -909,7 +909,7 @@ TABLE: list[Row] = [
         "metric-lam-learnable",
         lambda: metrics.interpolate("spatial", "cosine", -0.1, learnable=True),
         V,
-        "lam: expected a finite number of at least 0, got -0.1",
+        r"lam: expected a number in \[0, 1\], got -0.1",
     ),
     ("metric-custom", lambda: metrics.Custom(3), T, "expected a function of two Points, got 3"),
     (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
+from convnn_geo.nn.branching import neighbor_channels
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -20,11 +21,32 @@ def equal(a: Tensor, b: Tensor) -> None:
 OPTIONS = {"k": 3, "metric": "cosine"}
 
 
-@pytest.mark.parametrize("ratio, share", [(0.25, 2), (0.5, 4), (0.7, 6), (0.99, 8), (0.01, 0)])
+@pytest.mark.parametrize("ratio, share", [(0.07, 1), (0.25, 2), (0.5, 4), (0.7, 6), (0.93, 7)])
 def test_shares_of_channels_are_rounded(ratio, share):
     layer = Branching(3, 8, ratio=ratio, **OPTIONS)
-    assert (layer.neighbors.out_channels if share else layer.neighbors) == (share or None)
-    assert (layer.other.out_channels if share < 8 else layer.other) == (8 - share or None)
+    assert layer.neighbors.out_channels == share and layer.other.out_channels == 8 - share
+
+
+@pytest.mark.parametrize(
+    "channels, ratio, match",
+    [
+        (8, 0.01, r"of out_channels=8, which is 0 .*pass 0, 1 or a multiple of 1/8 = 0.125"),
+        (8, 0.0625, "which is 0 when rounded"),
+        (8, 0.99, "got 0.99 of out_channels=8, which is 8 when rounded"),
+        (1, 0.5, "of out_channels=1, which is 0 .*pass 0 or 1, as one channel can't be divided"),
+        (1, 0.75, "of out_channels=1, which is 1 "),
+    ],
+)
+def test_a_ratio_that_leaves_a_branch_without_channels_is_refused(channels, ratio, match):
+    with pytest.raises(ValueError, match=f"ratio: expected a share that leaves both .*{match}"):
+        Branching(3, channels, ratio=ratio, **OPTIONS)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 7, 49, 1000])
+def test_a_ratio_that_the_refusal_names_is_taken(channels):
+    for part in {1, channels // 2, channels - 1}:
+        assert neighbor_channels(channels, part / channels) == part
+    assert neighbor_channels(channels, 0) == 0 and neighbor_channels(channels, 1) == channels
 
 
 def test_both_branches_see_all_channels_and_are_mixed():
@@ -113,7 +135,7 @@ def test_no_branch_is_an_error():
     "options, match",
     [
         ({"ratio": 1.5}, r"ratio: expected a number in \[0, 1\], got 1.5"),
-        ({"ratio": -0.1}, "ratio: expected a finite number of at least 0"),
+        ({"ratio": -0.1}, r"ratio: expected a number in \[0, 1\], got -0.1"),
         ({"axes": 4}, "axes: expected 1, 2 or 3, got 4"),
         ({"num_heads": 2}, "num_heads=2 is an option of other='attention'"),
     ],

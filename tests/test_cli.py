@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convnn_geo import extras, verify
-from convnn_geo.cli import _GROUPS, _parser, main
+from convnn_geo.cli import _GROUPS, _parsers, main
 from convnn_geo.console import plain_table
 from convnn_geo.demo.errors import error_table, verdict
 
@@ -248,9 +248,9 @@ def test_a_broken_command_leaves_the_others(monkeypatch, broken):
 
 
 def test_commands_are_listed_as_they_say_themselves():
-    brief = _parser().format_help()
+    brief = _parsers("")[0].format_help()
     for name, (_, text) in _GROUPS.items():
-        assert _parser(name).format_help() == brief and text in " ".join(brief.split())
+        assert _parsers(name)[0].format_help() == brief and text in " ".join(brief.split())
 
 
 def test_module_runs_as_a_program():

@@ -16,7 +16,14 @@ from convnn_geo.candidates import Random
 from convnn_geo.convert import PatchConv, TimmAttention, TimmTokens
 from convnn_geo.extras import MissingExtraError, require
 from convnn_geo.kernels import EdgeMLP, VectorAttention
-from convnn_geo.models import create_model, list_layers, list_models
+from convnn_geo.models import (
+    create_model,
+    is_model,
+    list_layers,
+    list_models,
+    register_model,
+    registry,
+)
 from convnn_geo.models.layers import Layer, replace_convolutions
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNNAttention, PointConvNN
 from convnn_geo.nn.branching import PixelAttention
@@ -150,6 +157,35 @@ def test_models_are_listed():
     assert list_models() == sorted([*CONVOLUTIONAL, *VIT, *POINTS])
     assert list_models("vgg*") == VGG
     assert list_models("nothing") == []
+    assert list_models(["vit*", "vgg*", "vgg11"]) == sorted([*VGG, *VIT])
+    assert list_models(()) == list_models("") == list_models()
+    for wrong in (3, ["vgg*", 3], None):
+        with pytest.raises(TypeError, match="filter: expected a pattern such as 'vgg"):
+            list_models(wrong)
+    assert all(map(is_model, list_models()))
+    assert not any(map(is_model, ["vgg*", "VGG11", "", None, []]))
+
+
+def test_a_model_of_ones_own_is_made_by_name(monkeypatch):
+    monkeypatch.setattr(registry, "_MODELS", dict(registry._MODELS))
+
+    @register_model("plain", channels=5)
+    def build(layer, *, channels, num_classes, in_channels, bias=True):
+        parts = [nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias), nn.Flatten()]
+        return replace_convolutions(nn.Sequential(*parts, nn.LazyLinear(num_classes)), layer)
+
+    assert is_model("plain") and "plain" in list_models("pl*")
+    model = create_model("plain", "convnn", num_classes=7, k=4, bias=False)
+    assert type(model[0]) is ConvNN2d and model[0].bias is None and model[0].out_channels == 5
+    assert model(image(2, 3, 4, 4)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "point_classifier"])
+def test_the_name_of_a_model_is_not_taken_twice(name):
+    before = registry._MODELS[name]
+    with pytest.raises(ValueError, match=f"new name of a model, got '{name}'; .*unet"):
+        register_model(name)(lambda layer: nn.Identity())
+    assert registry._MODELS[name] is before
 
 
 PROMISED = {"conv", "attention", "convnn", "convnn_attention", "kvt", "branching"}
@@ -555,6 +591,71 @@ def test_denoisers_keep_any_size(h, w, channels):
         assert out.shape == (1, channels, h, w)
 
 
+# Features in place of classes
+
+#: The layer that gives the classes.
+HEADS = {
+    **dict.fromkeys([*VGG, *VIT], "head"),
+    **dict.fromkeys(RESNET, "fc"),
+    **{"densenet121": "classifier", "all_conv_net": "head.0"},
+    **dict.fromkeys(POINTS, "head.1"),
+}
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *VIT, *POINTS])
+def test_no_classes_give_what_the_head_would_see(name):
+    whole, features = make(name), make(name, num_classes=0)
+    head = whole.get_submodule(HEADS[name])
+    nn.init.normal_(head.weight)
+    assert type(features.get_submodule(HEADS[name])) is nn.Identity
+    keys = features.load_state_dict(whole.state_dict(), strict=False)
+    assert keys.missing_keys == []
+    assert keys.unexpected_keys == [f"{HEADS[name]}.weight", f"{HEADS[name]}.bias"]
+    given = clouds(6, 9) if name in POINTS else (image(2, 3, 32, 32),)
+    with torch.no_grad():
+        found = features.eval()(*given)
+        assert found.ndim == 2
+        expected = nn.functional.linear(found, head.weight.flatten(1), head.bias)
+        torch.testing.assert_close(whole.eval()(*given), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["branching", "kvt"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny", "point_segmenter"])
+def test_features_of_other_layers_learn(name, layer):
+    model = make(name, layer, num_classes=0)
+    given = clouds(6, 9) if name in POINTS else (image(2, 3, 32, 32),)
+    out = model(*given)
+    (out * image(*out.shape, seed=1)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_have_no_classes_to_leave_out(name):
+    with pytest.raises(ValueError, match=f"num_classes: 0 is for features.*{name} has none"):
+        make(name, num_classes=0)
+
+
+@pytest.mark.parametrize("name", ["unet", "vgg11", "vit_tiny", "point_classifier"])
+def test_pretrained_false_is_what_models_are(name):
+    with_it, without = make(name, pretrained=False), make(name)
+    pairs = zip(with_it.state_dict().values(), without.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "channels, ratio, end",
+    [(1, 0.5, "other"), (1, 0.75, "neighbors"), (3, 0.125, "other"), (3, 0.9, "neighbors")],
+)
+def test_the_end_of_dncnn_has_one_branch_where_its_channels_are_too_few(channels, ratio, end):
+    model = make("dncnn", "branching", in_channels=channels, ratio=ratio, k=5)
+    *inner, last = [m for m in model.modules() if isinstance(m, Branching)]
+    assert len(inner) == 3 and all(len(layer.branches) == 2 for layer in inner)
+    assert last.branches == [getattr(last, end)] and model.noise[-1] is last
+    assert model(image(1, channels, 6, 7)).shape == (1, channels, 6, 7)
+    both = make("dncnn", "branching", in_channels=3, ratio=0.5).noise[-1]
+    assert both.neighbors.out_channels == 2 and both.other.out_channels == 1
+
+
 # Points
 
 
@@ -634,7 +735,8 @@ def test_clouds_of_fewer_points_than_k(layer):
         ("transformer", None, {}, "unknown model 'transformer'; "),
         ("unet", "convn", {}, "unknown layer of unet 'convn'; expected one of: .*branching"),
         ("resnet18", None, {"in_chans": 1}, "did you mean in_channels"),
-        ("resnet18", None, {"pretrained": True}, "models have random weights"),
+        ("resnet18", None, {"pretrained": True}, "got True; no weights are published.*load_model"),
+        ("unet", "kvt", {"pretrained": "coco"}, "expected False, got 'coco'; no weights"),
         ("unet", "branching", {"ratoi": 1}, "'ratoi' of unet; did you mean ratio?.*takes width"),
         ("unet", None, {"ratio": 1}, "'ratio' of unet; .*options of a layer need layer="),
         ("unet", None, {"num_heads": 1, "k": 1}, "unknown options 'num_heads', 'k' of unet"),
@@ -643,12 +745,15 @@ def test_clouds_of_fewer_points_than_k(layer):
         ("point_classifier", "attention", {"k": 9}, "unknown option 'k' .*takes num_heads"),
         ("point_classifier", "edge_conv", {"encoding": "fourier"}, "unknown option 'encoding'"),
         ("point_classifier", "branching", {"ratio": 1.5}, r"ratio: expected a number in \[0, 1\]"),
+        ("point_classifier", "branching", {"ratio": 0.001}, "of out_channels=64, which is 0"),
+        ("dncnn", "branching", {"ratio": 0.001}, r"noise\.0 .* of out_channels=64, which is 0"),
+        ("dncnn", "branching", {"ratio": 1.1}, r"ratio: expected a number in \[0, 1\]"),
         ("point_classifier", "kvt", {"num_heads": 3}, "num_heads=3 must divide embed_dim=64"),
         ("point_classifier", None, {"axes": 2}, "'axes' of point_classifier"),
         ("unet", None, {"width": 0}, "width: expected a finite number greater than 0"),
         ("unet", None, {"in_channels": 0}, "in_channels: expected an integer of at least 1"),
         ("dncnn", None, {"depth": 1}, "depth: expected an integer of at least 2"),
-        ("all_conv_net", None, {"num_classes": 0}, "num_classes: expected an integer of at least"),
+        ("all_conv_net", None, {"num_classes": -1}, "num_classes: expected .* of at least 0"),
         ("point_classifier", None, {"lam": 2.0}, r"lam: expected a number in \[0, 1\]"),
         ("unet", "convnn", {"metric": "cosinus"}, "unknown metric 'cosinus'"),
     ],

@@ -132,6 +132,8 @@ def test_branching_is_both_and_a_linear_layer(clouds):
     away = PointConvNN(6, 4, 3, "spatial", short="pad").double()
     away.load_state_dict(layer.other.state_dict())
     equal(layer(*clouds), layer.pointwise(torch.cat([near(*clouds), away(*clouds)], 1)))
+    with pytest.raises(ValueError, match=r"got 0\.05 of out_channels=6, which is 0"):
+        build("branching", ratio=0.05)
     assert build("branching", ratio=0.0).neighbors is None
     ends = build("branching", ratio=1.0)
     assert ends.other is None and ends.pointwise is None

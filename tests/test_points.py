@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
-from convnn_geo.points import Grid, Points, check_points, gather_rows, position_range
+from convnn_geo.points import Grid, Points, gather_rows, position_range
 
 quick = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -237,12 +237,6 @@ def test_rows_are_gathered_for_any_leading_axes(values, index):
             lambda: Points.from_batch(torch.zeros(3, 1), batch=torch.tensor([0, 1, 0])),
             ValueError,
             "sorted",
-        ),
-        (lambda: check_points("x", Points(torch.zeros(3, 1).long())), TypeError, "floating"),
-        (
-            lambda: check_points("x", Points(torch.zeros(3, 1), torch.zeros(3, 2).double())),
-            TypeError,
-            "float64",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from convnn_geo.cli import _parser
+from convnn_geo.cli import _parsers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def test_commands_are_understood():
         *("demo", "verify", "show", "train", "experiment", "bench")
     }
     for command in commands:
-        _parser(command[0]).parse_args(command)
+        _parsers(command[0])[0].parse_args(command)
     shown = "show --image photo.png --pixel 40,60 --spectrum 5 --out spectrum.png"
     assert shown.split() in commands
 
@@ -53,7 +53,7 @@ def test_table_names_every_extra():
 
 def test_demo_takes_as_long_as_its_help_says(capsys):
     with pytest.raises(SystemExit):
-        _parser().parse_args(["demo", "--help"])
+        _parsers("demo")[0].parse_args(["demo", "--help"])
     told = re.search(
         r"about \d+ seconds on two idle CPU cores", " ".join(capsys.readouterr().out.split())
     )

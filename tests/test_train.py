@@ -705,6 +705,13 @@ def test_unknown_options_are_told_before_what_the_folder_holds(tmp_path, capsys)
             run(replace(config, layer="convn"))
 
 
+def test_weights_that_nobody_has_published_are_refused(tmp_path):
+    options = {"width": 0.125, "pretrained": True}
+    with pytest.raises(ConfigError, match="no weights are published"):
+        fit(Config("all_conv_net", image_size=8, model_options=options, out=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
 class Deaf(Small):
     """With a parameter that nothing depends on."""
 

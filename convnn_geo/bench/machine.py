@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -62,15 +63,18 @@ def other_work() -> str | None:
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python, this package, and those installed that engines and layers use.
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Versions of Python, this package, and others that are installed.
+
+    Args:
+        packages: the others; by default those that engines and layers use.
 
     Example:
         >>> {"python", "convnn_geo", "torch"} <= set(versions())
         True
     """
     found = {"python": platform.python_version(), "convnn_geo": convnn_geo.__version__}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

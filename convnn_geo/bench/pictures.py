@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convnn_geo.bench import graph, layers, plots
+from convnn_geo.bench.tables import examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def draw_layers(results: Sequence[layers.Result], folder: Path, limit: float) ->
 def _of_graph(results: Sequence[graph.Result], limit: float) -> Iterator[tuple[str, Figure]]:
     for name, k, batch in dict.fromkeys((r.cell.input, r.cell.k, r.cell.batch) for r in results):
         some = [r for r in results if (r.cell.input, r.cell.k, r.cell.batch) == (name, k, batch)]
-        what = f"{name} points, k = {k}, {_examples(batch)}, {some[0].cell.device}"
+        what = f"{name} points, k = {k}, {examples(batch)}, {some[0].cell.device}"
         yield f"scaling_{name}_k{k}_batch{batch}", plots.plot_scaling(some, what, limit)
         yield f"recall_{name}_k{k}_batch{batch}", plots.plot_recall(some, what)
     for name, metric in dict.fromkeys((r.cell.input, r.cell.metric) for r in results):
@@ -61,7 +62,7 @@ def _of_layers(results: Sequence[layers.Result]) -> Iterator[tuple[str, Figure]]
             for r in results
             if (r.cell.input, r.cell.channels, r.cell.batch) == (name, channels, batch)
         ]
-        what = f"{name} points, {channels} channels, {_examples(batch)}, {some[0].cell.device}"
+        what = f"{name} points, {channels} channels, {examples(batch)}, {some[0].cell.device}"
         if not any(not r.note for r in some):
             continue
         yield f"layers_{name}_c{channels}_batch{batch}", plots.plot_layers(some, what)
@@ -76,7 +77,3 @@ def _save(figures: Iterator[tuple[str, Figure]], folder: Path) -> list[Path]:
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1])
     return files
-
-
-def _examples(batch: int) -> str:
-    return "1 example" if batch == 1 else f"{batch} examples"

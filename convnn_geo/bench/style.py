@@ -46,7 +46,6 @@ _ENGINES = {
     peer.NAME: Style(_GREY, "p"),
     "auto": Style(_BLACK, "*", ":"),
     "faiss_ivf": Style(_ORANGE, "o", "--"),
-    "faiss_hnsw": Style(_ORANGE, "s", ":"),
     "pynndescent": Style(_BLUE, "^", "--"),
     "random_projections": Style(_GREEN, "D", "--"),
 }

@@ -32,7 +32,7 @@ def print_graph(results: Sequence[graph.Result]) -> None:
         cell = result.cell
         title = (
             f"{cell.metric} on {cell.input}, {cell.dimension} dimensions, k = {cell.k}, "
-            f"{_examples(cell.batch)}, {cell.device}"
+            f"{examples(cell.batch)}, {cell.device}"
         )
         if result.note and not result.ended:
             refusals.setdefault(title, {})[f"  {cell.engine}: {result.note}"] = None
@@ -66,7 +66,7 @@ def print_layers(results: Sequence[layers.Result]) -> None:
         first = layers.baseline(cell.family)
         base = found.get(replace(cell, layer=first), result)
         title = (
-            f"{cell.family} on {cell.input}, {cell.channels} channels, {_examples(cell.batch)}, "
+            f"{cell.family} on {cell.input}, {cell.channels} channels, {examples(cell.batch)}, "
             f"{cell.device}; ratios to {first}"
         )
         if result.note and not result.note.startswith(">"):
@@ -161,13 +161,19 @@ def number(value: float) -> str:
     return f"{round(value, places):.{max(0, places)}f}"
 
 
+def examples(batch: int) -> str:
+    """How many examples a batch has, in words.
+
+    Example:
+        >>> examples(1), examples(8)
+        ('1 example', '8 examples')
+    """
+    return "1 example" if batch == 1 else f"{batch} examples"
+
+
 def _whole(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0f}"
 
 
 def _empty(value: Any, none: Any) -> Any:
     return none if isinstance(value, float) and math.isnan(value) else value
-
-
-def _examples(batch: int) -> str:
-    return "1 example" if batch == 1 else f"{batch} examples"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
 from convnn_geo import recipes
 from convnn_geo.convert import attention, convolution, edge, tokens
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNNAttention, PointConvNN
+from convnn_geo.nn.by_axes import CONVNN
 
 _OF_CONVOLUTIONS = (
     *("in_channels", "out_channels", "channels", "kernel_size", "stride", "padding"),
@@ -78,7 +79,7 @@ def _recipes(layer: type[nn.Module], brought: tuple[str, ...]) -> dict[str, Call
     return {
         name: recipe
         for name, recipe in found.items()
-        if recipe.__annotations__["return"] == layer.__name__
+        if get_type_hints(recipe)["return"] is layer
         and _arguments(recipe)[0].name in (*brought[:1], "channels", "embed_dim")
     }
 
@@ -108,9 +109,9 @@ def _convolutions() -> dict[str, Choice]:
         "kvt": _own(convolution.kvt, *of_attention),
         "convnn_attention": _own(convolution.convnn_attention, *of_attention),
     }
-    for axes, layer in convolution.LAYERS.items():
+    for axes, layer in CONVNN.items():
         for name, recipe in _recipes(layer, _OF_CONVOLUTIONS).items():
-            build = convolution.by_recipe(name, recipe, axes)
+            build = convolution.by_recipe(recipe, axes)
             keeps = _arguments(recipe)[0].name == "channels"
             choice = _recipe(recipe, build, layer, _OF_CONVOLUTIONS)
             choices[name] = replace(choice, axes=axes, keeps_channels=keeps)

@@ -10,11 +10,10 @@ from typing import Any
 from torch import nn
 
 from convnn_geo.convert.weights import NotApplicable, carry, check_plain
-from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.nn import Branching
 from convnn_geo.nn.branching import PixelAttention
-
-LAYERS: dict[int, type[Any]] = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
-"""Our layers, by the axes of the image."""
+from convnn_geo.nn.by_axes import CONVNN
+from convnn_geo.recipes.registry import by_position
 
 _WINDOW = ("stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -95,7 +94,7 @@ def exact(conv: Any) -> nn.Module:
     """The window layer: the same convolution with the same parameters."""
     c, d = _channels(conv)
     window = {name: getattr(conv, name) for name in _WINDOW}
-    build = LAYERS[axes_of(conv)]
+    build = CONVNN[axes_of(conv)]
     factory = {**_factory(conv), "device": "meta"}  # its own parameters come from the old layer
     return _carried(conv, build(c, d, conv.kernel_size, **window, **factory))
 
@@ -107,7 +106,7 @@ def convnn(conv: Any, k: int | None = None, metric: Any = "cosine", **options: A
     if k is None and "selection" not in options:
         k = math.prod(conv.kernel_size)
     plain = {"stride": conv.stride, "groups": conv.groups, **_factory(conv)}
-    build = LAYERS[axes_of(conv)]
+    build = CONVNN[axes_of(conv)]
     return _carried(conv, build(c, d, k=k, metric=metric, **{**plain, **options}))
 
 
@@ -162,10 +161,9 @@ def _attention(conv: Any, num_heads: int, **options: Any) -> nn.Module:
     return PixelAttention(c, d, num_heads, axes=axes_of(conv), **_factory(conv), **options)
 
 
-def by_recipe(name: str, recipe: Callable[..., Any], axes: int) -> Callable[..., nn.Module]:
+def by_recipe(recipe: Callable[..., Any], axes: int) -> Callable[..., nn.Module]:
     """A recipe of a convolution, its arguments taken from the layer."""
     parameters = inspect.signature(recipe).parameters
-    near = name.endswith("_by_position") or name.startswith("interpolated")
 
     def build(conv: Any, **options: Any) -> nn.Module:
         c, d = _channels(conv)
@@ -178,7 +176,7 @@ def by_recipe(name: str, recipe: Callable[..., Any], axes: int) -> Callable[...,
         else:
             _check_size_kept(conv)
             given["stride"], given["groups"] = conv.stride, conv.groups
-        wrong = positional(conv) if near else None
+        wrong = positional(conv) if by_position(recipe) else None
         if wrong is not None:
             raise NotApplicable(f"{wrong}, so that its window is not the nearest positions")
         if "channels" in parameters:

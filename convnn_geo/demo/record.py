@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from convnn_geo.bench.machine import processor
 from convnn_geo.demo.training import Run
 
 PACKAGES = ("torch", "torch_geometric", "numpy", "scikit-learn", "scikit-image", "matplotlib")
+"""Those that numbers may depend on."""
 
 COLUMNS = (
     "task",
@@ -48,16 +49,6 @@ def write_metrics(runs: Sequence[Run], path: Path) -> None:
                 )
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers may depend on."""
-    from convnn_geo import __version__
-
-    found = {"python": platform.python_version(), "convnn_geo": __version__}
-    for package in PACKAGES:
-        found[package] = importlib.metadata.version(package)
-    return found
-
-
 def machine() -> dict[str, str | int]:
     """What times may depend on: processor, cores that this process may use, and system.
 
@@ -79,18 +70,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it.
-
-    Example:
-        >>> isinstance(processor(), str)
-        True
-    """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:  # not Linux
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()

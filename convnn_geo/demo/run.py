@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from convnn_geo import datasets, verify, viz
+from convnn_geo.bench.machine import versions
 from convnn_geo.checks import check_int
 from convnn_geo.console import Tick, print_table, progress
 from convnn_geo.demo import neighbors
 from convnn_geo.demo.errors import print_errors
 from convnn_geo.demo.experiments import Experiment, experiments
-from convnn_geo.demo.record import cores, machine, versions, write_metrics
+from convnn_geo.demo.record import PACKAGES, cores, machine, write_metrics
 from convnn_geo.demo.report import COLUMNS, Picture, Section, score_cells, write_report
 from convnn_geo.demo.summary import scores, sentences
 from convnn_geo.demo.training import Job, Run
@@ -195,7 +196,7 @@ def _config(seeds: int, quick: bool, workers: int, seconds: dict[str, float]) ->
             experiment.name: dataclasses.asdict(experiment.settings)
             for experiment in experiments(LAMS, count, quick)
         },
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "machine": machine(),
         "finished": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "workers": workers,

@@ -1,4 +1,8 @@
-"""One protocol for every network: choose on validation, read the test part once, at the end."""
+"""One protocol for every network: choose on validation, read the test part once, at the end.
+
+The loop is one of its own, and not that of :mod:`convnn_geo.train`, since a demonstration must run
+where Lightning is not installed.
+"""
 
 from __future__ import annotations
 

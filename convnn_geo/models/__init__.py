@@ -23,6 +23,12 @@ from convnn_geo.models import (  # noqa: F401 - enter themselves into the list
     vgg,
     vit,
 )
-from convnn_geo.models.registry import create_model, list_layers, list_models
+from convnn_geo.models.registry import (
+    create_model,
+    is_model,
+    list_layers,
+    list_models,
+    register_model,
+)
 
-__all__ = ["create_model", "list_layers", "list_models"]
+__all__ = ["create_model", "is_model", "list_layers", "list_models", "register_model"]

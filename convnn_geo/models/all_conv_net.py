@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 #: Channels, side of the kernel and stride of each convolution: All-CNN-C.
@@ -18,7 +18,7 @@ CONVOLUTIONS = (
 )
 
 
-@register("all_conv_net")
+@register_model("all_conv_net")
 def all_conv_net(
     layer: Layer, *, num_classes: int, in_channels: int, width: float = 1.0
 ) -> nn.Module:
@@ -29,7 +29,7 @@ def all_conv_net(
 
     Args:
         layer: to put in.
-        num_classes: of the data.
+        num_classes: of the data; 0 for pooled features.
         in_channels: of the images.
         width: multiplies all channels.
     """
@@ -43,6 +43,7 @@ def all_conv_net(
             nn.ReLU(inplace=True),
         ]
         channels = out
-    head = nn.Sequential(nn.Conv2d(channels, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    classes = nn.Conv2d(channels, num_classes, 1) if num_classes else nn.Identity()
+    head = nn.Sequential(classes, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(OrderedDict(features=nn.Sequential(*parts), head=head))
     return replace_convolutions(model, layer)

@@ -8,12 +8,12 @@ from torch import nn
 
 from convnn_geo.extras import require
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.resnet import SMALL
 from convnn_geo.models.width import scaled
 
 
-@register("densenet121", blocks=(6, 12, 24, 16))
+@register_model("densenet121", blocks=(6, 12, 24, 16))
 def densenet(
     layer: Layer,
     *,
@@ -32,7 +32,7 @@ def densenet(
     Args:
         layer: to put in.
         blocks: layers of each of the four blocks.
-        num_classes: of the data.
+        num_classes: of the data; 0 for pooled features.
         in_channels: of the images.
         image_size: shortest side of the images.
         width: multiplies all channels.
@@ -41,7 +41,9 @@ def densenet(
     """
     definition = require("torchvision.models.densenet", extra="vision")
     growth, first = scaled([32, 64], width)
-    model: nn.Module = definition.DenseNet(growth, blocks, first, num_classes=num_classes)
+    model: nn.Module = definition.DenseNet(growth, blocks, first, num_classes=num_classes or 1)
+    if not num_classes:
+        model.classifier = nn.Identity()
     features: Any = model.features
     small = image_size <= SMALL if small_stem is None else small_stem
     if small or in_channels != 3:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from convnn_geo.checks import check_int
+from convnn_geo.checks import check_int, check_number
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 
@@ -52,9 +52,12 @@ def _convolution(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
 
 
-@register("dncnn")
+@register_model("dncnn")
 def dncnn(layer: Layer, *, in_channels: int, width: float = 1.0, depth: int = 17) -> nn.Module:
     """A :class:`DnCNN`, every convolution of which becomes the layer.
+
+    The last has but the channels of the images. Where ``ratio`` of ``"branching"`` leaves a branch
+    none of them, it has the other branch alone.
 
     Args:
         layer: to put in.
@@ -63,4 +66,19 @@ def dncnn(layer: Layer, *, in_channels: int, width: float = 1.0, depth: int = 17
         depth: convolutions.
     """
     (channels,) = scaled([64], width)
-    return replace_convolutions(DnCNN(in_channels, channels, depth), layer)
+    model = DnCNN(in_channels, channels, depth)
+    end = _end(layer, in_channels)
+    if end is not None:
+        model.noise[-1] = replace_convolutions(model.noise[-1], end)
+    return replace_convolutions(model, layer)
+
+
+def _end(layer: Layer, channels: int) -> Layer | None:
+    """The one branch for channels that the layer's ratio does not divide; None where it does."""
+    if layer.name != "branching":
+        return None
+    ratio = check_number("ratio", layer.options.get("ratio", 0.5), maximum=1)
+    share = round(ratio * channels)
+    if 0 < share < channels:
+        return None
+    return Layer(layer.name, {**layer.options, "ratio": share / channels})

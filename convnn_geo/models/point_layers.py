@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from convnn_geo import recipes
-from convnn_geo.checks import check_number
 from convnn_geo.metrics import Metric, Spatial, as_metric, interpolate
 from convnn_geo.models.layers import Vocabulary
 from convnn_geo.nn import Branching, PointConvNN
+from convnn_geo.nn.branching import neighbor_channels
 from convnn_geo.nn.point_attention import PointAttention
 
 Build = Callable[[int, int], nn.Module]
@@ -88,15 +88,17 @@ def branching(
     Args:
         in_channels: channels of ``x``, which both branches see whole.
         out_channels: channels of the output.
-        ratio: share of the branch by feature, in [0, 1]; at 0 and 1 there is one branch alone.
+        ratio: share of the branch by feature, in [0, 1]; at 0 and 1 there is one branch alone, and
+            between them both have a channel at least.
         k: neighbours of both.
         metric: of features.
         kernel: of both branches, as in :class:`~convnn_geo.nn.PointConvNN`, as are the other
             options.
+
+    Raises:
+        ValueError: a ratio outside [0, 1], or inside and of too few channels for two branches.
     """
-    if check_number("ratio", ratio) > 1:
-        raise ValueError(f"ratio: expected a number in [0, 1], got {ratio}")
-    share = round(ratio * out_channels)
+    share = neighbor_channels(out_channels, ratio)
     rest = out_channels - share
     both = {"kernel": kernel, "weighting": weighting, **options}
     near = PointConvNN(in_channels, share, k, metric, **both) if share else None

@@ -10,9 +10,10 @@ from torch_geometric.nn import global_max_pool, global_mean_pool
 from torch_geometric.utils import scatter
 
 from convnn_geo.checks import check_int, check_tensor
+from convnn_geo.models.head import linear_head
 from convnn_geo.models.layers import Layer
 from convnn_geo.models.point_layers import POINT_LAYERS, Build, point_layer
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 
@@ -68,7 +69,7 @@ class PointClassifier(nn.Module):
     Args:
         features: of points.
         channels: what they are brought to before they are pooled: twice, the largest and the mean.
-        num_classes: of the data.
+        num_classes: of the data; 0 for what is pooled.
         dropout: of what is pooled, in training.
 
     Shapes:
@@ -84,7 +85,7 @@ class PointClassifier(nn.Module):
         super().__init__()
         self.features = features
         self.embed = dense(*channels)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * channels[1], num_classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), linear_head(2 * channels[1], num_classes))
 
     def forward(self, pos: Tensor, batch: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Classify clouds."""
@@ -99,7 +100,7 @@ class PointSegmenter(nn.Module):
     Args:
         features: of points.
         channels: what they are brought to before they are pooled: twice, the largest and the mean.
-        num_classes: of the data.
+        num_classes: of the data; 0 for what the head would see of each point.
         dropout: before the head, in training.
 
     Shapes:
@@ -117,7 +118,7 @@ class PointSegmenter(nn.Module):
         self.features = features
         self.embed = dense(own, wide)
         self.join = dense(own + 2 * wide, wide)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(wide, num_classes))
+        self.head = nn.Sequential(nn.Dropout(dropout), linear_head(wide, num_classes))
 
     def forward(self, pos: Tensor, batch: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """Classify points."""
@@ -154,8 +155,8 @@ def _one_cloud(pos: Tensor) -> Tensor:
     return torch.zeros(pos.shape[0], dtype=torch.long, device=pos.device)
 
 
-@register("point_classifier", POINT_LAYERS, network=PointClassifier)
-@register("point_segmenter", POINT_LAYERS, network=PointSegmenter)
+@register_model("point_classifier", POINT_LAYERS, network=PointClassifier)
+@register_model("point_segmenter", POINT_LAYERS, network=PointSegmenter)
 def point_network(
     layer: Layer,
     *,
@@ -174,7 +175,7 @@ def point_network(
     Args:
         layer: to build it of; ``"convnn"`` by default.
         network: :class:`PointClassifier` or :class:`PointSegmenter`.
-        num_classes: of the data.
+        num_classes: of the data; 0 for features, pooled or of each point.
         in_channels: axes of the positions.
         feature_channels: of ``x``; 0 for clouds without.
         width: multiplies the 64 channels of a layer, and the 256 before pooling.

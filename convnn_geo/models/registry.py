@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,8 +16,8 @@ from convnn_geo.models.layers import CONVOLUTIONS, Layer, Vocabulary
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
-#: What every model is told, if its builder asks.
-SHARED = ("num_classes", "in_channels", "image_size")
+#: What every model is told, if its builder asks, and the least that each may be.
+SHARED = {"num_classes": 0, "in_channels": 1, "image_size": 1}
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,80 @@ class Entry:
 _MODELS: dict[str, Entry] = {}
 
 
-def register(
+def register_model(
     name: str, vocabulary: Vocabulary = CONVOLUTIONS, **fixed: Any
 ) -> Callable[[Builder], Builder]:
-    """Enter a builder into the list of models.
+    """Enter a builder into the list of models, as a decorator.
+
+    The builder takes a :class:`~convnn_geo.models.layers.Layer`, what it is to be built of, then
+    keywords alone: those of ``num_classes`` (0 for features), ``in_channels`` and ``image_size``
+    that it needs, and its own options.
 
     Args:
-        name: of the model.
-        vocabulary: layers that it may be built of.
+        name: of the model, which no other has.
+        vocabulary: layers that it may be built of; those of 2-d convolutions by default.
         **fixed: keywords of the builder that make it this model.
+
+    Raises:
+        ValueError: the name is taken.
+
+    Example:
+        >>> from convnn_geo.models.layers import Layer, replace_convolutions
+        >>> @register_model("smoother")
+        ... def smoother(layer: Layer, *, in_channels: int) -> nn.Module:
+        ...     convolution = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        ...     return replace_convolutions(nn.Sequential(convolution), layer)
+        >>> type(create_model("smoother", "convnn", k=4)[0]).__name__
+        'ConvNN2d'
+        >>> del _MODELS["smoother"]  # here alone, as other examples list all models
     """
 
     def enter(build: Builder) -> Builder:
+        if name in _MODELS:
+            raise ValueError(
+                f"expected a new name of a model, got {name!r}; choose another, as taken are: "
+                f"{', '.join(list_models())}"
+            )
         _MODELS[name] = Entry(build, fixed, vocabulary)
         return build
 
     return enter
 
 
-def list_models(filter: str = "") -> list[str]:
+def list_models(filter: str | Sequence[str] = "") -> list[str]:
     """Names of models, sorted.
 
     Args:
-        filter: a pattern such as ``"vgg*"``; all models by default.
+        filter: a pattern such as ``"vgg*"``, or several, one of which a name must match; all models
+            by default.
+
+    Raises:
+        TypeError: anything but patterns.
 
     Example:
         >>> list_models("resnet*")
         ['resnet18', 'resnet34', 'resnet50']
+        >>> list_models(["unet", "vit*"])
+        ['unet', 'vit_base', 'vit_small', 'vit_tiny']
     """
-    return sorted(fnmatch.filter(_MODELS, filter or "*"))
+    patterns = [filter] if isinstance(filter, str) else filter
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"filter: expected a pattern such as 'vgg*', or several, got {filter!r}")
+    every = patterns or ["*"]
+    return sorted({name for p in every for name in fnmatch.filter(_MODELS, p or "*")})
+
+
+def is_model(name: str) -> bool:
+    """Whether there is a model of this name.
+
+    Args:
+        name: to look up, the same as for :func:`create_model`.
+
+    Example:
+        >>> is_model("vgg11"), is_model("vgg12")
+        (True, False)
+    """
+    return isinstance(name, str) and name in _MODELS
 
 
 def list_layers(name: str) -> list[str]:
@@ -111,6 +156,7 @@ def create_model(
     num_classes: int | None = 10,
     in_channels: int = 3,
     image_size: int | None = 32,
+    pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Make a model with new random weights.
@@ -126,16 +172,21 @@ def create_model(
             ``"dynamic_edge_conv"``, ``"edge_conv"``, ``"grav_net"``, ``"point_conv"``,
             ``"point_transformer"`` and ``"set_abstraction"``. By default torch's own layers; in
             models of points ``"convnn"``.
-        num_classes: of classifiers and segmenters; others don't look at it.
+        num_classes: of classifiers and segmenters; others don't look at it. With 0 a classifier
+            gives the pooled features that its last layer would see, and a segmenter those of each
+            point; ``nn.Identity`` is in that layer's place.
         in_channels: of the images, or axes of the points' positions.
         image_size: side of the images; their shortest side, where they needn't be square. Models
             of points, unet, dncnn and all_conv_net don't look at it.
+        pretrained: False, as weights are not published. Train them (:func:`convnn_geo.train.train`)
+            and bring the model back by :func:`convnn_geo.train.load_model`.
         **options: of the model (``width``, which multiplies its channels, ``depth``,
             ``patch_size``, ...) and of the layer
             (``k``, ``metric``, ``ratio``, ``lam``, ``kernel``, ``candidates``, ...).
 
     Raises:
-        ValueError: unknown models, layers or options; a layer that can't be there.
+        ValueError: unknown models, layers or options; a layer that can't be there; pretrained
+            weights; no classes in a model that has none to leave out.
         TypeError: options of the wrong type.
         MissingExtraError: torchvision or timm is not installed.
 
@@ -144,10 +195,24 @@ def create_model(
         >>> model = create_model("unet", "branching", in_channels=1, width=0.125, ratio=0.25, k=5)
         >>> model(torch.zeros(1, 1, 16, 24)).shape
         torch.Size([1, 1, 16, 24])
+        >>> create_model("all_conv_net", num_classes=0)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 192])
     """
     entry = check_options(name, layer, options)
+    if pretrained:
+        raise ValueError(
+            f"pretrained: expected False, got {pretrained!r}; no weights are published. Train a "
+            "model and bring it back by convnn_geo.train.load_model, load a checkpoint of yours by "
+            "load_state_dict, or convert a model of timm or torchvision that has weights "
+            "(convnn_geo.convert.to_convnn)"
+        )
     given = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-    shared = {key: check_int(key, given[key]) for key in entry.asked}
+    shared = {key: check_int(key, given[key], SHARED[key]) for key in entry.asked}
+    if num_classes == 0 and "num_classes" not in shared:
+        raise ValueError(
+            f"num_classes: 0 is for features in place of classes, and {name} has none; leave it "
+            "out, or choose a classifier"
+        )
     own = {key: value for key, value in options.items() if key in entry.options}
     rest = {key: value for key, value in options.items() if key not in own}
     return entry.build(Layer(layer, rest), **entry.fixed, **shared, **own)
@@ -176,15 +241,10 @@ def check_options(name: str, layer: str | None, options: Iterable[str]) -> Entry
         check_name(f"layer of {name}", layer, entry.vocabulary.names())
     which = entry.vocabulary.native if layer is None else layer
     of_layer = [] if which is None else entry.vocabulary.options(which)
-    known = [*entry.options, *of_layer]
+    known = [*entry.options, *of_layer, "pretrained"]  # whose value create_model looks at
     unknown = [option for option in options if option not in known]
     if not unknown:
         return entry
-    if "pretrained" in unknown:
-        raise ValueError(
-            "pretrained: models have random weights; load yours, or convert one of timm's or "
-            "torchvision's that has them (convnn_geo.convert.to_convnn)"
-        )
     takes = f"{name} takes {', '.join(entry.options)}"
     takes += "; options of a layer need layer=" if which is None else ""
     takes += f"; its layer {which!r} takes {', '.join(of_layer)}" if of_layer else ""

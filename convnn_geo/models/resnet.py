@@ -6,16 +6,16 @@ from torch import nn
 
 from convnn_geo.extras import require
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 #: Images up to this side get the small stem.
 SMALL = 64
 
 
-@register("resnet18", block="BasicBlock", blocks=(2, 2, 2, 2))
-@register("resnet34", block="BasicBlock", blocks=(3, 4, 6, 3))
-@register("resnet50", block="Bottleneck", blocks=(3, 4, 6, 3))
+@register_model("resnet18", block="BasicBlock", blocks=(2, 2, 2, 2))
+@register_model("resnet34", block="BasicBlock", blocks=(3, 4, 6, 3))
+@register_model("resnet50", block="Bottleneck", blocks=(3, 4, 6, 3))
 def resnet(
     layer: Layer,
     *,
@@ -37,7 +37,7 @@ def resnet(
         layer: to put in.
         block: ``"BasicBlock"`` or ``"Bottleneck"``.
         blocks: of each of the four stages.
-        num_classes: of the data.
+        num_classes: of the data; 0 for pooled features.
         in_channels: of the images.
         image_size: shortest side of the images.
         width: multiplies the channels of the stages; the stem keeps its 64.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 #: Channels of each resolution, from full size down.
@@ -68,7 +68,7 @@ def _block(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-@register("unet")
+@register_model("unet")
 def unet(layer: Layer, *, in_channels: int, width: float = 1.0) -> nn.Module:
     """A :class:`UNet`, every 3 x 3 convolution of which becomes the layer.
 

@@ -7,15 +7,16 @@ from collections import OrderedDict
 from torch import nn
 
 from convnn_geo.extras import require
+from convnn_geo.models.head import linear_head
 from convnn_geo.models.layers import Layer, replace_convolutions
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 
-@register("vgg11", configuration="A")
-@register("vgg13", configuration="B")
-@register("vgg16", configuration="D")
-@register("vgg19", configuration="E")
+@register_model("vgg11", configuration="A")
+@register_model("vgg13", configuration="B")
+@register_model("vgg16", configuration="D")
+@register_model("vgg19", configuration="E")
 def vgg(
     layer: Layer,
     *,
@@ -35,7 +36,7 @@ def vgg(
     Args:
         layer: to put in.
         configuration: torchvision's letter.
-        num_classes: of the data.
+        num_classes: of the data; 0 for pooled features.
         in_channels: of the images.
         image_size: shortest side of the images.
         width: multiplies all channels.
@@ -64,6 +65,6 @@ def vgg(
         pool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),
         dropout=nn.Dropout(dropout),
-        head=nn.Linear(channels[-1], num_classes),
+        head=linear_head(channels[-1], num_classes),
     )
     return replace_convolutions(nn.Sequential(parts), layer)

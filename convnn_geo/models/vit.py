@@ -7,13 +7,13 @@ from torch import nn
 from convnn_geo.checks import check_int
 from convnn_geo.extras import require
 from convnn_geo.models.layers import ATTENTIONS, Layer, replace_attention
-from convnn_geo.models.registry import register
+from convnn_geo.models.registry import register_model
 from convnn_geo.models.width import scaled
 
 
-@register("vit_tiny", ATTENTIONS, num_heads=3)
-@register("vit_small", ATTENTIONS, num_heads=6)
-@register("vit_base", ATTENTIONS, num_heads=12)
+@register_model("vit_tiny", ATTENTIONS, num_heads=3)
+@register_model("vit_small", ATTENTIONS, num_heads=6)
+@register_model("vit_base", ATTENTIONS, num_heads=12)
 def vit(
     layer: Layer,
     *,
@@ -36,7 +36,7 @@ def vit(
     Args:
         layer: to put in.
         num_heads: heads.
-        num_classes: of the data.
+        num_classes: of the data; 0 for pooled features.
         in_channels: of the images.
         image_size: side of the images, a multiple of ``patch_size``.
         patch_size: side of a patch; 16 for images of 224 pixels, otherwise the

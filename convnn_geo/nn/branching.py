@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_int, check_name, check_number, check_tensor
 from convnn_geo.nn.attention import ConvNNAttention
-from convnn_geo.nn.conv import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.nn.by_axes import CONVNN as _CONVNN
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 
 _POINTWISE = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NAMES = ("in_channels", "out_channels")
-_CONVNN = {1: ConvNN1d, 2: ConvNN2d, 3: ConvNN3d}
 
 
 class PixelAttention(nn.Module):
@@ -98,7 +97,8 @@ class Branching(nn.Module):
         in_channels: channels of the input, which both branches see whole.
         out_channels: channels of the output.
         kernel_size: of the convolution, padded to the input's size.
-        ratio: share of ConvNN, in [0, 1]; at 0 and 1 the layer is the pure branch.
+        ratio: share of ConvNN, in [0, 1]; at 0 and 1 the layer is the pure branch, and between them
+            both branches have a channel at least.
         other: ``"convolution"``, ``"attention"`` among all pixels, or a module from
             ``in_channels`` to the channels that the ratio leaves.
         num_heads: of the attention branch.
@@ -113,7 +113,8 @@ class Branching(nn.Module):
         - **output:** :math:`(b, d, *size)`
 
     Raises:
-        ValueError: a ratio outside [0, 1], unknown names, wrong channels, a stride.
+        ValueError: a ratio outside [0, 1], or inside and of too few channels for two branches;
+            unknown names, wrong channels, a stride.
 
     Example:
         >>> import torch
@@ -140,8 +141,7 @@ class Branching(nn.Module):
         super().__init__()
         check_int("in_channels", in_channels)
         check_int("out_channels", out_channels)
-        if check_number("ratio", ratio) > 1:
-            raise ValueError(f"ratio: expected a number in [0, 1], got {ratio}")
+        share = neighbor_channels(out_channels, ratio)
         if axes not in _CONVNN:
             raise ValueError(f"axes: expected 1, 2 or 3, got {axes}")
         if not isinstance(other, nn.Module):
@@ -151,7 +151,6 @@ class Branching(nn.Module):
         if num_heads != 1 and other != "attention":
             raise ValueError(f"num_heads={num_heads} is an option of other='attention'")
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        share = round(ratio * out_channels)
         rest = out_channels - share
         neighbors = branch = pointwise = None
         if share:
@@ -243,6 +242,33 @@ class Branching(nn.Module):
                 f"pointwise layer takes {wanted}; change the other branch's"
             )
         return torch.cat([first, second], axis)
+
+
+def neighbor_channels(out_channels: int, ratio: float) -> int:
+    """How many channels of a branching layer are of ConvNN.
+
+    Args:
+        out_channels: of both branches together.
+        ratio: share of ConvNN, in [0, 1].
+
+    Raises:
+        ValueError: a ratio outside [0, 1], or inside and leaving one branch without channels.
+
+    Example:
+        >>> neighbor_channels(16, 0.25), neighbor_channels(16, 0.0)
+        (4, 0)
+    """
+    check_number("ratio", ratio, maximum=1)
+    share = round(ratio * out_channels)
+    if 0 < share < out_channels or ratio in (0, 1):
+        return share
+    possible = "0 or 1, as one channel can't be divided"
+    if out_channels > 1:
+        possible = f"0, 1 or a multiple of 1/{out_channels} = {1 / out_channels:.4g}"
+    raise ValueError(
+        f"ratio: expected a share that leaves both branches channels, got {ratio} of out_channels="
+        f"{out_channels}, which is {share} when rounded; pass {possible}"
+    )
 
 
 def _channels(module: nn.Module | None) -> tuple[int | None, int | None]:

@@ -101,8 +101,7 @@ def knn_attention(
     _check(query, key, value)
     if k > key.shape[-2]:
         raise ValueError(f"k={k} is larger than the number of keys, {key.shape[-2]}; lower k")
-    if check_number("dropout_p", dropout_p) > 1:
-        raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    check_number("dropout_p", dropout_p, maximum=1)
     if attn_mask is not None and is_causal:
         raise ValueError("pass attn_mask or is_causal, not both; the mask may be causal itself")
     if metric is not None and scale is not None:

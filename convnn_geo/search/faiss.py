@@ -26,8 +26,11 @@ class Faiss(PointEngine):
 
     def refuses(self, query: Query) -> str | None:
         """As every engine for points, of float32 on the CPU."""
-        reason = unlike(query)
-        return super().refuses(query) if reason is None else reason
+        if query.target.device.type != "cpu":
+            return f"faiss-cpu, and the points are on {query.target.device}"
+        if query.problem is not None and query.problem.q.dtype != torch.float32:
+            return "faiss has float32 only, and these distances need float64"
+        return super().refuses(query)
 
     def slack(self, q: Tensor, keys: Tensor, value: Tensor) -> Tensor:
         """That of ``|q|^2 + |k|^2 - 2 <q, k>``, whatever is left of it."""
@@ -40,16 +43,11 @@ class Faiss(PointEngine):
 
     def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
         """Ask the indices, one after the other."""
-        return ask(prepared, q, asked)
-
-
-def unlike(query: Query) -> str | None:
-    """Why faiss can't serve these points; None where it can."""
-    if query.target.device.type != "cpu":
-        return f"faiss-cpu, and the points are on {query.target.device}"
-    if query.problem is not None and query.problem.q.dtype != torch.float32:
-        return "faiss has float32 only, and these distances need float64"
-    return None
+        found = [
+            index.search(np.ascontiguousarray(points.numpy()), asked)[1]
+            for index, points in zip(prepared, q, strict=True)
+        ]
+        return torch.from_numpy(np.stack(found))
 
 
 def filled(make: Any, points: Tensor) -> Any:
@@ -62,12 +60,3 @@ def filled(make: Any, points: Tensor) -> Any:
         index.train(rows)
     index.add(rows)
     return index
-
-
-def ask(prepared: list[Any], q: Tensor, asked: int) -> Tensor:
-    """Rows ``(b, n, asked)`` that an index for each example finds, -1 where it finds too few."""
-    found = [
-        index.search(np.ascontiguousarray(points.numpy()), asked)[1]
-        for index, points in zip(prepared, q, strict=True)
-    ]
-    return torch.from_numpy(np.stack(found))

@@ -8,26 +8,16 @@ from torch import Tensor
 
 from convnn_geo.extras import require
 from convnn_geo.search.approximate import ApproximateEngine
-from convnn_geo.search.faiss import Faiss, ask, filled, unlike
-from convnn_geo.search.query import Query
+from convnn_geo.search.faiss import Faiss, filled
 
 
-class FaissIVF(ApproximateEngine):
+class FaissIVF(ApproximateEngine, Faiss):
     """``faiss.IndexIVFFlat``: keys in clusters, the nearest few of which are looked through.
 
     As many clusters as four roots of the number of keys; each query looks into 16.
     """
 
     name = "faiss_ivf"
-
-    def missing(self) -> str | None:
-        """Faiss must be installed."""
-        return Faiss.missing(self)  # type: ignore[arg-type]
-
-    def refuses(self, query: Query) -> str | None:
-        """As every engine for points, of float32 on the CPU."""
-        reason = unlike(query)
-        return super().refuses(query) if reason is None else reason
 
     def prepare(self, keys: Tensor) -> list[Any]:
         """Cluster the keys of each example."""
@@ -40,7 +30,3 @@ class FaissIVF(ApproximateEngine):
             return index
 
         return [filled(clustered, points) for points in keys]
-
-    def propose(self, prepared: list[Any], q: Tensor, asked: int) -> Tensor | None:
-        """Ask the indices, one after the other."""
-        return ask(prepared, q, asked)

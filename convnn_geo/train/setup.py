@@ -218,13 +218,23 @@ def save_model(path: Path, arguments: dict[str, Any], module: nn.Module) -> None
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """A trained model in eval mode, on the CPU.
+    """A trained model in eval mode, on the CPU: what a run wrote, built anew with its weights.
 
     Args:
-        path: of ``weights.pt`` in a run's folder.
+        path: of ``weights.pt`` in a run's folder, ``runs/example/seed-0/weights.pt`` say.
 
     Raises:
         CheckpointError: there is no such file, or it is corrupt, or another file of a run.
+
+    Example:
+        >>> import tempfile
+        >>> from convnn_geo.train import Config, load_model, train
+        >>> folder = tempfile.mkdtemp()
+        >>> small = {"image_size": 8, "model_options": {"width": 0.125}}
+        >>> summary = train(Config("all_conv_net", **small, epochs=1, out=folder))
+        >>> model = load_model(f"{folder}/seed-0/weights.pt")
+        >>> model(torch.zeros(1, 1, 8, 8)).shape, model.training
+        (torch.Size([1, 10]), False)
     """
     path = Path(path)
     if not path.is_file():
