@@ -310,7 +310,8 @@ def test_between_and_beyond_measured_cases_costs_grow_as_they_did(cache):
     assert seconds(200) == {"dense": pytest.approx(4.0)}
     assert seconds(2000) == {"dense": pytest.approx(400.0), "cells": pytest.approx(150.0)}
     growth = math.log(8) / math.log(10)  # of dimension
-    assert seconds(50, 20)["dense"] == pytest.approx(2.0 * (20 / 30) ** growth)
+    assert seconds(200, 20)["dense"] == pytest.approx(32.0 * (20 / 30) ** growth)
+    assert seconds(10) == {"dense": 1.0}  # a call has costs of its own
 
 
 def test_what_was_not_measured_goes_to_our_kernels_where_they_run(monkeypatch):

@@ -245,14 +245,16 @@ def test_point_conv_sums_weighted_values():
     assert found == {network + 2 * 12 * 3 * CHANNELS}
 
 
-@pytest.mark.parametrize("sizes", [(5, 7), (250, 300)])  # the latter are searched one by one
-def test_clouds_of_a_batch(sizes):
+@pytest.mark.parametrize("as_rows", [True, False])  # or filled up to one size
+@pytest.mark.parametrize("sizes", [(5, 7), (250, 300)])
+def test_clouds_of_a_batch(sizes, as_rows):
     x, batch = torch.randn(sum(sizes), CHANNELS), torch.repeat_interleave(torch.tensor(sizes))
     pairs, chosen = sum(size * size for size in sizes), 3 * sum(sizes)
-    layer = PointConvNN(CHANNELS, OUT, k=3, metric="euclidean", weighting="softmax")
+    metric = Feature() if as_rows else 1.0 * Feature()
+    layer = PointConvNN(CHANNELS, OUT, k=3, metric=metric, weighting="softmax")
     by_hand = 2 * pairs * CHANNELS + chosen * CHANNELS * (1 + 2 * OUT)
-    apart = isinstance(layer.operation(x, None, batch).selection, Given)
-    assert apart == (min(sizes) > 200) and flops(layer, x, None, batch) == by_hand
+    assert isinstance(layer.operation(x, None, batch).selection, Given) == as_rows
+    assert flops(layer, x, None, batch) == by_hand
     of_two = flops(layer, (x, x[: sizes[0]]), None, (batch, batch[: sizes[0]]))
     pairs, chosen = sizes[0] ** 2, 3 * sizes[0]
     assert of_two == 2 * pairs * CHANNELS + chosen * CHANNELS * (1 + 2 * OUT)

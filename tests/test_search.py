@@ -29,12 +29,14 @@ from convnn_geo.points import Grid, Points
 from convnn_geo.search import (
     ENGINES,
     Query,
+    clouds,
     engines,
     explain_search,
     find,
     k_smallest,
     knn,
 )
+from convnn_geo.search.nearest import implemented
 from convnn_geo.search.query import SORTING
 from convnn_geo.search.registry import explain_query
 from convnn_geo.search.rows import Hidden, smallest_in_rows
@@ -261,6 +263,70 @@ def test_ragged_batches_are_their_examples(name, channels, sizes_x, sizes_y):
             assert name != "dense" and able_message in str(error)
             continue
         is_loop(found, x, y, k, batch_x=batch_x, batch_y=batch_y)
+
+
+SIZES = [[1, 2, 3], [40, 1, 300, 7], [5] * 50, [700, 3, 90, 64], [16, 32, 33]]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "squared_euclidean", "cosine", "dot", "spatial"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("self_point", ["natural", "first", "excluded"])
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_clouds_of_a_batch_are_found_as_each_by_itself(metric, sizes, self_point, backend):
+    """At once in C, where there is a compiler; more neighbours than a cloud has leave slots."""
+    batch = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    for x in (cloud(len(batch), 3), integers(0, 3, len(batch), 12)):
+        for k in (1, 4, 20):
+            options = {"metric": metric, "backend": backend, "self_point": self_point}
+            found = knn(x, None, k, batch, **options, short="pad")
+            start = 0
+            for size in sizes:
+                rows = slice(start, start + size)
+                alone = knn(x[rows], None, k, **options, short="pad")
+                there = torch.ones(size, k, dtype=torch.bool) if alone.mask is None else alone.mask
+                seen = there if found.mask is None else found.mask[rows]
+                assert torch.equal(seen, there)
+                assert torch.equal(found.index[rows][there], alone.index[there] + start)
+                torch.testing.assert_close(found.distance[rows], alone.distance)
+                start += size
+            least = min(sizes) - (self_point == "excluded")
+            if k > least:
+                with pytest.raises(ValueError, match=f"k={k} is larger than .*, {least}"):
+                    knn(x, None, k, batch, **options)
+
+
+def test_clouds_of_a_batch_are_searched_at_once(monkeypatch):
+    """In C they are: none by itself, whatever their number; large ones go to a grid of cells."""
+    if compiled.library() is None:
+        pytest.skip("no C compiler")
+    asked = []
+    monkeypatch.setattr(clouds, "implemented", lambda *a: asked.append(a[1]) or implemented(*a))
+    batch = torch.arange(60).repeat_interleave(torch.arange(1, 61))
+    knn(cloud(len(batch), 3), None, 2, batch, short="pad")
+    assert asked == []
+    batch = torch.arange(2).repeat_interleave(torch.tensor([20_000, 30_000]))
+    knn(cloud(len(batch), 3), None, 2, batch)
+    assert [len(problem.q) for problem in asked] == [20_000, 30_000]
+
+
+def test_clouds_may_be_numbered_with_gaps():
+    batch = torch.tensor([3] * 4 + [7] * 5 + [99] * 3)
+    x = cloud(12, 3)
+    found = knn(x, None, 3, batch).index
+    assert torch.equal(found, knn(x, None, 3, batch.unique(return_inverse=True)[1]).index)
+
+
+def test_explain_search_of_clouds():
+    x, sizes = cloud(50, 3), [10, 40]
+    even, uneven = (torch.arange(2).repeat_interleave(torch.tensor(s)) for s in ([25, 25], sizes))
+    assert explain_search(x, None, 3, even) == explain_search(x.view(2, 25, 3), k=3)
+    assert explain_search(x, None, 3, uneven) == explain_search(x[10:], k=3)
+    both = {"batch_x": uneven, "batch_y": uneven[::2]}
+    assert explain_search(x, x[::2], 3, **both) == explain_search(x[10:], x[10::2], k=3)
+    with pytest.raises(ValueError, match="there is no batch_y"):
+        explain_search(x, x[::2], 3, uneven)
+    table = str(explain_search(x, k=3)).splitlines()
+    assert table[0].split() == ["dense", "taken"] and len(table) == len(ENGINES)
 
 
 def test_ragged_search_in_itself():
@@ -627,10 +693,10 @@ def test_the_choice_is_explained():
     rows = dict(explain_query(Query(points, points, Feature(), 3)))
     assert rows["grid"] == "the metric looks at more than positions"
     assert rows["dense"] is None
-    assert explain_search(points, points, 3, "spatial") == [("grid", None)]
+    assert explain_search(points, points, 3, metric="spatial") == [("grid", None)]
     x, y = torch.randn(2, 50, 3), torch.randn(2, 20, 3)
     asked = explain_query(Query(Points(y, y), Points(x, x), as_metric("cosine"), 4))
-    assert explain_search(x, y, 4, "cosine") == asked
+    assert explain_search(x, y, 4, metric="cosine") == asked
     masked = Points(x, x, torch.rand(2, 50) > 0.3)
     assert explain_search(masked, k=3)[-1] == ("dense", None)
     own, single = torch.arange(50), Points(x[0], x[0])

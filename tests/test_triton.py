@@ -122,7 +122,7 @@ class TestSearch:
 
     def test_large_clouds_of_few_axes_are_worth_a_search_each(self, monkeypatch):
         from convnn_geo.search import triton
-        from convnn_geo.search.nearest import Problem
+        from convnn_geo.search.problem import Problem
 
         x, batch = on(torch.randn(30, 4), torch.arange(3).repeat_interleave(10))
         monkeypatch.setattr(triton, "WORTH_CELLS", 10)

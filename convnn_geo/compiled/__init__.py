@@ -2,6 +2,7 @@
 
 from convnn_geo.compiled.aggregation import attention, attention_backward, gather_taps
 from convnn_geo.compiled.build import library
+from convnn_geo.compiled.problem import Runs
 from convnn_geo.compiled.search import (
     LARGEST_K,
     cells_nearest,
@@ -12,6 +13,7 @@ from convnn_geo.compiled.search import (
 
 __all__ = [
     "LARGEST_K",
+    "Runs",
     "attention",
     "attention_backward",
     "cells_nearest",

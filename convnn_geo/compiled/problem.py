@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Layout(ctypes.Structure):
         *((name, _LONG) for name in ("mask_example", "mask_head", "mask_row")),
         ("own", _POINTER),
         ("scale", ctypes.c_float),
+        *((name, _POINTER) for name in ("target_start", "source_start", "source_stop")),
     )
 
 
@@ -50,6 +52,31 @@ class AttentionLayout(ctypes.Structure):
     )
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Examples of unequal size: runs of the rows ``(n, d)`` of targets and ``(m, d)`` of sources.
+
+    Args:
+        target_start: ``(examples + 1,)``, where each example's targets start; one follows another.
+        source_start: ``(examples,)``, where its sources start.
+        source_stop: ``(examples,)``, and stop.
+    """
+
+    target_start: Tensor
+    source_start: Tensor
+    source_stop: Tensor
+
+    @property
+    def targets(self) -> Tensor:
+        """How many each example has."""
+        return self.target_start.diff()
+
+    @property
+    def sources(self) -> Tensor:
+        """How many each example has."""
+        return self.source_stop - self.source_start
+
+
 class Described:
     """A search laid out for C, and the tensors that the layout points to.
 
@@ -64,6 +91,7 @@ class Described:
         own: ``(n,)`` or None.
         wanted: of :data:`WANTED`.
         lead: leading axes of what else belongs to the result.
+        runs: examples of unequal size; ``q`` and ``keys`` then have no leading axes.
     """
 
     def __init__(
@@ -78,6 +106,7 @@ class Described:
         own: Tensor | None = None,
         wanted: str = "order",
         lead: tuple[int, ...] = (),
+        runs: Runs | None = None,
     ) -> None:
         self.lead = broadcast_shapes(
             q.shape[:-2],
@@ -97,25 +126,25 @@ class Described:
         if mask is not None and mask.shape[-2] == 1:
             mask_strides[2] = 0
         (at_q, q_strides), (at_keys, key_strides) = self.spread(q, 2), self.spread(keys, 2)
+        examples, n, m = self.lead.numel(), self.n, self.m
+        starts: list[int | None] = [None] * 3
+        self.pairs = examples * n * m
+        if runs is not None:
+            parts = (runs.target_start, runs.source_start, runs.source_stop)
+            starts = [self.flat(part) for part in parts]
+            sizes = torch.stack([runs.targets, runs.sources])
+            examples, (n, m) = sizes.shape[1], sizes.amax(1).tolist()
+            self.pairs = int(sizes.prod(0).sum())
         self.layout = Layout(
-            *(
-                KINDS.index(kind),
-                k,
-                WANTED.index(wanted),
-                self.lead.numel(),
-                self.heads,
-                self.n,
-                self.m,
-                self.d,
-            ),
+            *(KINDS.index(kind), k, WANTED.index(wanted), examples, self.heads, n, m, self.d),
             *(at_q, at_keys, at_bias, *q_strides, *key_strides, *bias_strides),
-            *(at_mask, *mask_strides, None if own is None else self.flat(own), scale),
+            *(at_mask, *mask_strides, None if own is None else self.flat(own), scale, *starts),
         )
 
     @property
     def products(self) -> int:
         """How many a search takes; to choose costs some a pair, too."""
-        return self.lead.numel() * self.n * self.m * (self.d + 16)
+        return self.pairs * (self.d + 16)
 
     @property
     def address(self) -> int:

@@ -30,20 +30,21 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
 
 struct Workspace {
   const Problem *problem;
-  int64_t example, wide;          /* packed now, -1 for none; m rounded up to panels */
+  int64_t example, m, wide;       /* packed now, -1 for none; its sources; rounded up to panels */
   float *panel, *bias;            /* (wide / PANEL, d, PANEL), (wide) */
   float *center, *target;         /* (d), (d, TARGETS) */
   float *row, *value;             /* (TARGETS, wide), (wide) */
   int32_t *listed;                /* (wide) */
   float longest, largest_bias;    /* of the sources as packed */
   const float *key, *query, *add; /* of the example: rows of sources and targets, bias */
+  const int64_t *own;
 };
 
 Workspace *workspace_new(const Problem *problem) {
   Workspace *w = calloc(1, sizeof *w);
   if (!w) return NULL;
   size_t wide = (size_t)(problem->m + PANEL - 1) / PANEL * PANEL, d = (size_t)problem->d;
-  w->problem = problem, w->example = -1, w->wide = (int64_t)wide;
+  w->problem = problem, w->example = -1;
   w->panel = malloc(wide * d * sizeof *w->panel);
   w->bias = malloc(wide * sizeof *w->bias);
   w->center = calloc(d, sizeof *w->center);
@@ -68,15 +69,25 @@ static void enter(Workspace *w, int64_t example) {
   w->key = p->keys + outer * p->key_example + head * p->key_head;
   w->query = p->q + outer * p->q_example + head * p->q_head;
   w->add = p->bias ? p->bias + outer * p->bias_example + head * p->bias_head : NULL;
+  w->own = p->own, w->m = p->m;
+  if (p->target_start) {
+    int64_t target = p->target_start[example], source = p->source_start[example];
+    w->key = p->keys + source * p->key_row;
+    w->query = p->q + target * p->q_row;
+    w->add = p->bias ? p->bias + source : NULL;
+    w->own = p->own ? p->own + target : NULL;
+    w->m = p->source_stop[example] - source;
+  }
+  w->wide = (w->m + PANEL - 1) / PANEL * PANEL;
   w->example = example;
 }
 
 /* Products are as exact as their factors are short, so points are taken from their mean. */
 static void find_center(Workspace *w) {
   const Problem *p = w->problem;
-  float part = 1 / (float)p->m;
+  float part = 1 / (float)w->m;
   for (int64_t axis = 0; axis < p->d; axis++) w->center[axis] = 0;
-  for (int64_t j = 0; j < p->m; j++)
+  for (int64_t j = 0; j < w->m; j++)
     for (int64_t axis = 0; axis < p->d; axis++)
       w->center[axis] += part * w->key[j * p->key_row + axis];
 }
@@ -98,17 +109,17 @@ static void pack(Workspace *w) {
   for (int64_t start = 0; start < w->wide; start += PANEL) {
     float size[PANEL] = {0};
     for (int64_t j = 0; j < PANEL; j++) { /* what is missing repeats the last source */
-      int64_t key = start + j < p->m ? start + j : p->m - 1;
+      int64_t key = start + j < w->m ? start + j : w->m - 1;
       stand(w->key + key * p->key_row, w->center, 1, p->d, to + j, PANEL);
     }
     for (int64_t axis = 0; axis < p->d; axis++, to += PANEL)
       for (int j = 0; j < PANEL; j++) size[j] += to[j] * to[j];
     for (int j = 0; j < PANEL; j++) {
       float add = p->kind == POINTS ? size[j] : 0;
-      if (w->add) add = w->add[start + j < p->m ? start + j : p->m - 1];
+      if (w->add) add = w->add[start + j < w->m ? start + j : w->m - 1];
       longest = size[j] > longest || isnan(size[j]) ? size[j] : longest;
       largest = fabsf(add) > largest || isnan(add) ? fabsf(add) : largest;
-      w->bias[start + j] = start + j < p->m ? add : INFINITY;
+      w->bias[start + j] = start + j < w->m ? add : INFINITY;
     }
   }
   w->longest = sqrtf(longest), w->largest_bias = largest;
@@ -252,8 +263,8 @@ static int apart(const float *values, int64_t k, float margin) {
 static void nearest_of_row(Workspace *w, const float *row, int64_t i, float margin, float same,
                            float *values, int64_t *places) {
   const Problem *p = w->problem;
-  int k = p->k, one_more = k < p->m && k < GROUPS;
-  float some[GROUPS + 1], limit = bound(row, p->m, k) + margin;
+  int k = p->k < w->m ? p->k : (int)w->m, one_more = k < w->m && k < GROUPS;
+  float some[GROUPS + 1], limit = bound(row, w->m, k) + margin;
   int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
   int sure = 0, few = count <= FEW || count <= 2 * k; /* so many more are tied, and never apart */
@@ -273,16 +284,25 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
     memcpy(values, some, (size_t)found * sizeof *some);
     memcpy(places, order, (size_t)found * sizeof *order);
   }
-  for (int64_t j = 0; j < p->m && found < k; j++) /* what is hidden, where little else is */
+  for (int64_t j = 0; j < w->m && found < k; j++) /* what is hidden, where little else is */
     if (row[j] == INFINITY) values[found] = INFINITY, places[found++] = j;
+  for (; found < p->k; found++) values[found] = INFINITY, places[found] = -1;
 }
 
 int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values,
                      int64_t *places) {
   const Problem *p = w->problem;
-  int rows = p->n - start < TARGETS ? (int)(p->n - start) : TARGETS;
+  int64_t left = targets_of(p, example) - start;
+  int rows = left < TARGETS ? (int)left : TARGETS;
   float margin[TARGETS], same[TARGETS], factor = p->kind == POINTS ? 2 : p->kind == ANGLES ? 1 : p->scale;
-  if (w->example != example) enter(w, example), pack(w);
+  if (w->example != example) {
+    enter(w, example);
+    if (w->m) pack(w);
+  }
+  if (!w->m) { /* nobody to choose */
+    for (int64_t i = 0; i < (int64_t)rows * p->k; i++) values[i] = INFINITY, places[i] = -1;
+    return 1;
+  }
   for (int i = 0; i < TARGETS; i++) { /* rows that are missing repeat the last */
     const float *q = w->query + (start + (i < rows ? i : rows - 1)) * p->q_row;
     float size = squared_distance(q, w->center, p->d);
@@ -302,9 +322,9 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     if (p->mask) {
       const uint8_t *mask = p->mask + example / p->heads * p->mask_example +
                             example % p->heads * p->mask_head + (start + i) * p->mask_row;
-      for (int64_t j = 0; j < p->m; j++) row[j] = mask[j] ? row[j] : INFINITY;
+      for (int64_t j = 0; j < w->m; j++) row[j] = mask[j] ? row[j] : INFINITY;
     }
-    if (p->own && p->own[start + i] >= 0) row[p->own[start + i]] = INFINITY;
+    if (w->own && w->own[start + i] >= 0) row[w->own[start + i]] = INFINITY;
     nearest_of_row(w, row, start + i, margin[i], same[i], values + i * p->k, places + i * p->k);
   }
   return 1;

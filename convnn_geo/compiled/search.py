@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.compiled import build
-from convnn_geo.compiled.problem import LARGEST_K, Described
+from convnn_geo.compiled.problem import LARGEST_K, Described, Runs
 
 _VISITED = 128
 """Products for each neighbour that is found among cells, and what else is done for it."""
@@ -67,6 +67,7 @@ def products_nearest(
     mask: Tensor | None = None,
     own: Tensor | None = None,
     exact: bool = True,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Values and places ``(..., n, k)`` of the nearest, in order of (value, place), ties exact.
 
@@ -83,9 +84,11 @@ def products_nearest(
         mask: ``(..., n | 1, m)``, True where choice is allowed.
         own: ``(n,)``, a source that each target is not to find; -1 for none.
         exact: whether values are wanted as they are compared; otherwise good to rounding.
+        runs: examples of unequal size, among the rows of ``q (n, d)`` and ``keys (m, d)``. Places
+            then count the sources of the example; what it lacks of ``k`` is infinite, at -1.
     """
     wanted = "values" if exact else "order"
-    problem = Described(kind, q, keys, k, bias, scale, mask, own, wanted)
+    problem = Described(kind, q, keys, k, bias, scale, mask, own, wanted, runs=runs)
     if not problem.served:
         return None
     values = q.new_empty(*problem.lead, problem.n, k)

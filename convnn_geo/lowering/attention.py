@@ -16,7 +16,8 @@ from convnn_geo.lowering.rules import Rule
 from convnn_geo.metrics import full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.operators import is_watched
-from convnn_geo.search.nearest import Problem, by_rows
+from convnn_geo.search.nearest import by_rows
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.rows import Hidden
 from convnn_geo.selection import Every, KNearest, Selection
 from convnn_geo.shapes import broadcast_shapes

@@ -31,7 +31,8 @@ from convnn_geo.metrics import (
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.operators import directly, is_traced, is_transformed, operator
 from convnn_geo.points import gather_rows
-from convnn_geo.search.nearest import Problem, by_rows
+from convnn_geo.search.nearest import by_rows
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.rows import Hidden
 from convnn_geo.selection import KNearest
 from convnn_geo.shapes import broadcast_shapes

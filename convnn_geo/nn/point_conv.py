@@ -30,7 +30,6 @@ from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.search import ENGINES, check_batch, knn
-from convnn_geo.search.ragged import LARGE
 from convnn_geo.selection import Given, KNearest, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
@@ -168,7 +167,7 @@ class PointConvNN(TapLayer):
         source = self._encoded(source, batch[0])
         target = source if alone else self._encoded(target, batch[1])
         selection = self.selection
-        if edge_index is None and self._by_cloud(source, *batch):
+        if edge_index is None and self._by_cloud(*batch):
             selection = Given(self._searched(source, target, *batch), "search.knn, cloud by cloud")
         elif edge_index is None:
             source, target = self._dense(source, target, *batch)
@@ -274,17 +273,13 @@ class PointConvNN(TapLayer):
             return dense, dense
         return dense, Points.from_batch(target.x, target.pos, batch, examples)
 
-    def _by_cloud(self, source: Points, batch_source: Tensor | None, batch: Tensor | None) -> bool:
-        """Whether clouds are worth a search each, on any engine, instead of one with a mask."""
+    def _by_cloud(self, batch_source: Tensor | None, batch: Tensor | None) -> bool:
+        """Whether clouds of a batch can be searched as rows, instead of filled up to one size."""
         if batch_source is None or batch is None or not batch.numel():
             return False
         selection = self.selection
         plain = isinstance(selection, KNearest) and selection.dilation == 1
-        plain = plain and type(self.candidates) is All and type(self.metric) in (Feature, Spatial)
-        if not plain or torch.compiler.is_compiling():
-            return plain  # traced, how large clouds are is not known, and search is one operator
-        check_batch("batch", batch_source, source)
-        return source.num_points >= LARGE * (int(batch_source[-1]) + 1)
+        return plain and type(self.candidates) is All and type(self.metric) in (Feature, Spatial)
 
     def _searched(
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None

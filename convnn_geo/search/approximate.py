@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convnn_geo.search.nearest import Problem
 from convnn_geo.search.points import PointEngine
+from convnn_geo.search.problem import Problem
 
 
 class ApproximateEngine(PointEngine):

@@ -14,8 +14,9 @@ from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Differences
 from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.kd_tree import KDTree
-from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, referee
+from convnn_geo.search.nearest import IMPLEMENTATIONS, referee
 from convnn_geo.search.points import PointEngine, alone, together
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import k_smallest

@@ -1,7 +1,7 @@
-"""Search in clouds of unequal size as one operator, for programs that are traced.
+"""Search in clouds of unequal size as one operator: at once, where an engine can.
 
 How large clouds are only the batch vectors say, and a traced program has no values: it is looked
-at when the program runs.
+at when the operator runs.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from convnn_geo.checks import check_name
+from convnn_geo.compiled import Runs
 from convnn_geo.metrics import Feature, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import operator
 from convnn_geo.points import Points
-from convnn_geo.search.nearest import Problem, implemented, measured
+from convnn_geo.search.fused import in_runs, serves_runs
+from convnn_geo.search.nearest import implemented, measured
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
-from convnn_geo.search.ragged import check_batch, check_both, too_many
-from convnn_geo.search.registry import ENGINES
+from convnn_geo.search.ragged import check_batch, check_both, too_many, typical
+from convnn_geo.search.registry import ENGINES, fastest
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.triton import in_clouds, is_plain
 
@@ -82,12 +85,18 @@ def find_in_clouds(
 
 
 def serves_clouds(query: Query, backend: str) -> bool:
-    """Whether clouds of unequal size may be searched in one launch: on a GPU, or where asked to."""
+    """Whether clouds of unequal size may be searched at once: in C, or in one launch on a GPU."""
+    if _looks_at_sets(query.metric) or query.problem is None:
+        return False
+    if query.target.device.type == "cpu" and backend in ("auto", "dense"):
+        return serves_runs(query.problem, query.k, query.slab)
+    return _serves_launch(query, backend)
+
+
+def _serves_launch(query: Query, backend: str) -> bool:
     if backend != "triton" and (backend != "auto" or query.target.device.type != "cuda"):
         return False
-    if _looks_at_sets(query.metric) or query.problem is None or not is_plain(query.problem):
-        return False
-    return ENGINES["triton"].refuses(query) is None
+    return is_plain(query.problem) and ENGINES["triton"].refuses(query) is None
 
 
 def _looks_at_sets(metric: Metric) -> bool:
@@ -116,34 +125,65 @@ def _nearest_in_clouds(
     batch_x = check_batch("batch_x", batch_x, Points(keys))
     batch_y = check_batch("batch_y", batch_y, Points(q))
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
-    if serves_clouds(Query(Points(q), Points(keys), Feature(), k, bind=problem.bound), engine):
+    if _serves_launch(_asked(problem, k), engine):
         found = in_clouds(problem, k, batch_x, batch_y, excluded, engine)
         if found is not None:
             return found
-    values = q.new_full((len(q), k), torch.inf, dtype=problem.dtype)
-    places = torch.full((len(q), k), -1, device=q.device)
-    clouds, targets = batch_y.unique_consecutive(return_counts=True)
-    ends = torch.searchsorted(batch_x, clouds, right=True).tolist()
-    starts = torch.searchsorted(batch_x, clouds).tolist()
-    least = min((end - start for start, end in zip(starts, ends, strict=True)), default=k + 1)
+    clouds, counts = batch_y.unique_consecutive(return_counts=True)
+    starts = torch.searchsorted(batch_x, clouds), torch.searchsorted(batch_x, clouds, right=True)
+    runs = Runs(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), *starts)
+    least = int(runs.sources.min()) if len(clouds) else k + 1
     if k > least - excluded and not padded:
         raise ValueError(too_many(k, least - excluded, excluded))
-    row = 0
-    for start, end, n in zip(starts, ends, targets.tolist(), strict=True):
-        rows, own = slice(row, row + n), None
-        if excluded:
-            own = torch.arange(n, device=q.device)
+    if len(clouds) and _dense_is_best(problem, k, runs, slab, engine):
+        found = in_runs(problem, k, runs, excluded, slab)
+        if found is not None:
+            return found
+    return _apart(problem, k, runs, excluded, slab, engine)
+
+
+def _asked(problem: Problem, k: int) -> Query:
+    return Query(Points(problem.q), Points(problem.keys), Feature(), k, bind=problem.bound)
+
+
+def _part(problem: Problem, targets: slice, sources: slice) -> Problem:
+    """A cloud by itself."""
+    bias = None if problem.bias is None else problem.bias[sources]
+    return replace(problem, q=problem.q[targets], keys=problem.keys[sources], bias=bias)
+
+
+def _dense_is_best(problem: Problem, k: int, runs: Runs, slab: int, engine: str) -> bool:
+    """Whether dense search is asked for, or likely fastest, and can look at all clouds at once."""
+    if engine not in ("auto", "dense") or not serves_runs(problem, k, slab):
+        return False
+    return engine == "dense" or fastest(_asked(_typical(problem, runs), k)) == "dense"
+
+
+def _typical(problem: Problem, runs: Runs) -> Problem:
+    """One of the clouds, by which an engine is chosen for all."""
+    one = typical(runs.sources, runs.targets)
+    rows = slice(int(runs.target_start[one]), int(runs.target_start[one + 1]))
+    return _part(problem, rows, slice(int(runs.source_start[one]), int(runs.source_stop[one])))
+
+
+def _apart(
+    problem: Problem, k: int, runs: Runs, excluded: bool, slab: int, engine: str
+) -> tuple[Tensor, Tensor]:
+    """One cloud after the other."""
+    q = problem.q
+    values = q.new_full((len(q), k), torch.inf, dtype=problem.dtype)
+    places = torch.full((len(q), k), -1, device=q.device)
+    first = runs.target_start.tolist()
+    sources = zip(runs.source_start.tolist(), runs.source_stop.tolist(), strict=True)
+    for row, stop, (start, end) in zip(first, first[1:], sources, strict=False):
         there = min(k, end - start - excluded)
-        if there > 0:
-            part = replace(
-                problem,
-                q=q[rows],
-                keys=keys[start:end],
-                bias=None if bias is None else bias[start:end],
-            )
-            value, place = implemented(engine, part, there, Hidden(own=own), slab)
-            values[rows, :there], places[rows, :there] = value, place + start
-        row += n
+        if there < 1:
+            continue
+        rows = slice(row, stop)
+        own = torch.arange(stop - row, device=q.device) if excluded else None
+        part = _part(problem, rows, slice(start, end))
+        value, place = implemented(engine, part, there, Hidden(own=own), slab)
+        values[rows, :there], places[rows, :there] = value, place + start
     return values, places
 
 

@@ -102,10 +102,15 @@ def _dimension(query: Query) -> int:
 
 @functools.lru_cache(1024)
 def _expected(device: str, *size: int) -> dict[str, float]:
-    """A case as measured, and from there along each axis as the engine's costs grow."""
-    cases, asked = table(device), tuple(max(1, number) for number in size)
+    """A case as measured, and from there along each axis as the engine's costs grow.
+
+    Not below the fewest sources that were measured: there each call's own costs rule.
+    """
+    cases = table(device)
     if not cases:
         return {}
+    dimension, sources, *rest = (max(1, number) for number in size)
+    asked = (dimension, max(sources, min(case[1] for case in cases)), *rest)
     near = sorted(cases, key=lambda case: _unlike(case, asked))
     first = near[0]
     return {

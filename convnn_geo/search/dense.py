@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from convnn_geo.search.nearest import Problem, measured, nearest, referee
+from convnn_geo.search.nearest import measured, nearest, referee
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import k_smallest, order_by_value_then_place

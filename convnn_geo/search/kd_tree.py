@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from convnn_geo.extras import installed, require
-from convnn_geo.search.nearest import Problem
 from convnn_geo.search.points import PointEngine, alone, together
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 

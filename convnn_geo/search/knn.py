@@ -25,7 +25,7 @@ from convnn_geo.points import Points, row_starts
 from convnn_geo.search.clouds import find_in_clouds, serves_clouds
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import Ragged, check_batch, check_both, too_many
-from convnn_geo.search.registry import explain_query, find, with_self_first
+from convnn_geo.search.registry import Reasons, explain_query, find, with_self_first
 from convnn_geo.typing import SELF_POINTS
 
 _EUCLIDEAN = as_metric("euclidean")
@@ -120,19 +120,18 @@ def knn(
             query = Query(target, source, metric, k, Subset(), memory=memory)
             found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
             return found if max_distance is None else found.within(max_distance)
-        check_both(batch_x, batch_y)
-        batch_x = check_batch("batch_x", batch_x, source)
-        batch_y = check_batch("batch_y", batch_y, target)
+        ragged = _ragged(source, target, batch_x, batch_y, same)
         if not target.num_points:
             return _empty(target, source, k)
-        ragged = Ragged(source, target, batch_x, batch_y, same)
         if short == "error" and not ragged.level:
             ragged.check(k, self_point == "excluded")
         query = Query(target, source, metric, k, memory=memory)
         if ragged.level or short == "truncate" or not serves_clouds(query, backend):
             found = ragged(search, k, backend)
         else:
-            found = find_in_clouds(query, batch_x, batch_y, backend, self_point, short)
+            found = find_in_clouds(
+                query, ragged.batch_x, ragged.batch_y, backend, self_point, short
+            )
             if found.mask is not None and bool(found.mask.all()):
                 found = replace(found, mask=None)
     return found if max_distance is None else found.within(max_distance)
@@ -142,21 +141,27 @@ def explain_search(
     x: Tensor | Points,
     y: Tensor | Points | None = None,
     k: int | None = None,
+    batch_x: Tensor | None = None,
+    batch_y: Tensor | None = None,
     metric: Metric | str = "euclidean",
     *,
     self_point: str = "natural",
-) -> list[tuple[str, str | None]]:
+) -> Reasons:
     """Which engine ``backend="auto"`` takes, and why it takes no other.
 
     Args:
         x: sources, as :func:`knn` takes them.
         y: targets; ``x`` itself by default.
         k: neighbours.
+        batch_x: ``(m,)``, as :func:`knn` takes it; clouds of unequal size are explained by one of
+            them, about as large as the one that a target is in.
+        batch_y: ``(n,)``, likewise.
         metric: a metric or its name.
         self_point: of a set searched in itself, as :func:`knn` takes it.
 
     Returns:
         Each engine that was asked, and why it is not taken; None for the one that is, the last.
+        ``print`` shows a table.
 
     Raises:
         ValueError: k < 1 or over the number of sources, unequal dimensions or devices.
@@ -171,10 +176,14 @@ def explain_search(
     """
     metric, k = _asked(metric, y, k)
     check_name("self_point", self_point, SELF_POINTS)
+    same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
     source = _points("x", x)
-    target = source if y is None else _points("y", y)
-    _check_self(self_point, y is None or y is x)
+    target = source if y is None or same else _points("y", y)
+    _check_self(self_point, same)
     _check_pair(source, target)
+    if batch_x is not None or batch_y is not None:
+        ragged = _ragged(source, target, batch_x, batch_x if same else batch_y, same)
+        source, target = ragged.typical()
     excluded = self_point == "excluded"
     least = max(0, _fewest(target, source) - excluded)
     if k > least:
@@ -184,6 +193,15 @@ def explain_search(
         own = row_starts(source.num_points, 1, source.device)
     others = max(1, k - (self_point == "first"))
     return explain_query(Query(target, source, metric, others, _subset(source), excluded=own))
+
+
+def _ragged(
+    source: Points, target: Points, batch_x: Tensor | None, batch_y: Tensor | None, same: bool
+) -> Ragged:
+    """Rows of clouds, their batch vectors sound."""
+    check_both(batch_x, batch_y)
+    batch_x = check_batch("batch_x", batch_x, source)
+    return Ragged(source, target, batch_x, check_batch("batch_y", batch_y, target), same)
 
 
 class _Search:

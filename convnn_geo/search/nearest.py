@@ -9,138 +9,24 @@ rounding can't change that order; rows where it might are searched again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convnn_geo import compiled
 from convnn_geo.metrics import Angular, BilinearForm, Differences, Distances
 from convnn_geo.metrics.distances import take
 from convnn_geo.operators import operator
+from convnn_geo.search.fused import ROOMY, by_fused_rows
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.search.smallest import order_by_value_then_place
 from convnn_geo.shapes import broadcast_shapes
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Whose ``k`` nearest are wanted, in terms of tensors alone.
-
-    Args:
-        kind: ``"points"``: by distance; ``"angles"``: of vectors of length one or zero;
-            ``"products"``: by ``bias - scale <q, keys>``.
-        q: ``(..., n, d)``.
-        keys: ``(..., m, d)``.
-        bias: ``(..., m)`` or None, of ``"products"``.
-        scale: of ``"products"``.
-        dtype: in which distances are compared.
-        axes: ``(..., 1, d | 1)``, by which differences of ``"points"`` are scaled; None for 1.
-        exact: whether values are wanted as they are compared; otherwise good to rounding.
-    """
-
-    kind: str
-    q: Tensor
-    keys: Tensor
-    bias: Tensor | None
-    scale: float
-    dtype: torch.dtype
-    axes: Tensor | None = None
-    exact: bool = False
-
-    @classmethod
-    def of(cls, bound: Distances, dtype: torch.dtype, exact: bool = False) -> Problem | None:
-        """Distances as a problem; None for forms that are neither points nor products."""
-        sharp = bound.sharp()
-        if isinstance(sharp, Angular):
-            return cls("angles", sharp.q, sharp.k, None, 1.0, dtype, None, exact)
-        if isinstance(sharp, Differences) and sharp.p == 2:
-            return cls("points", sharp.q, sharp.k, None, 1.0, dtype, sharp.scale, exact)
-        points = sharp.coordinates()
-        if points is not None:
-            return cls("points", *points, None, 1.0, dtype, None, exact)
-        product = sharp if isinstance(sharp, BilinearForm) else None
-        if product is None and sharp.bilinear() is not None:
-            product = sharp.double().bilinear()  # combined, and not yet rounded
-        if product is None:
-            return None
-        return cls("products", product.q, product.k, product.b, product.scale, dtype, None, exact)
-
-    def arguments(self) -> tuple[Any, ...]:
-        """As operators take it, without gradient; :meth:`from_arguments` puts it together again."""
-        tensors = (self.q, self.keys, self.bias, self.axes)
-        plain = (None if t is None else t.detach() for t in tensors)
-        return (self.kind, *plain, float(self.scale), self.dtype == torch.float64, self.exact)
-
-    @classmethod
-    def from_arguments(
-        cls,
-        kind: str,
-        q: Tensor,
-        keys: Tensor,
-        bias: Tensor | None,
-        axes: Tensor | None,
-        scale: float,
-        double: bool,
-        exact: bool,
-    ) -> Problem:
-        """What :meth:`arguments` took apart."""
-        dtype = torch.float64 if double else torch.float32
-        return cls(kind, q, keys, bias, scale, dtype, axes, exact)
-
-    def targets(self, index: Tensor) -> Problem:
-        """The same from the targets ``index (..., 1, r)`` alone."""
-        return replace(self, q=take(self.q, index))
-
-    def between(self, start: int, stop: int) -> Problem:
-        """The same from the targets ``start:stop`` alone."""
-        return replace(self, q=self.q[..., start:stop, :])
-
-    @property
-    def dimension(self) -> int | None:
-        """Of :meth:`coordinates`; None where there are none."""
-        if self.kind == "products":
-            return self.q.shape[-1] + 1 if self.scale > 0 else None
-        return self.bound().dimension
-
-    def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Points ``(..., n, d)`` and ``(..., m, d)`` whose Euclidean order is the same order.
-
-        Of products by one more axis, which makes ``|key|^2 - 2 bias / scale`` the same for all
-        keys (Bachrach et al., RecSys 2014).
-        """
-        if self.kind != "products":
-            return self.bound().coordinates()  # type: ignore[return-value]
-        keys = self.keys.double()
-        size = keys.square().sum(-1)
-        if self.bias is not None:
-            size = size - 2 / self.scale * self.bias.double()
-        rest = (size.amax(-1, keepdim=True) - size).sqrt().to(self.keys.dtype).unsqueeze(-1)
-        lead = broadcast_shapes(self.keys.shape[:-2], rest.shape[:-2])
-        wide = self.keys.expand(*lead, *self.keys.shape[-2:])
-        return torch.nn.functional.pad(self.q, (0, 1)), torch.cat([wide, rest], -1)
-
-    def bound(self) -> Distances:
-        """The distances again."""
-        if self.kind == "angles":
-            return Angular(self.q, self.keys)
-        if self.kind == "points":
-            return Differences(self.q, self.keys, root=False, scale=self.axes)
-        return BilinearForm(self.q, self.keys, None, self.bias, self.scale)
-
 
 Implementation = Callable[[Problem, int, Hidden, int], tuple[Tensor, Tensor]]
 """``(problem, k, hidden, slab) -> (values, places)``, each ``(..., n, k)``."""
 
 IMPLEMENTATIONS: dict[str, Implementation] = {}
-
-_ROOMY = 2**23
-"""Bytes of a slab from which on nobody has asked for less than the default."""
-_MOST = 2**28
-"""Bytes of copies of sources, at most."""
-_ROWS = 8
-"""Rows of products, and of what is chosen from, that a thread has."""
 
 
 def nearest(
@@ -210,11 +96,11 @@ def by_rows(
 
     ``any_order``: who the nearest are must be right, their order only to rounding.
     """
-    found = _by_fused_rows(problem, k, hidden, slab)
+    found = by_fused_rows(problem, k, hidden, slab)
     if found is not None:
         return found
     n = problem.q.shape[-2]
-    if problem.q.nbytes > slab < _ROOMY and n > 1:  # bounds copies of targets, too
+    if problem.q.nbytes > slab < ROOMY and n > 1:  # bounds copies of targets, too
         step = max(1, slab * n // problem.q.nbytes)
         return _in_parts(problem, k, hidden, slab, step, any_order)
     bound, dtype = problem.bound(), problem.dtype
@@ -264,33 +150,6 @@ def _by_product(
         settled = _settle(problem, rough, rows, k, hidden, margin, slab)
         values, places = put_rows(values, places, rows, settled)
     return values, places
-
-
-def _by_fused_rows(
-    problem: Problem, k: int, hidden: Hidden, slab: int
-) -> tuple[Tensor, Tensor] | None:
-    """The same in C, a few rows of products at a time; None where that is not served.
-
-    Each thread has these and a copy of one example's sources: too much where memory is bounded
-    tightly.
-    """
-    m, d = problem.keys.shape[-2:]
-    copies = m * (d + _ROWS) * 4 * torch.get_num_threads()
-    if copies > slab < _ROOMY or copies > _MOST:
-        return None
-    if problem.axes is not None or problem.dtype != torch.float32:
-        return None
-    return compiled.products_nearest(
-        problem.kind,
-        problem.q,
-        problem.keys,
-        k,
-        problem.bias,
-        problem.scale,
-        hidden.mask,
-        hidden.own,
-        problem.exact,
-    )
 
 
 def _undecided(problem: Problem, values: Tensor, places: Tensor, margin: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from convnn_geo.checks import all_finite
 from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.nearest import (
     IMPLEMENTATIONS,
-    Problem,
     by_rows,
     measured,
     nearest,
@@ -22,6 +21,7 @@ from convnn_geo.search.nearest import (
     referee,
     unsure_rows,
 )
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.smallest import by_value_then_place

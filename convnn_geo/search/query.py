@@ -13,7 +13,7 @@ from convnn_geo.caching import once
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
 from convnn_geo.points import Points
-from convnn_geo.search.nearest import Problem
+from convnn_geo.search.problem import Problem
 
 SORTING = 7
 """Times a slab of float32 that is taken on a GPU: 6 to sort it, as measured, and results beside."""

@@ -61,6 +61,17 @@ class Ragged:
         clouds, sources, targets = self.sizes
         return clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
 
+    def typical(self) -> tuple[Points, Points]:
+        """Sources and targets: all, if of one size, or a cloud about as large as a target's."""
+        clouds, sources, targets = self.sizes
+        if self.level:
+            source = _examples(self.source, clouds)
+            return source, source if self.same else _examples(self.target, clouds)
+        one = typical(sources, targets)
+        first = [int(counts[:one].sum()) for counts in (sources, targets)]
+        source = part_of(self.source, first[0], int(sources[one]))
+        return source, source if self.same else part_of(self.target, first[1], int(targets[one]))
+
     def check(self, k: int, excluded: bool) -> None:
         """Raise where a cloud has targets, but fewer than ``k`` candidates for each."""
         _, sources, targets = self.sizes
@@ -151,6 +162,12 @@ def _joined(parts: list[Neighborhood], source: Points, k: int) -> Neighborhood:
         mask = torch.cat([m.bool() for m in masks])
         mask = None if bool(mask.all()) else mask
     return Neighborhood(index, source.num_points, distance, mask)
+
+
+def typical(sources: Tensor, targets: Tensor) -> int:
+    """Of clouds of so many points the one about as large as what a target looks at, on average."""
+    size = (sources * targets).sum() / targets.sum().clamp_min(1)
+    return int((sources - size).abs().where(targets > 0, torch.inf).argmin())
 
 
 def too_many(k: int, available: int, excluded: bool) -> str:

@@ -21,8 +21,9 @@ from convnn_geo.search.flashlib import FlashLib
 from convnn_geo.search.grid import GridSearch
 from convnn_geo.search.kd_tree import KDTree
 from convnn_geo.search.keops import KeOps
-from convnn_geo.search.nearest import IMPLEMENTATIONS, Problem, fingerprint
+from convnn_geo.search.nearest import IMPLEMENTATIONS, fingerprint
 from convnn_geo.search.points import by_coordinates
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.pyg_lib import PygLib
 from convnn_geo.search.pynndescent import PyNNDescent
 from convnn_geo.search.query import Engine, Query
@@ -93,11 +94,21 @@ def fastest(query: Query) -> str:
     return Triton.name if fused else Dense.name
 
 
-def explain_query(query: Query) -> list[tuple[str, str | None]]:
+class Reasons(list[tuple[str, "str | None"]]):
+    """Engines, and why each is not taken; None for the one that is. ``print`` shows a table."""
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self)
+        lines = [f"{name:<{width}}  {reason}" for name, reason in self if reason is not None]
+        taken = [f"{name:<{width}}  taken" for name, reason in self if reason is None]
+        return "\n".join([*taken, *lines])
+
+
+def explain_query(query: Query) -> Reasons:
     """Each engine that was asked, and why it is not taken; None for the one that is, the last."""
     best = fastest(query)
     if best == GridSearch.name:
-        return [(best, None)]
+        return Reasons([(best, None)])
     rows = [
         (name, "approximate: ask for it by name" if engine.approximate else engine.refuses(query))
         for name, engine in ENGINES.items()
@@ -106,7 +117,7 @@ def explain_query(query: Query) -> list[tuple[str, str | None]]:
     refused = {name for name, _ in rows}
     why = _unlike_the_best(query, best)
     rows += [(name, why(name)) for name in ENGINES if name not in {*refused, best}]
-    return [*rows, (best, None)]
+    return Reasons([*rows, (best, None)])
 
 
 def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:

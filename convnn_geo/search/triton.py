@@ -7,8 +7,8 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.search.launches import Clouds, launch
-from convnn_geo.search.nearest import Problem
 from convnn_geo.search.points import PointEngine
+from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden
 from convnn_geo.shapes import broadcast_shapes
