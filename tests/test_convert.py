@@ -412,6 +412,18 @@ def test_a_function_may_make_the_layer_and_a_shared_layer_stays_shared():
     assert model["a"](torch.zeros(1, 2, 3, 3)).shape == (1, 2, 6, 6)
 
 
+def test_a_share_of_too_few_channels_is_no_counterpart():
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1))
+    branching = spec("branching", k=3)
+    with pytest.raises(ValueError, match=r"1.*0.5 of out_channels=1"):
+        convert.to_convnn(copy.deepcopy(model), [Rule(branching)])
+    convert.to_convnn(model, [Rule(branching, optional=True)])
+    assert type(model[0]).__name__ == "Branching" and type(model[1]) is nn.Conv2d
+    assert "out_channels=1" in convert.report(model).left["1"]
+    with pytest.raises(ValueError, match=r"ratio: .* in \[0, 1\], got 2"):
+        convert.to_convnn(chain(), [Rule(spec("branching", k=3, ratio=2.0), optional=True)])
+
+
 def test_bad_rules_say_what_is_wrong():
     with pytest.raises(ValueError, match="unknown spec 'convn'; expected one of: keep, exact"):
         Rule("convn")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from convnn_geo.convert.weights import NotApplicable, carry, check_plain
+from convnn_geo.convert.weights import NotApplicable, carry, check_plain, check_share
 from convnn_geo.nn import Branching
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.nn.by_axes import CONVNN
@@ -122,6 +122,7 @@ def branching(
     """ConvNN beside the convolution, or beside attention."""
     c, d = _channels(conv)
     _check_same(conv)
+    check_share(d, ratio)
     layer = Branching(
         c,
         d,

@@ -11,7 +11,7 @@ from convnn_geo.convert.attention import exact
 from convnn_geo.convert.known import is_timm_attention
 from convnn_geo.convert.patches import PatchConv
 from convnn_geo.convert.positions import UnknownPositions
-from convnn_geo.convert.weights import NotApplicable
+from convnn_geo.convert.weights import NotApplicable, check_share
 from convnn_geo.nn import Branching, ConvNN1d
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.nn.tracing import one_node
@@ -109,6 +109,7 @@ def branching(
 ) -> nn.Module:
     """ConvNN beside the attention, which keeps its projections, or beside a convolution."""
     c, d = _channels(layer)
+    check_share(d, ratio)
     heads = layer.num_heads if other == "attention" else 1
     parts = {"ratio": ratio, "other": other, "num_heads": heads, "axes": 1, **_factory(layer)}
     new = Branching(c, d, **parts, k=k, metric=metric, **options)

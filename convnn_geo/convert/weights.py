@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from convnn_geo.checks import check_number
+from convnn_geo.nn.branching import neighbor_channels
+
 
 class NotApplicable(ValueError):  # noqa: N818 - a verdict on a layer, read as one
     """A layer can't become what was asked for; the message says why."""
@@ -68,3 +71,12 @@ def carry(new: nn.Module, name: str, old: nn.Parameter | None) -> None:
         with torch.no_grad():
             fresh.copy_(old.reshape(fresh.shape))
         fresh.requires_grad_(old.requires_grad)
+
+
+def check_share(channels: int, ratio: float) -> None:
+    """Raise where a share, which is one, leaves one of two branches no channel."""
+    check_number("ratio", ratio, maximum=1)
+    try:
+        neighbor_channels(channels, ratio)
+    except ValueError as error:
+        raise NotApplicable(str(error)) from error

@@ -6,6 +6,7 @@ from convnn_geo.search.knn import explain_search, knn
 from convnn_geo.search.knn_graph import knn_graph
 from convnn_geo.search.pyg_lib import PygLib
 from convnn_geo.search.query import Engine, Query
+from convnn_geo.search.radius import radius, radius_graph
 from convnn_geo.search.ragged import check_batch
 from convnn_geo.search.registry import ENGINES, engines, find, with_self_first
 from convnn_geo.search.smallest import k_smallest
@@ -26,5 +27,7 @@ __all__ = [
     "k_smallest",
     "knn",
     "knn_graph",
+    "radius",
+    "radius_graph",
     "with_self_first",
 ]

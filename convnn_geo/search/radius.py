@@ -1,0 +1,126 @@
+"""search.radius and search.radius_graph: all points within a distance, nearest first."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch_geometric import EdgeIndex
+
+from convnn_geo.checks import check_int, check_number
+from convnn_geo.metrics import Metric
+from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.points import Points
+from convnn_geo.search.knn import knn
+from convnn_geo.search.knn_graph import knn_graph
+
+
+def radius(
+    x: Tensor | Points,
+    y: Tensor | Points | None,
+    r: float,
+    batch_x: Tensor | None = None,
+    batch_y: Tensor | None = None,
+    max_num_neighbors: int = 32,
+    *,
+    metric: Metric | str = "euclidean",
+    backend: str = "auto",
+    self_point: str = "natural",
+    memory: int | None = None,
+    check: bool = True,
+) -> Neighborhood:
+    """For each point of ``y`` those of ``x`` within ``r``, as ``torch_geometric.nn.radius``.
+
+    Where more than ``max_num_neighbors`` are, the nearest are taken, on every engine and device.
+
+    Args:
+        x: sources, ``(m, c)``, or dense examples ``(b, m, c)``, or :class:`Points`.
+        y: targets, ``(n, c)`` or ``(b, n, c)``; None for ``x`` itself.
+        r: the largest distance, itself included; in the metric's unit, squared for a squared one.
+        batch_x: ``(m,)``, sorted example numbers of the rows of ``x``, as in PyG.
+        batch_y: ``(n,)``, likewise.
+        max_num_neighbors: slots of a target.
+        metric: a metric or its name. A tensor serves as both features and positions.
+        backend: an engine of :func:`engines`, or ``"auto"``.
+        self_point: of a set searched in itself: ``"natural"``, ``"first"`` or ``"excluded"``.
+        memory: bytes that a slab of distances may take.
+        check: refuse non-finite values.
+
+    Returns:
+        A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, max_num_neighbors)`` or
+        ``(b, n, max_num_neighbors)``, nearest first, and a ``mask`` of the slots that are filled.
+
+    Raises:
+        ValueError, TypeError: as :func:`knn`.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.search import radius
+        >>> x, y = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.2], [9.0]])
+        >>> found = radius(x, y, 1.0, max_num_neighbors=2)
+        >>> found.mask.tolist(), found.index[found.mask].tolist()
+        ([[True, True], [False, False]], [0, 1])
+    """
+    check_number("r", r)
+    slots = check_int("max_num_neighbors", max_num_neighbors)
+    return knn(
+        *(x, y, slots, batch_x, batch_y, metric, backend),
+        self_point=self_point,
+        max_distance=r,
+        short="pad",
+        memory=memory,
+        check=check,
+    )
+
+
+def radius_graph(
+    x: Tensor | Points,
+    r: float,
+    batch: Tensor | None = None,
+    loop: bool = False,
+    max_num_neighbors: int = 32,
+    flow: str = "source_to_target",
+    *,
+    metric: Metric | str = "euclidean",
+    backend: str = "auto",
+    return_distance: bool = False,
+    memory: int | None = None,
+    check: bool = True,
+) -> EdgeIndex | tuple[EdgeIndex, Tensor]:
+    """Edges to each point from those within ``r``, as ``torch_geometric.nn.radius_graph``.
+
+    Where more than ``max_num_neighbors`` are, the nearest are taken, on every engine and device.
+
+    Args:
+        x: ``(n, c)``, or :class:`Points` with such rows.
+        r: the largest distance, itself included; in the metric's unit, squared for a squared one.
+        batch: ``(n,)``, sorted example numbers.
+        loop: whether a point may be its own neighbour.
+        max_num_neighbors: edges of a point, at most.
+        flow: as :func:`knn_graph` takes it.
+        metric: a metric or its name. A tensor serves as both features and positions.
+        backend: an engine of :func:`engines`, or ``"auto"``.
+        return_distance: return the distance of each edge, too, with gradient.
+        memory: bytes that a slab of distances may take.
+        check: refuse non-finite values.
+
+    Returns:
+        What :func:`knn_graph` does.
+
+    Raises:
+        ValueError, TypeError: as :func:`knn`.
+
+    Example:
+        >>> import torch
+        >>> from convnn_geo.search import radius_graph
+        >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0], [9.0]]), r=2.0).tolist()
+        [[1, 0, 2, 1], [0, 1, 1, 2]]
+    """
+    check_number("r", r)
+    return knn_graph(
+        *(x, check_int("max_num_neighbors", max_num_neighbors), batch, loop, flow, metric),
+        backend=backend,
+        max_distance=r,
+        short="pad",
+        return_distance=return_distance,
+        memory=memory,
+        check=check,
+    )

@@ -1,0 +1,101 @@
+"""search.radius and radius_graph: against the plain loop, and against torch_cluster's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convnn_geo.search import knn_graph, radius, radius_graph
+
+
+def cloud(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+BATCH = torch.tensor([0] * 30 + [1] * 3 + [3] * 40)
+
+
+def loop(x, y, r, most, batch_x, batch_y, excluded=False):
+    """Places of each target's neighbours, nearest first."""
+    distance = torch.cdist(y.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance = distance.masked_fill(batch_y[:, None] != batch_x, torch.inf)
+    if excluded:
+        distance.fill_diagonal_(torch.inf)
+    order = distance.argsort(dim=-1, stable=True)[:, :most]
+    near = distance.gather(-1, order) <= r
+    return [row[keep].tolist() for row, keep in zip(order, near, strict=True)]
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 12])
+@pytest.mark.parametrize("most", [1, 5, 73, 100])
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_neighbours_are_those_within_the_radius(dimension, most, backend):
+    x, y = cloud(73, dimension), cloud(50, dimension, seed=1)
+    batch_y = torch.tensor([0] * 20 + [1] * 20 + [3] * 10)
+    r = {2: 0.15, 3: 0.25, 12: 1.15}[dimension]
+    found = radius(x, y, r, BATCH, batch_y, most, backend=backend)
+    assert found.index.shape == found.mask.shape == (50, most)
+    rows = [i[m].tolist() for i, m in zip(found.index, found.mask, strict=True)]
+    assert rows == loop(x, y, r, most, BATCH, batch_y)
+    assert 0 in map(len, rows) and (most == 1 or max(map(len, rows)) > 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+def test_the_graph_has_an_edge_for_each(own, flow):
+    x, r = cloud(73, 3), 0.3
+    graph, distance = radius_graph(x, r, BATCH, own, 6, flow, return_distance=True)
+    rows = loop(x, x, r, 6, BATCH, BATCH, excluded=not own)
+    wanted = [[j, i] for i, row in enumerate(rows) for j in row]
+    edges = graph.as_tensor() if flow == "source_to_target" else graph.as_tensor().flip(0)
+    assert edges.t().tolist() == wanted
+    torch.testing.assert_close(distance, (x[edges[0]] - x[edges[1]]).norm(dim=-1))
+    assert bool((distance <= r).all())
+
+
+def test_the_same_as_torch_clusters():
+    """Which takes any where there are too many: here are never too many."""
+    torch_cluster = pytest.importorskip("torch_cluster")
+    x, r = cloud(73, 3), 0.3
+    theirs = torch_cluster.radius_graph(x, r, BATCH, max_num_neighbors=73)
+    ours = radius_graph(x, r, BATCH, max_num_neighbors=73)
+    assert sorted(ours.t().tolist()) == sorted(theirs.t().tolist())
+
+
+def test_distances_learn_and_the_radius_itself_is_within():
+    x = torch.tensor([[0.0], [1.0], [3.0]], requires_grad=True)
+    graph, distance = radius_graph(x, 2.0, return_distance=True)
+    assert graph.tolist() == [[1, 0, 2, 1], [0, 1, 1, 2]]
+    distance.sum().backward()
+    assert x.grad.tolist() == [[-2.0], [0.0], [2.0]]
+    squared = radius_graph(x.detach(), 4.0, metric="squared_euclidean")
+    assert squared.tolist() == graph.tolist()
+
+
+def test_few_points_and_none():
+    assert radius_graph(torch.zeros(1, 3), 1.0).shape == (2, 0)
+    assert radius_graph(torch.zeros(0, 3), 1.0).shape == (2, 0)
+    found = radius(torch.zeros(4, 3), torch.zeros(0, 3), 1.0)
+    assert found.index.shape == (0, 32)
+    many = torch.zeros(40, 3)  # all coincide: the first come first
+    assert radius(many, None, 0.0, max_num_neighbors=3).index.tolist() == [[0, 1, 2]] * 40
+    assert torch.equal(radius_graph(many, 0, None, False, 3), knn_graph(many, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: radius(cloud(4, 3), None, -1.0), "r: .*at least 0, got -1"),
+        (lambda: radius_graph(cloud(4, 3), float("nan")), "r: .*finite"),
+        (
+            lambda: radius_graph(cloud(4, 3), 1.0, max_num_neighbors=0),
+            "max_num_neighbors: .*1, got 0",
+        ),
+        (lambda: radius_graph(cloud(4, 3), 1.0, torch.tensor([1, 0, 0, 0])), "sorted"),
+        (lambda: radius(cloud(4, 3), cloud(4, 2), 1.0), "dimensions differ"),
+        (lambda: radius(cloud(4, 3) / 0, None, 1.0), "finite"),
+    ],
+)
+def test_bad_input(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
