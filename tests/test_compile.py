@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from convnn_geo import metrics, recipes, search
 from convnn_geo.candidates import Causal, Random, Window
+from convnn_geo.metrics.packed import pack
 from convnn_geo.nn import Branching, ConvNN2d, ConvNNAttention, NeighborConv, PointConvNN
 from convnn_geo.search import knn
+from convnn_geo.search.rows import Hidden, smallest_in_rows
 
 # Dynamo says so itself, of any autograd.Function that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -216,6 +218,82 @@ def test_exports_leave_batch_and_size_open(name: str, strict: bool):
     others = torch.randn(5, 3, *((7, 12) if also_size else (10, 9)))
     for sample in (x, others):
         torch.testing.assert_close(program.module()(sample), layer(sample))
+
+
+MANY_SLABS = {
+    "mixture": ConvNN2d(
+        3, 4, k=9, metric=0.3 * metrics.Spatial() + 0.7 * metrics.Feature("cosine")
+    ),
+    "window": ConvNN2d(3, 4, 7, padding=3, k=9, metric="cosine"),
+    "interpolated": recipes.interpolated_conv2d(3, 4, 3, lam=0.7),
+    "manhattan": ConvNN2d(3, 4, k=9, metric="manhattan", self_point="first"),
+}
+"""Layers whose distances, of an image of this size, are computed slab by slab."""
+
+
+@pytest.mark.parametrize(
+    "name, strict",
+    [
+        daily(name, strict, name=f"{name}-strict" if strict else name, names={"mixture", "window"})
+        for strict in (False, True)
+        for name in MANY_SLABS
+    ],
+)
+def test_slabs_are_no_part_of_a_program(name: str, strict: bool):
+    """So that a program does not grow with the image, and the batch stays open."""
+    layer, sizes = MANY_SLABS[name], ({0: torch.export.Dim("b")},)
+    programs = []
+    for size in (12, 64):
+        x = torch.randn(2, 3, size, size)
+        program = torch.export.export(layer, (x,), dynamic_shapes=sizes, strict=strict)
+        programs.append([node.op for node in program.graph.nodes])
+        x = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(program.module()(x), layer(x))
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("name", MANY_SLABS)
+def test_one_program_serves_all_batches(name: str):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(MANY_SLABS[name], fullgraph=True, backend=count)
+    for batch in (2, 3, 4, 5, 7, 11):
+        x = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(compiled(x), MANY_SLABS[name](x))
+    assert len(graphs) <= 2  # the first batch alone, then any
+
+
+def test_a_metric_by_a_function_is_traced_at_once():
+    layer = ConvNN2d(3, 4, k=4, metric=metrics.Custom(lambda i, j: (i.x - j.x).abs().sum(-1)))
+    x = torch.randn(2, 3, 9, 8)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("b")},))
+    x = torch.randn(5, 3, 9, 8)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_searches_by_rows_are_well_made_operators(dtype: torch.dtype, masked: bool):
+    q, keys = torch.randn(2, 30, 3, dtype=dtype), torch.randn(2, 40, 3, dtype=dtype)
+    parts = [(0.3, metrics.Differences(q, keys)), (0.7, metrics.Differences(q, keys, 1.0))]
+    bound = metrics.Biased(metrics.Combination(parts), torch.randn(30, 40, dtype=dtype))
+    numbers, tensors = pack(bound)
+    mask = torch.rand(2, 1, 40) < 0.7 if masked else None
+    own = torch.arange(30) if masked else None
+    double, slab = dtype == torch.float64, 4096
+    rows = torch.ops.convnn_geo.smallest_in_rows.default
+    torch.library.opcheck(rows, (numbers, tensors, 5, mask, own, slab, double))
+    found = rows(numbers, tensors, 5, mask, own, slab, double)
+    wanted = smallest_in_rows(bound, 5, Hidden(mask, own), 2**30, dtype)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    pairs, index = torch.ops.convnn_geo.distances_of_pairs.default, found[1]
+    torch.library.opcheck(pairs, (numbers, tensors, index, slab, double))
+    assert torch.equal(pairs(numbers, tensors, index, slab, double), bound.at(index))
 
 
 @pytest.mark.parametrize("strict", [False, True])

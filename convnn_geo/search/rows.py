@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Sequence  # noqa: UP035 - operators know this one on every torch
 
 import torch
 from torch import Tensor
 
 from convnn_geo.metrics import BilinearForm, Distances
 from convnn_geo.metrics.distances import take, take_one
+from convnn_geo.metrics.packed import pack, unpack
+from convnn_geo.operators import operator
 from convnn_geo.search.smallest import k_smallest, select
 from convnn_geo.shapes import broadcast_shapes
 
@@ -80,26 +83,39 @@ def smallest_in_rows(
         hidden: what is not to be chosen.
         slab: bytes that a slab of rows may take.
         dtype: of the values.
+
+    One operator where it is traced, so that sizes stay open and no slab is a part of the program.
+    Distances by a function of the user's are then all computed at once.
     """
+    compiling = torch.compiler.is_compiling()
+    packed = pack(distances) if compiling else None
+    if packed is not None:
+        double = dtype == torch.float64
+        found: tuple[Tensor, Tensor] = _smallest_in_rows(
+            *packed, k, hidden.mask, hidden.own, slab, double
+        )
+        return found
     shape = distances.shape
     if hidden.mask is not None:
         shape = broadcast_shapes(shape, hidden.mask.shape)
+    if compiling:
+        return _of_rows(distances, k, hidden, dtype, shape, 0, shape[-2])
     batch = shape[0] if len(shape) > 2 and not hidden else 1
     size = dtype.itemsize * math.prod(shape[1:])
     fitting = max(1, slab // max(1, size))
     if fitting >= batch or distances.examples(0, 1) is None:
         return _by_rows(distances, k, hidden, slab, dtype, shape)
-    found = []  # whole examples where they fit: one large product beats many small ones
+    parts = []  # whole examples where they fit: one large product beats many small ones
     buffer = _buffer(distances, fitting, dtype, shape)
     for start in range(0, batch, fitting):
         stop = min(start + fitting, batch)
         part: Distances = distances.examples(start, stop)  # type: ignore[assignment]
         some = torch.Size((stop - start, *shape[1:]))
         if buffer is None:
-            found.append(_by_rows(part, k, hidden, slab, dtype, some))
+            parts.append(_by_rows(part, k, hidden, slab, dtype, some))
         else:
-            found.append(select(part.rows_into(buffer[: stop - start]), k))  # type: ignore[attr-defined]
-    values, places = zip(*found, strict=True)
+            parts.append(select(part.rows_into(buffer[: stop - start]), k))  # type: ignore[attr-defined]
+    values, places = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(places)
 
 
@@ -107,7 +123,7 @@ def _buffer(
     distances: Distances, examples: int, dtype: torch.dtype, shape: torch.Size
 ) -> Tensor | None:
     """Memory for the products of some examples, where products are all that rows are."""
-    if type(distances) is not BilinearForm or len(shape) != 3 or torch.compiler.is_compiling():
+    if type(distances) is not BilinearForm or len(shape) != 3:
         return None
     plain = distances.a is None and distances.precision is None and distances.q.dtype == dtype
     if not plain or distances.q.shape[0] != shape[0] or distances.k.shape[0] != shape[0]:
@@ -118,7 +134,14 @@ def _buffer(
 
 
 def in_slabs(distances: Distances, index: Tensor, slab: int, dtype: torch.dtype) -> Tensor:
-    """Distances of chosen pairs ``(..., n, k)``, a slab of targets at a time."""
+    """Distances of chosen pairs ``(..., n, k)``, a slab of targets at a time; traced as above."""
+    compiling = torch.compiler.is_compiling()
+    packed = pack(distances) if compiling else None
+    if packed is not None:
+        traced: Tensor = _distances_of_pairs(*packed, index, slab, dtype == torch.float64)
+        return traced
+    if compiling:
+        return distances.at(index).to(dtype)
     *lead, n, k = broadcast_shapes((*distances.shape[:-1], 1), index.shape)
     step = max(1, slab // max(1, 8 * distances.width * math.prod(lead) * k))
     if step >= n:
@@ -136,19 +159,77 @@ def _by_rows(
     """Slabs of rows of all examples at once."""
     *lead, n, m = shape
     step = max(1, slab // max(1, dtype.itemsize * math.prod(lead) * m))
-
-    def between(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        rows = distances.rows(start, stop).to(dtype).expand(*lead, stop - start, m)
-        return k_smallest(hidden.put_behind(rows, start, stop), k)
-
-    if step >= n:  # asked by itself, for sizes that are traced must not end up in a loop
-        return between(0, n)
+    if step >= n:
+        return _of_rows(distances, k, hidden, dtype, shape, 0, n)
     # Written into one piece: small results kept between slabs would keep the heap from shrinking.
     found: tuple[Tensor, Tensor] | None = None
     for start in range(0, n, step):
-        part = between(start, min(start + step, n))
+        part = _of_rows(distances, k, hidden, dtype, shape, start, min(start + step, n))
         if found is None:
             found = part[0].new_empty(*lead, n, k), part[1].new_empty(*lead, n, k)
         for whole, some in zip(found, part, strict=True):
             whole[..., start : start + step, :] = some
     return found  # type: ignore[return-value]
+
+
+def _of_rows(
+    distances: Distances,
+    k: int,
+    hidden: Hidden,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor]:
+    """Rows ``start:stop`` at once."""
+    rows = distances.rows(start, stop).to(dtype)
+    rows = rows.expand(*shape[:-2], stop - start, shape[-1])
+    return k_smallest(hidden.put_behind(rows, start, stop), k)
+
+
+@operator("smallest_in_rows")
+def _smallest_in_rows(
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor],
+    k: int,
+    mask: Tensor | None,
+    own: Tensor | None,
+    slab: int,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if double else torch.float32
+    return smallest_in_rows(unpack(numbers, tensors), k, Hidden(mask, own), slab, dtype)
+
+
+@_smallest_in_rows.register_fake
+def _shapes(
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor],
+    k: int,
+    mask: Tensor | None,
+    own: Tensor | None,
+    slab: int,
+    double: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = unpack(numbers, tensors).shape
+    if mask is not None:
+        shape = broadcast_shapes(shape, mask.shape)
+    dtype = torch.float64 if double else torch.float32
+    values = tensors[0].new_empty((*shape[:-1], k), dtype=dtype)
+    return values, torch.empty_like(values, dtype=torch.long)
+
+
+@operator("distances_of_pairs")
+def _distances_of_pairs(
+    numbers: Sequence[float], tensors: Sequence[Tensor], index: Tensor, slab: int, double: bool
+) -> Tensor:
+    dtype = torch.float64 if double else torch.float32
+    return in_slabs(unpack(numbers, tensors), index, slab, dtype)
+
+
+@_distances_of_pairs.register_fake
+def _shape(
+    numbers: Sequence[float], tensors: Sequence[Tensor], index: Tensor, slab: int, double: bool
+) -> Tensor:
+    shape = broadcast_shapes((*unpack(numbers, tensors).shape[:-1], 1), index.shape)
+    return tensors[0].new_empty(shape, dtype=torch.float64 if double else torch.float32)
