@@ -79,7 +79,8 @@ def all_finite(tensor: Tensor) -> bool:
 def check_tensor(name: str, value: Any, ndim: int | Sequence[int] | None = None) -> Tensor:
     """Return ``value`` if it is a tensor with one of the allowed numbers of dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        how = "; torch.from_numpy makes one" if type(value).__name__ == "ndarray" else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{how}")
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and value.ndim not in allowed:
         wanted = " or ".join(str(d) for d in allowed)

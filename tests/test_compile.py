@@ -252,7 +252,9 @@ def test_slabs_are_no_part_of_a_program(name: str, strict: bool):
     assert programs[0] == programs[1]
 
 
-@pytest.mark.parametrize("name", MANY_SLABS)
+@pytest.mark.parametrize(
+    "name", [daily(name, name=name, names={"mixture", "window"}) for name in MANY_SLABS]
+)
 def test_one_program_serves_all_batches(name: str):
     graphs = []
 

@@ -113,6 +113,45 @@ def test_a_kernel_of_ones_own_must_give_the_channels_that_the_layer_says():
         PointConvNN(C, 99, K, kernel=mlp)(torch.rand(9, C), torch.rand(9, 3))
 
 
+def test_a_kernel_with_parameters_must_be_a_module():
+    class Projected(kernels.Kernel):
+        def __init__(self):
+            if isinstance(self, nn.Module):
+                nn.Module.__init__(self)
+            self.linear = nn.Linear(C, C)
+
+        def message(self, pairs):
+            return self.linear(pairs.x_j)
+
+        def reduce(self, messages, mask):
+            return messages.amax(-2)
+
+    class Module(Projected, nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match=r"class Projected\(nn.Module, Kernel\)"):
+        PointConvNN(C, C, K, kernel=Projected())
+    layer = PointConvNN(C, C, K, kernel=Module())
+    assert [name for name, _ in layer.named_parameters()] == [
+        "kernel.linear.weight",
+        "kernel.linear.bias",
+    ]
+    with pytest.raises(TypeError, match=r"expected a Kernel or one of standard, .*got <class"):
+        PointConvNN(C, C, K, kernel=kernels.Max)
+
+
+def test_features_beside_a_pair_of_positions_are_those_of_the_sources():
+    """As in PyG's layers of point clouds."""
+    x, pos = random(12, C), random(12, 3, seed=1)
+    batch, chosen = torch.tensor([0] * 6 + [1] * 6), torch.tensor([0, 3, 5, 6, 11])
+    layer = PointConvNN(C, D, K).double()
+    pairs = (pos, pos[chosen]), (batch, batch[chosen])
+    equal(layer(x, *pairs), layer((x, None), *pairs))
+    equal(layer(x, *pairs), layer(x, pos, batch)[chosen])
+    with pytest.raises(ValueError, match=r"Feature looks at features of targets.*x_target"):
+        PointConvNN(C, D, K, "euclidean").double()(x, *pairs)
+
+
 def test_kernels_that_look_at_targets_need_their_features():
     layer = PointConvNN(C, 4, K, kernel=EdgeMLP(nn.Linear(2 * C, 4)))
     x, pos = torch.rand(9, C), torch.rand(9, 3)

@@ -20,6 +20,7 @@ from convnn_geo.metrics import (
     BilinearForm,
     Custom,
     Feature,
+    Metric,
     PaperMix,
     Spatial,
     as_metric,
@@ -310,10 +311,37 @@ def test_clouds_of_a_batch_are_searched_at_once(monkeypatch):
 
 
 def test_clouds_may_be_numbered_with_gaps():
-    batch = torch.tensor([3] * 4 + [7] * 5 + [99] * 3)
-    x = cloud(12, 3)
-    found = knn(x, None, 3, batch).index
-    assert torch.equal(found, knn(x, None, 3, batch.unique(return_inverse=True)[1]).index)
+    x, close = cloud(12, 3), torch.tensor([0] * 4 + [1] * 5 + [2] * 3)
+    for numbers in ([3, 7, 19], [0, 2**20, 2**60]):
+        batch = torch.tensor(numbers)[close]
+        assert torch.equal(knn(x, None, 3, batch).index, knn(x, None, 3, close).index)
+        found = knn(x, x[4:], 3, batch, batch[4:]).index
+        assert torch.equal(found, knn(x, x[4:], 3, close, close[4:]).index)
+
+
+def test_a_metric_that_gives_nan_is_seen():
+    x = cloud(9, 3)
+    metric = Custom(lambda i, j: (i.x - j.x).sum(-1).sqrt())
+    with pytest.raises(ValueError, match="Custom.*expected distances, got NaN from finite points"):
+        knn(x, k=3, metric=metric)
+    assert bool(knn(x, k=3, metric=metric, check=False).distance.isnan().any())
+
+
+def test_what_is_no_metric_says_how_it_becomes_one():
+    class Mine(Metric):
+        def distances(self, target, source):
+            return torch.cdist(target.x, source.x)
+
+    with pytest.raises(
+        TypeError, match=r"Mine.distances: expected Distances, got Tensor; .*Custom"
+    ):
+        knn(cloud(9, 3), k=3, metric=Mine())
+    with pytest.raises(TypeError, match=r"got a function; Custom\("):
+        knn(cloud(9, 3), k=3, metric=lambda i, j: i)
+    with pytest.raises(TypeError, match=r"got ndarray; torch.from_numpy"):
+        knn(cloud(9, 3).numpy(), k=3)
+    with pytest.raises(TypeError, match=r"got torch.int32; .long\(\)"):
+        knn(cloud(9, 3), k=3, batch_x=torch.zeros(9, dtype=torch.int32))
 
 
 def test_explain_search_of_clouds():

@@ -445,3 +445,19 @@ def test_two_masks_are_told_apart_by_what_a_data_set_compares():
     other[50, 50] = True
     assert repr(ImageToPoints(mask=mask)) != repr(ImageToPoints(mask=other))
     assert repr(ImageToPoints(mask=mask)) == repr(ImageToPoints(mask=mask.numpy().copy()))
+
+
+@pytest.mark.parametrize("transform", [ImageToPoints(), SLIC(n_segments=4)])
+@pytest.mark.parametrize(
+    "image, how",
+    [
+        (torch.rand(12, 10, 3), r"tensor \(c, h, w\) of shape \(12, 10, 3\).*permute\(2, 0, 1\)"),
+        (
+            np.random.rand(3, 12, 10),
+            r"array \(h, w, c\) of shape \(3, 12, 10\).*transpose\(1, 2, 0\)",
+        ),
+    ],
+)
+def test_channels_on_the_other_side_are_told(transform, image, how):
+    with pytest.warns(UserWarning, match=how):
+        transform(image)

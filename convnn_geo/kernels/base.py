@@ -22,7 +22,29 @@ class Kernel(ABC):
     """``y_i = K({rho_ij v_j})``.
 
     A kernel says what each pair sends (:meth:`message`) and how a target reduces what it receives,
-    on a regular neighbourhood (:meth:`reduce`) and on edges (:meth:`scatter`).
+    on a regular neighbourhood (:meth:`reduce`) and on edges (:meth:`scatter`). One of your own
+    implements :meth:`reduce`, and mostly that is all. ``pairs`` has ``x_j``, what neighbours send,
+    ``x_i``, the target's features (say ``needs_target = True``), and ``offset``, where neighbours
+    lie from it (``needs_offset = True``). A kernel with parameters is a module, too.
+
+    Example:
+        >>> from torch import nn
+        >>> from convnn_geo.nn import PointConvNN
+        >>> class Gated(nn.Module, Kernel):
+        ...     needs_target = True
+        ...
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         self.gate = nn.Linear(channels, channels)
+        ...
+        ...     def message(self, pairs):
+        ...         return pairs.x_j * self.gate(pairs.x_i).sigmoid()
+        ...
+        ...     def reduce(self, messages, mask):  # (..., n, k, c) to (..., n, c)
+        ...         return messages.amax(-2)
+        >>> layer = PointConvNN(4, 4, k=3, kernel=Gated(4))
+        >>> layer(torch.rand(9, 4), torch.rand(9, 3)).shape
+        torch.Size([9, 4])
     """
 
     needs_target = False

@@ -49,7 +49,9 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 class Metric(nn.Module, ABC):
     """Dissimilarity of two sets of points; smaller is nearer.
 
-    A subclass implements :meth:`distances`. Metrics add, and multiply by non-negative numbers:
+    A subclass implements :meth:`distances`, from what there is: :class:`Differences`,
+    :class:`BilinearForm` and the like. :class:`Custom` makes one of a function. Metrics add, and
+    multiply by non-negative numbers:
     ``0.3 * Spatial() + 0.7 * Feature("cosine")`` is a metric.
 
     Example:
@@ -72,7 +74,13 @@ class Metric(nn.Module, ABC):
     def bind(self, target: Points, source: Points) -> Distances:
         """:meth:`distances`, in float32 or better under autocast."""
         with full_precision(target.device):
-            return self.distances(target, source)
+            found = self.distances(target, source)
+        if not isinstance(found, Distances):
+            raise TypeError(
+                f"{type(self).__name__}.distances: expected Distances, got "
+                f"{type(found).__name__}; a function of pairs becomes a metric by metrics.Custom"
+            )
+        return found
 
     def forward(self, target: Points, source: Points | None = None) -> Tensor:
         """All distances, ``(..., n, m)``; the targets are the sources where none are given."""
@@ -308,6 +316,8 @@ def as_metric(metric: Metric | str | type[Metric]) -> Metric:
         return metric()
     if isinstance(metric, str) and metric in _RESOLVER:
         return _RESOLVER[metric]()
+    if callable(metric):
+        raise TypeError(f"metric: expected a Metric or a name, got a function; Custom({metric!r})?")
     raise ValueError(
         f"unknown metric {metric!r}; expected a Metric or one of: {', '.join(metric_names())}"
     )

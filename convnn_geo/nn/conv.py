@@ -309,7 +309,7 @@ _DOC = """A drop-in for :class:`torch.nn.Conv{n}d` over chosen neighbours of {a}
             be chosen.
         dilation: of the window; without one, every ``dilation``-th of the nearest is kept.
         groups: groups of channels.
-        bias: learn an additive bias.
+        bias: learn an additive bias, where the kernel has taps.
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         device: of the parameters.
         dtype: of the parameters.

@@ -54,7 +54,7 @@ class PointConvNN(TapLayer):
             ``"max"`` or a :class:`~convnn_geo.kernels.Kernel`.
         weighting: how much each neighbour counts.
         groups: groups of channels.
-        bias: learn an additive bias.
+        bias: learn an additive bias, where the kernel has taps.
         candidates: where to look.
         selection: whom to keep, instead of ``k``.
         self_point: ``"natural"``, ``"first"`` or ``"excluded"``.
@@ -141,10 +141,11 @@ class PointConvNN(TapLayer):
 
     def _clouds(self, x: Pair, pos: Pair) -> tuple[Points, Points]:
         """Sources and targets, the same object where there is one set of points."""
-        x_source, x_target = _pair(x)
         pos_source, pos_target = _pair(pos)
+        bipartite = isinstance(x, tuple) or isinstance(pos, tuple)
+        x_source, x_target = (x, None) if bipartite and not isinstance(x, tuple) else _pair(x)
         source = self._points("source", x_source, pos_source)
-        if not isinstance(x, tuple) and not isinstance(pos, tuple):
+        if not bipartite:
             return source, source
         target = self._points("target", x_target, pos_target)
         for key in ("x", "pos"):
@@ -158,11 +159,12 @@ class PointConvNN(TapLayer):
     ) -> Operation:
         alone = target is source
         kernel = self.bound_kernel()
-        if kernel.needs_target and target.x is None and source.x is not None:
-            raise ValueError(
-                f"{type(kernel).__name__} looks at features of targets, and there are none: pass "
-                "x=(x_source, x_target)"
-            )
+        for part, looks in ((kernel, kernel.needs_target), (self.metric, self._sees_features)):
+            if looks and target.x is None and source.x is not None:
+                raise ValueError(
+                    f"{type(part).__name__} looks at features of targets, and there are none: pass "
+                    "x=(x_source, x_target)"
+                )
         batch = _pair(batch)
         source = self._encoded(source, batch[0])
         target = source if alone else self._encoded(target, batch[1])
@@ -199,7 +201,8 @@ class PointConvNN(TapLayer):
 
         Args:
             x: features ``(N, c)``, None where positions are the features, or a pair
-                ``((M, c), (N, c) | None)`` of sources and targets.
+                ``((M, c), (N, c) | None)`` of sources and targets; beside a pair of positions
+                those of the sources alone, as PyG's layers take them.
             pos: positions ``(N, p)``, or a pair ``((M, p), (N, p))``.
             batch: ``(N,)``, the sorted cloud numbers of the points, or a pair of them; None for
                 one cloud.
@@ -216,6 +219,12 @@ class PointConvNN(TapLayer):
         op = self._operation(source, target, batch, edge_index)
         out = self.check_channels(run(op, self.backend), self.out_channels)
         return out if isinstance(op.selection, Given) else op.target.to_rows(out)
+
+    @property
+    def _sees_features(self) -> bool:
+        """Whether the metric looks at features, as far as its class tells."""
+        parts = [part for part in self.metric.modules() if isinstance(part, Metric)]
+        return self.encoding is None and any(type(part) is Feature for part in parts)
 
     def _encoded(self, points: Points, batch: Tensor | None) -> Points:
         if self.encoding is None or self.encoding.on == "metric":

@@ -35,6 +35,17 @@ def check_self_point(self_point: str, by_k: bool) -> None:
         )
 
 
+def _check_learns(kernel: Kernel) -> None:
+    """Raise where a kernel's parameters would neither be trained nor saved nor moved."""
+    parts = () if isinstance(kernel, nn.Module) else vars(kernel).values()
+    if any(isinstance(part, (nn.Module, nn.Parameter)) for part in parts):
+        name = type(kernel).__name__
+        raise TypeError(
+            f"kernel: {name} has parameters, but is no module, so that they would not learn; "
+            f"derive it from both: class {name}(nn.Module, Kernel)"
+        )
+
+
 class TapLayer(nn.Module):
     """A layer that owns ``weight``, ``pointwise`` and ``bias``, and binds them to a kernel."""
 
@@ -71,8 +82,13 @@ class TapLayer(nn.Module):
             self.register_parameter(name, None)
         self.kernel: str | Kernel
         if isinstance(kernel, Kernel):
+            _check_learns(kernel)
             self.kernel, self.groups = kernel, 1  # registered where it is a module
             return
+        if not isinstance(kernel, str):
+            raise TypeError(
+                f"kernel: expected a Kernel or one of {', '.join(KERNELS)}, got {kernel!r}"
+            )
         self.kernel = check_name("kernel", kernel, KERNELS)
         if c is None or d is None:
             if kernel not in _PLAIN:

@@ -34,7 +34,8 @@ def one_node(forward: Forward) -> Forward:
         if torch.jit.is_tracing():
             raise RuntimeError(
                 f"{type(self).__name__}: torch.jit.trace would fix the sizes of this one input; "
-                "use torch.export.export(model, inputs), or torch.onnx.export(..., dynamo=True)"
+                "use torch.export.export(model, inputs); torch.onnx.export(..., dynamo=True) takes "
+                "layers that come down to torch's own, and none that searches"
             )
         for value in (*args, *kwargs.values()):
             if isinstance(value, Proxy):

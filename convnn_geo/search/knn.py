@@ -134,6 +134,11 @@ def knn(
             )
             if found.mask is not None and bool(found.mask.all()):
                 found = replace(found, mask=None)
+    if check and found.distance is not None and bool(found.distance.isnan().any()):
+        raise ValueError(
+            f"{metric}: expected distances, got NaN from finite points; mend the metric, or pass "
+            "check=False"
+        )
     return found if max_distance is None else found.within(max_distance)
 
 
@@ -201,7 +206,12 @@ def _ragged(
     """Rows of clouds, their batch vectors sound."""
     check_both(batch_x, batch_y)
     batch_x = check_batch("batch_x", batch_x, source)
-    return Ragged(source, target, batch_x, check_batch("batch_y", batch_y, target), same)
+    batch_y = batch_x if same else check_batch("batch_y", batch_y, target)
+    last = max((int(batch[-1]) for batch in (batch_x, batch_y) if batch.numel()), default=0)
+    if last > 4 * (len(batch_x) + len(batch_y)):  # counted without what lies between
+        number = torch.cat([batch_x, batch_y]).unique(return_inverse=True)[1]
+        batch_x, batch_y = number[: len(batch_x)], number[len(batch_x) :]
+    return Ragged(source, target, batch_x, batch_y, same)
 
 
 class _Search:

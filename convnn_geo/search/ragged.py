@@ -196,7 +196,7 @@ def check_batch(name: str, batch: Tensor | None, points: Points) -> Tensor:
         return torch.zeros(points.num_points, dtype=torch.long, device=points.device)
     check_tensor(name, batch, 1)
     if batch.dtype != torch.long:
-        raise TypeError(f"{name}: expected dtype torch.int64, got {batch.dtype}")
+        raise TypeError(f"{name}: expected dtype torch.int64, got {batch.dtype}; .long() makes it")
     if batch.device != points.device:
         raise ValueError(f"{name} is on {batch.device}, the points on {points.device}")
     if batch.numel() != points.num_points:

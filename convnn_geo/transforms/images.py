@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -82,6 +83,8 @@ def _channels_first(name: str, value: Any) -> Tensor:
                 f"{name}: expected a tensor (h, w) or (c, h, w), got shape {tuple(value.shape)}; "
                 "transforms take one image at a time"
             )
+        if value.ndim == 3 and _channels_elsewhere(value.shape, first=True):
+            _warn(name, f"tensor (c, h, w) of shape {tuple(value.shape)}", ".permute(2, 0, 1)")
         return value if value.ndim == 3 else value.unsqueeze(0)
     if type(value).__module__.startswith("PIL."):
         known = value.mode in _MODES or value.mode.startswith("I")
@@ -93,9 +96,25 @@ def _channels_first(name: str, value: Any) -> Tensor:
             f"{name}: expected an array (h, w) or (h, w, c), got shape {value.shape}; "
             "transforms take one image at a time"
         )
+    if value.ndim == 3 and _channels_elsewhere(value.shape, first=False):
+        _warn(name, f"array (h, w, c) of shape {value.shape}", ".transpose(1, 2, 0)")
     # A copy that torch can take: writable, no negative strides, bytes in this machine's order.
     native = torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
     return native.unsqueeze(0) if native.ndim == 2 else native.permute(2, 0, 1)
+
+
+def _channels_elsewhere(shape: Sequence[int], first: bool) -> bool:
+    """Whether an image's channels look as if they were on the other side."""
+    here, there = (shape[0], shape[-1]) if first else (shape[-1], shape[0])
+    return here > 4 and there in (3, 4)
+
+
+def _warn(name: str, what: str, how: str) -> None:
+    warnings.warn(
+        f"{name}: a {what} has its channels elsewhere, it seems; if so, {how} puts them right",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _floating(name: str, image: Tensor) -> Tensor:
