@@ -322,7 +322,7 @@ def test_clouds_may_be_numbered_with_gaps():
 def test_a_metric_that_gives_nan_is_seen():
     x = cloud(9, 3)
     metric = Custom(lambda i, j: (i.x - j.x).sum(-1).sqrt())
-    with pytest.raises(ValueError, match="Custom.*expected distances, got NaN from finite points"):
+    with pytest.raises(ValueError, match=r"Custom.*expected distances, got NaN from finite points"):
         knn(x, k=3, metric=metric)
     assert bool(knn(x, k=3, metric=metric, check=False).distance.isnan().any())
 

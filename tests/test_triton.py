@@ -611,7 +611,9 @@ class TestTaps:
 
         layer = ConvNN2d(10, 6, k=4, metric="cosine", backend="triton").to(DEVICE)
         x = torch.randn(1, 10, 4, 4, device=DEVICE)
-        assert "search             triton (as backend='triton' has it)" in explain(layer, x)
+        assert "search             triton (as backend='triton' has it)" in explain(
+            layer, x, need_weights=False
+        )
         asked, run_ = [], ENGINES["triton"].run
         monkeypatch.setattr(ENGINES["triton"], "run", lambda q: asked.append(q) or run_(q))
         layer(x)
@@ -666,7 +668,7 @@ def test_refusals(monkeypatch, make, reason):
     layer.backend = "triton"
     x = torch.randn(1, 8, 16, dtype=layer.out_proj.weight.dtype)
     with pytest.raises(ValueError, match=reason):
-        explain(layer, x)
+        explain(layer, x, need_weights=False)
 
 
 class TestAutocast:

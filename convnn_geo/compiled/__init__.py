@@ -3,6 +3,7 @@
 from convnn_geo.compiled.aggregation import attention, attention_backward, gather_taps
 from convnn_geo.compiled.build import library
 from convnn_geo.compiled.problem import Runs
+from convnn_geo.compiled.rings import rings_nearest
 from convnn_geo.compiled.search import (
     LARGEST_K,
     cells_nearest,
@@ -21,5 +22,6 @@ __all__ = [
     "k_smallest",
     "library",
     "products_nearest",
+    "rings_nearest",
     "squared_differences",
 ]

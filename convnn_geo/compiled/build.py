@@ -29,6 +29,7 @@ _ARGUMENTS = {
         *(_POINTER, _LONG, _POINTER, _LONG, _INT, _INT),
         *(_POINTER, _INT, _POINTER, _POINTER),
     ],
+    "rings_nearest": [_POINTER] * 3,
     "squared_differences": [
         *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
         *(_INT, _POINTER),

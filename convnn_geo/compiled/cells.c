@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "insert.h"
+
 enum { AXES = 3, LANES = 32 };
 
 typedef struct {
@@ -17,12 +19,6 @@ typedef struct {
   int64_t *start, *index; /* where each cell starts, and the sources in order of cells */
   float *place[AXES];     /* their coordinates in that order, one axis after another */
 } Grid;
-
-typedef struct {
-  float *value;
-  int64_t *index;
-  int count, k;
-} Nearest;
 
 static int64_t along(const Grid *grid, int axis, float coordinate) {
   float cell = (coordinate - grid->low[axis]) / grid->edge[axis];
@@ -80,18 +76,6 @@ static void choose_edges(Grid *grid, const float *keys, int64_t m, int d, double
   }
 }
 
-static void insert(Nearest *found, float value, int64_t index) {
-  int slot = found->count < found->k ? found->count++ : found->k - 1;
-  for (; slot > 0; slot--) {
-    float other = found->value[slot - 1];
-    if (value > other || (value == other && index > found->index[slot - 1])) break;
-    found->value[slot] = other;
-    found->index[slot] = found->index[slot - 1];
-  }
-  found->value[slot] = value;
-  found->index[slot] = index;
-}
-
 /* Look at the sources of a run of cells. */
 static void look(const Grid *grid, const float *q, int64_t first, int64_t last, int64_t own,
                  Nearest *found) {
@@ -110,14 +94,7 @@ static void look(const Grid *grid, const float *q, int64_t first, int64_t last, 
     if (!any) continue;
     for (int j = 0; j < width; j++) {
       int64_t index = grid->index[at + j];
-      if (index == own) continue;
-      if (found->count < found->k) {
-        insert(found, value[j], index);
-      } else {
-        float worst = found->value[found->k - 1];
-        if (value[j] < worst || (value[j] == worst && index < found->index[found->k - 1]))
-          insert(found, value[j], index);
-      }
+      if (index != own) offer(found, value[j], index);
     }
   }
 }

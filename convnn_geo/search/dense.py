@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convnn_geo.metrics import Distances
 from convnn_geo.search.nearest import measured, nearest, referee
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Engine, Query
@@ -43,15 +44,22 @@ class Dense(Engine):
         if query.exact and problem is not None:
             values = measured(bound, values, place, query.slab)
             values = values if kept is None else values.masked_fill(~kept, torch.inf)
-        elif query.exact:  # rows and pairs may round otherwise
-            values = referee(bound, place, query.slab, query.dtype)
-            seen = values if kept is None else values.masked_fill(~kept, torch.inf)
-            order = order_by_value_then_place(seen, place)
-            values, place = values.gather(-1, order), place.gather(-1, order)
-            kept = None if kept is None else kept.gather(-1, order)
+        elif query.exact:
+            values, place, kept = measured_again(query, bound, place, kept)
         if shared is not None:
             place = shared.expand(*place.shape[:-1], shared.shape[-1]).gather(-1, place)
         return place, values, kept
+
+
+def measured_again(
+    query: Query, bound: Distances, place: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Distances, places in their order, and which are kept: rows and pairs may round otherwise."""
+    values = referee(bound, place, query.slab, query.dtype)
+    seen = values if kept is None else values.masked_fill(~kept, torch.inf)
+    order = order_by_value_then_place(seen, place)
+    kept = None if kept is None else kept.gather(-1, order)
+    return values.gather(-1, order), place.gather(-1, order), kept
 
 
 def _own_place(query: Query) -> Tensor | None:

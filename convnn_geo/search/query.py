@@ -110,5 +110,6 @@ class Engine(ABC):
 
     def __call__(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """:meth:`run` without gradient and in full precision."""
+        _ = query.bound  # not without gradient: weights may be computed from the same
         with torch.no_grad(), full_precision(query.target.device):
             return self.run(query)

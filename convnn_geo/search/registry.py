@@ -28,12 +28,13 @@ from convnn_geo.search.pyg_lib import PygLib
 from convnn_geo.search.pynndescent import PyNNDescent
 from convnn_geo.search.query import Engine, Query
 from convnn_geo.search.random_projections import RandomProjections
+from convnn_geo.search.rings import Rings
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.torch_cluster import TorchCluster
 from convnn_geo.search.torchbvh import TorchBVH
 from convnn_geo.search.triton import Triton
 
-_GRID = GridSearch()
+_GRID, _RINGS = GridSearch(), Rings()
 _SAMPLE = 2048
 """Directions that are looked at to tell whether many are the same."""
 _TREES = (KDTree.name, TorchCluster.name, PygLib.name)
@@ -41,6 +42,7 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         _GRID,
+        _RINGS,
         Cells(),
         KDTree(),
         TorchCluster(),
@@ -78,6 +80,8 @@ def fastest(query: Query) -> str:
     """
     if _GRID.refuses(query) is None and _GRID.keeps(query):  # searched once for each size
         return _GRID.name
+    if _RINGS.refuses(query) is None:  # the others look at all pairs
+        return _RINGS.name
     if _two_directions(query):
         return Dense.name
     seconds = expected(query)

@@ -1,0 +1,133 @@
+"""Search ring by ring: on a grid, by how far a place is plus how far a feature is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convnn_geo import compiled
+from convnn_geo.caching import keep
+from convnn_geo.checks import all_finite
+from convnn_geo.metrics import Angular, Combination, Differences, Distances
+from convnn_geo.operators import is_watched
+from convnn_geo.points import Grid
+from convnn_geo.search.dense import Dense, measured_again
+from convnn_geo.search.query import Engine, Query
+
+
+class _Parts(NamedTuple):
+    """A mixture: its places and its features, with their weights."""
+
+    place_weight: float
+    place: Differences
+    weight: float
+    feature: Angular | Differences
+
+
+class Rings(Engine):
+    """Looks at places in the order of their distance, until that alone is too far: in C.
+
+    Features only add to how far a place is. So the k nearest of a mixture of both are mostly found
+    close to each target, and most of an image is never looked at; what is found is exact.
+    """
+
+    name = "rings"
+
+    def refuses(self, query: Query) -> str | None:
+        """Needs an image, all candidates, and a mixture of a spatial and a feature distance."""
+        if is_watched():
+            return "what is traced has no sizes"
+        target, source = query.target.grid, query.source.grid
+        if target is None or source is None or query.source.pos is not None:
+            return "the points lie on no grid"
+        if query.target.pos is not None or query.target.device.type != "cpu":
+            return "it is for images on the CPU"
+        if query.subset.index is not None or query.subset.mask is not None:
+            return "candidates are restricted; it searches all sources only"
+        if query.dtype != torch.float32:
+            return "its distances are float32, and these need float64"
+        if query.problem is not None or _parts(query) is None:
+            return "the metric is no sum of a distance of positions and one of features"
+        whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
+        if not whole or source.index_of(target) is None:
+            return "targets lie between the pixels"
+        return "there is no C compiler" if compiled.library() is None else None
+
+    def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
+        """At once for all examples; as dense search where features are not finite."""
+        parts: _Parts = _parts(query)  # type: ignore[assignment]
+        q, keys = parts.feature.q, parts.feature.k
+        if not (all_finite(q) and all_finite(keys)):
+            return Dense().run(query)
+        grid: Grid = query.source.grid  # type: ignore[assignment]
+        lead = parts.feature.shape[:-2]
+        q, keys = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, keys))
+        kind = "angles"
+        if isinstance(parts.feature, Differences):
+            kind = "roots" if parts.feature.root else "squares"
+        zeros = (q.norm(dim=-1) < 0.5, keys.norm(dim=-1) < 0.5)
+        place = parts.place
+        scale = None if place.scale is None else tuple(place.scale.flatten().tolist())
+        offset, far = _offsets(grid.size, grid.step, place.p, place.root, scale)
+        at: Tensor = grid.index_of(query.target.grid)  # type: ignore[arg-type, assignment]
+        values, index = compiled.rings_nearest(
+            *(kind, q, keys, zeros, grid.size, at, offset, far * parts.place_weight),
+            *(parts.weight, query.k, query.excluded),
+        )
+        values, index = (t.view(*lead, *t.shape[-2:]) for t in (values, index))
+        if query.exact:
+            values, index, _ = measured_again(query, query.bound, index)
+        return index, values, None
+
+
+def _parts(query: Query) -> _Parts | None:
+    """A mixture of one distance of positions and one of features, both non-negative."""
+    bound = query.bound.sharp()
+    if type(bound) is not Combination or len(bound.parts) != 2:
+        return None
+    for (first, place), (second, feature) in (bound.parts, bound.parts[::-1]):
+        if _of_positions(place, query) and _of_features(feature):
+            return _Parts(_number(first), place, _number(second), feature)  # type: ignore[arg-type]
+    return None
+
+
+def _number(weight: float | Tensor) -> float:
+    return weight.item() if isinstance(weight, Tensor) else weight
+
+
+def _of_positions(part: Distances, query: Query) -> bool:
+    if type(part) is not Differences or part.precision is not None or part.k.ndim != 2:
+        return False
+    position = query.source.position
+    return part.k.shape == position.shape and torch.equal(part.k, position)
+
+
+def _of_features(part: Distances) -> bool:
+    if not isinstance(part, (Angular, Differences)) or part.precision is not None:
+        return False
+    if part.q.dtype != torch.float32:
+        return False
+    if type(part) is Differences:
+        return part.p == 2 and part.scale is None
+    return type(part) is Angular and part.b is None and not part.direct
+
+
+@keep(16)
+def _offsets(
+    size: tuple[int, ...],
+    step: tuple[float, ...],
+    p: float,
+    root: bool,
+    scale: tuple[float, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """All offsets between pixels ``(count, axes)``, nearest first, and how far they lead."""
+    ranges = [torch.arange(1 - length, length) for length in size]
+    offset = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, -2)
+    factors = None if scale is None else torch.tensor(scale, dtype=torch.float64)
+    moved = offset * torch.tensor(step)
+    here = torch.zeros(1, len(size))
+    far = Differences(moved, here, p, root, scale=factors).double().rows().flatten()
+    order = far.argsort(stable=True)
+    return offset[order], far[order]

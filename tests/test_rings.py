@@ -1,0 +1,191 @@
+"""Search ring by ring: mixtures of place and feature on images, as dense search finds them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from convnn_geo import compiled, recipes
+from convnn_geo.candidates import Random
+from convnn_geo.metrics import Feature, Mahalanobis, PaperMix, Spatial, interpolate
+from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
+from convnn_geo.points import Grid, Points
+from convnn_geo.search import ENGINES, Query, explain_search, find, knn
+
+RINGS = ENGINES["rings"]
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
+PLACES = {
+    "l2": Spatial(),
+    "l1": Spatial("l1"),
+    "chebyshev": Spatial("chebyshev", scale=2 / 3),
+    "p": Spatial(3.0, scale=(0.5, 2.0)),
+}
+
+
+MIXTURE = interpolate("spatial", "cosine", 0.5)
+
+
+def image(*shape, seed=0):
+    """With rows that are zero, and rows that are alike: ties."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    x[:, :, 2:4] = 0
+    x[:, :, 6:9] = x[:, :, 6:7]
+    return Points.from_image(x)
+
+
+def agree(query, numbers):
+    """With all distances in float64, compared in float32; with dense search but for rounding."""
+    every = torch.arange(query.source.num_points).expand(query.target.num_points, -1)
+    rows = query.bound.refined().at(every).float()
+    if query.excluded is not None:
+        rows.scatter_(-1, query.excluded[:, None].expand(*rows.shape[:-1], 1), torch.inf)
+    distance, index = rows.sort(dim=-1, stable=True)
+    for k in numbers:
+        for exact in (True, False):
+            asked = replace(query, k=k, exact=exact)
+            assert RINGS.refuses(asked) is None
+            found, dense = find(asked, "rings"), find(asked, "dense")
+            assert torch.equal(found.index, index[..., :k])
+            for one in (found, dense):
+                torch.testing.assert_close(one.distance, distance[..., :k], rtol=2e-6, atol=2e-6)
+            assert found.mask is None and found.num_sources == dense.num_sources
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("feature", ["cosine", "euclidean", "squared_euclidean"])
+@pytest.mark.parametrize("channels", [1, 3, 20])
+def test_the_same_as_dense_search(place, feature, channels):
+    points = image(2, channels, 10, 7)
+    for lam in (0.05, 0.7, 0.99):
+        metric = interpolate(PLACES[place], Feature(feature), lam)
+        agree(Query(points, points, metric, 1), (1, 9, 70))
+
+
+@needs_compiler
+def test_sums_in_any_order_and_without_the_point_itself():
+    points, own = image(1, 3, 9, 8), torch.arange(72)
+    for metric in (
+        0.3 * Spatial() + 2 * Feature("cosine"),
+        Feature("cosine") + 0.1 * Spatial("l1"),
+    ):
+        agree(Query(points, points, metric, 1, excluded=own), (7,))
+        agree(Query(points, points, metric, 1, excluded=own.flip(0)), (71,))
+
+
+@needs_compiler
+def test_other_targets_than_sources():
+    """As strides and margins make them; one example for all, too."""
+    source, metric = image(2, 3, 12, 9).pad(((2, 2), (1, 1))), interpolate("spatial", "cosine", 0.6)
+    grid = Grid((6, 3), step=(2.0, 3.0))
+    target = Points(torch.randn(2, 18, 3), grid=grid)
+    agree(Query(target, source, metric, 1), (5,))
+    agree(Query(Points(target.x[:1], grid=grid), source, metric, 1), (5,))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (recipes.interpolated_conv2d(3, 4, 7, stride=2, padding=3, lam=0.8), (2, 3, 20, 17)),
+        (
+            ConvNN2d(3, 4, k=5, metric=interpolate("spatial", "cosine", 0.5), padding=1),
+            (1, 3, 8, 9),
+        ),
+        (ConvNN2d(3, 4, k=5, metric=0.2 * Spatial() + Feature(), self_point="first"), (1, 3, 8, 9)),
+        (
+            ConvNN2d(
+                3,
+                4,
+                k=5,
+                metric=interpolate("spatial", "euclidean", 0.5, learnable=True),
+                weighting="softmax",
+            ),
+            (1, 3, 8, 9),
+        ),
+        (ConvNN1d(3, 4, k=5, metric=0.2 * Spatial() + Feature("cosine")), (2, 3, 30)),
+        (ConvNN3d(3, 4, k=5, metric=0.2 * Spatial() + Feature("cosine")), (1, 3, 4, 5, 6)),
+    ],
+)
+def test_layers(layer, shape, monkeypatch):
+    x, asked = torch.randn(*shape, requires_grad=True), []
+    run = type(RINGS).run
+    monkeypatch.setattr(type(RINGS), "run", lambda self, q: asked.append(q) or run(self, q))
+    found = {}
+    for search in ("auto", "dense"):
+        layer.search = search
+        out = layer(x)
+        found[search] = [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+    assert len(asked) == 1  # who is not told takes rings
+    for a, b in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_compiler
+def test_most_of_a_large_image_is_never_looked_at():
+    """What would be 4 GB of distances takes a moment; a few of them say that it is right."""
+    points = Points.from_image(torch.rand(1, 3, 180, 180))
+    metric = interpolate("spatial", "cosine", 0.7)
+    assert explain_search(points, k=9, metric=metric)[-1] == ("rings", None)
+    found = knn(points, k=9, metric=metric)
+    some = torch.tensor([0, 179, 16_000, 32_399])
+    rows = metric(Points(points.x[:, some], pos=points.position[some]), points)
+    assert torch.equal(found.index[:, some], rows.argsort(dim=-1, stable=True)[..., :9])
+
+
+@needs_compiler
+def test_what_is_not_finite_goes_to_dense_search():
+    points = image(1, 3, 9, 8)
+    points.x[0, 5] = torch.nan
+    query = Query(points, points, interpolate("spatial", "cosine", 0.5), 4)
+    found, wanted = find(query, "rings"), find(query, "dense")
+    assert torch.equal(found.index, wanted.index)
+
+
+CLOUD = Points(torch.randn(9, 3), torch.rand(9, 2))
+DOUBLE = Points(torch.randn(1, 72, 3).double(), grid=Grid((9, 8)))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "query, why",
+    [
+        (Query(CLOUD, CLOUD, MIXTURE, 3), "on no grid"),
+        (Query(*[image(1, 3, 9, 8)] * 2, Feature("cosine"), 3), "no sum of a distance"),
+        (Query(*[image(1, 3, 9, 8)] * 2, PaperMix(0.5), 3), "no sum of a distance"),
+        (Query(*[image(1, 3, 9, 8)] * 2, interpolate("spatial", "dot", 0.5), 3), "no sum of a"),
+        (Query(*[image(1, 3, 9, 8)] * 2, Spatial() + Mahalanobis(3) + Feature(), 3), "no sum of a"),
+        (Query(*[image(1, 3, 9, 8)] * 2, interpolate("spatial", "manhattan", 0.5), 3), "no sum of"),
+        (
+            Query(*[Points(image(1, 3, 9, 8).x.double(), grid=Grid((9, 8)))] * 2, MIXTURE, 3),
+            "float64",
+        ),
+        (
+            Query(
+                Points(torch.randn(1, 4, 3), grid=Grid((2, 2), origin=(0.5, 0.5))),
+                image(1, 3, 9, 8),
+                MIXTURE,
+                3,
+            ),
+            "between the pixels",
+        ),
+        (
+            Query(*[image(1, 3, 9, 8)] * 2, MIXTURE, 3, Random(5)(*[image(1, 3, 9, 8)] * 2)),
+            "candidates are restricted",
+        ),
+    ],
+)
+def test_refusals(query, why):
+    assert why in str(RINGS.refuses(query))
+    with pytest.raises(ValueError, match="search backend 'rings' can't serve this query"):
+        find(query, "rings")
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    points = image(1, 3, 9, 8)
+    query = Query(points, points, MIXTURE, 3)
+    assert RINGS.refuses(query) == "there is no C compiler"
+    assert find(query).index.shape == (1, 72, 3)
