@@ -195,14 +195,22 @@ IMAGE_SIZES = {
     "separable": (ConvNN2d(3, 4, k=3, metric="cosine", kernel="separable"), True),
     "branching": (Branching(3, 4, 3, padding=1, k=4, metric="cosine"), True),
     "pool": (recipes.max_pool2d(2), True),
+    "mixture": (ConvNN2d(3, 4, k=5, metric=metrics.interpolate("spatial", "cosine", 0.7)), True),
+    "interpolated": (recipes.interpolated_conv2d(3, 4, 3, padding=1, stride=2, lam=0.7), False),
 }
 """Layers, and whether height and width may stay open, too."""
+OPEN = {"window-stride", "k", "mixture"}
 
 
 @pytest.mark.parametrize(
     "name, strict",
     [
-        daily(name, strict, name=f"{name}-strict" if strict else name, names={"window-stride", "k"})
+        daily(
+            name,
+            strict,
+            name=f"{name}-strict" if strict else name,
+            names={"window-stride", "k", "mixture"},
+        )
         for strict in (False, True)
         for name in IMAGE_SIZES
     ],

@@ -10,6 +10,7 @@ import torch
 from convnn_geo import compiled, recipes
 from convnn_geo.candidates import Random
 from convnn_geo.metrics import Feature, Mahalanobis, PaperMix, Spatial, interpolate
+from convnn_geo.metrics.packed import pack
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import ENGINES, Query, explain_search, find, knn
@@ -189,3 +190,21 @@ def test_without_a_compiler(monkeypatch):
     query = Query(points, points, MIXTURE, 3)
     assert RINGS.refuses(query) == "there is no C compiler"
     assert find(query).index.shape == (1, 72, 3)
+
+
+@pytest.mark.parametrize("compiled_", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_operator_keeps_the_rules_of_torch(monkeypatch, compiled_, exact):
+    """Inside it rings or, without a compiler, dense search finds the same."""
+    if not compiled_:
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    points, own = image(2, 3, 9, 8), torch.arange(72)
+    query = Query(points, points, MIXTURE, 4, excluded=own, exact=exact)
+    grid = (points.grid.size, points.grid.origin, points.grid.step)
+    arguments = (*pack(query.bound), 4, own, exact, query.slab, *grid, *grid)
+    operator = torch.ops.convnn_geo.nearest_on_image.default
+    torch.library.opcheck(operator, arguments)
+    index, values = operator(*arguments)
+    found = find(query, "dense")
+    assert torch.equal(index, found.index)
+    torch.testing.assert_close(values, found.distance)

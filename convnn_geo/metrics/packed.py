@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, Sequence  # noqa: UP035 - operators know this one on every torch
+from typing import Any
 
 import torch
 from torch import Tensor

@@ -240,7 +240,8 @@ _DEFERRED = _Deferred()
 
 def _traced(query: Query) -> Engine:
     """Who answers in a program whose sizes may be open still, so that none is looked at."""
-    return next((e for e in (_GRID, _DEFERRED) if e.refuses(query) is None), ENGINES[Dense.name])
+    served = (e for e in (_GRID, _RINGS, _DEFERRED) if e.refuses(query) is None)
+    return next(served, ENGINES[Dense.name])
 
 
 def with_self_first(rest: Neighborhood, bound: Distances, own: torch.Tensor) -> Neighborhood:

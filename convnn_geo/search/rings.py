@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from convnn_geo import compiled
 from convnn_geo.caching import keep
 from convnn_geo.checks import all_finite
-from convnn_geo.metrics import Angular, Combination, Differences, Distances
-from convnn_geo.operators import is_watched
-from convnn_geo.points import Grid
+from convnn_geo.metrics import Angular, Combination, Differences, Distances, Feature
+from convnn_geo.metrics.packed import pack, unpack
+from convnn_geo.operators import is_watched, operator
+from convnn_geo.points import Grid, Points
 from convnn_geo.search.dense import Dense, measured_again
 from convnn_geo.search.query import Engine, Query
 
@@ -20,9 +22,9 @@ from convnn_geo.search.query import Engine, Query
 class _Parts(NamedTuple):
     """A mixture: its places and its features, with their weights."""
 
-    place_weight: float
+    place_weight: float | Tensor
     place: Differences
-    weight: float
+    weight: float | Tensor
     feature: Angular | Differences
 
 
@@ -37,8 +39,6 @@ class Rings(Engine):
 
     def refuses(self, query: Query) -> str | None:
         """Needs an image, all candidates, and a mixture of a spatial and a feature distance."""
-        if is_watched():
-            return "what is traced has no sizes"
         target, source = query.target.grid, query.source.grid
         if target is None or source is None or query.source.pos is not None:
             return "the points lie on no grid"
@@ -50,6 +50,8 @@ class Rings(Engine):
             return "its distances are float32, and these need float64"
         if query.problem is not None or _parts(query) is None:
             return "the metric is no sum of a distance of positions and one of features"
+        if is_watched():
+            return None  # what is traced is looked at when it runs
         whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
         if not whole or source.index_of(target) is None:
             return "targets lie between the pixels"
@@ -57,6 +59,8 @@ class Rings(Engine):
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """At once for all examples; as dense search where features are not finite."""
+        if is_watched():
+            return _traced(query)
         parts: _Parts = _parts(query)  # type: ignore[assignment]
         q, keys = parts.feature.q, parts.feature.k
         if not (all_finite(q) and all_finite(keys)):
@@ -71,10 +75,11 @@ class Rings(Engine):
         place = parts.place
         scale = None if place.scale is None else tuple(place.scale.flatten().tolist())
         offset, far = _offsets(grid.size, grid.step, place.p, place.root, scale)
+        far = far * _number(parts.place_weight)
         at: Tensor = grid.index_of(query.target.grid)  # type: ignore[arg-type, assignment]
         values, index = compiled.rings_nearest(
-            *(kind, q, keys, zeros, grid.size, at, offset, far * parts.place_weight),
-            *(parts.weight, query.k, query.excluded),
+            *(kind, q, keys, zeros, grid.size, at, offset, far),
+            *(_number(parts.weight), query.k, query.excluded),
         )
         values, index = (t.view(*lead, *t.shape[-2:]) for t in (values, index))
         if query.exact:
@@ -89,7 +94,7 @@ def _parts(query: Query) -> _Parts | None:
         return None
     for (first, place), (second, feature) in (bound.parts, bound.parts[::-1]):
         if _of_positions(place, query) and _of_features(feature):
-            return _Parts(_number(first), place, _number(second), feature)  # type: ignore[arg-type]
+            return _Parts(first, place, second, feature)  # type: ignore[arg-type]
     return None
 
 
@@ -101,7 +106,7 @@ def _of_positions(part: Distances, query: Query) -> bool:
     if type(part) is not Differences or part.precision is not None or part.k.ndim != 2:
         return False
     position = query.source.position
-    return part.k.shape == position.shape and torch.equal(part.k, position)
+    return part.k.shape == position.shape and (is_watched() or torch.equal(part.k, position))
 
 
 def _of_features(part: Distances) -> bool:
@@ -112,6 +117,51 @@ def _of_features(part: Distances) -> bool:
     if type(part) is Differences:
         return part.p == 2 and part.scale is None
     return type(part) is Angular and part.b is None and not part.direct
+
+
+def _traced(query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One operator, which looks at values and sizes when it runs."""
+    target: Grid = query.target.grid  # type: ignore[assignment]
+    source: Grid = query.source.grid  # type: ignore[assignment]
+    index, values = _on_image(
+        *pack(query.bound.sharp()),  # type: ignore[misc]
+        *(query.k, query.excluded, query.exact, query.slab),
+        *(target.size, target.origin, target.step, source.size, source.origin, source.step),
+    )
+    return index, values, None
+
+
+@operator("nearest_on_image")
+def _on_image(
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor],
+    k: int,
+    own: Tensor | None,
+    exact: bool,
+    slab: int,
+    target_size: Sequence[int],
+    target_origin: Sequence[float],
+    target_step: Sequence[float],
+    source_size: Sequence[int],
+    source_origin: Sequence[float],
+    source_step: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    target = Grid(tuple(target_size), tuple(target_origin), tuple(target_step))
+    source = Grid(tuple(source_size), tuple(source_origin), tuple(source_step))
+    points, bound = (Points(grid=target), Points(grid=source)), unpack(numbers, tensors)
+    query = Query(*points, Feature(), k, excluded=own, memory=slab, bind=lambda: bound, exact=exact)
+    rings = Rings()
+    engine = Dense() if rings.refuses(query) else rings
+    return engine(query)[:2]
+
+
+@_on_image.register_fake
+def _shapes(
+    numbers: Sequence[float], tensors: Sequence[Tensor], k: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (*unpack(numbers, tensors).shape[:-1], k)
+    index = tensors[0].new_empty(shape, dtype=torch.long)
+    return index, torch.empty_like(index, dtype=torch.float32)
 
 
 @keep(16)

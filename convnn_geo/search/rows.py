@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence  # noqa: UP035 - operators know this one on every torch
 
 import torch
 from torch import Tensor
