@@ -208,3 +208,22 @@ def test_the_operator_keeps_the_rules_of_torch(monkeypatch, compiled_, exact):
     found = find(query, "dense")
     assert torch.equal(index, found.index)
     torch.testing.assert_close(values, found.distance)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("learnable", [False, True])
+def test_transforms_go_by_dense_search(learnable):
+    """torch.func maps no operator that takes lists."""
+    metric = interpolate("spatial", "cosine", 0.5, learnable)
+    layer = ConvNN2d(3, 4, k=5, metric=metric, weighting="softmax")
+    x = torch.randn(3, 3, 7, 6)
+    mapped = torch.func.vmap(lambda one: layer(one[None])[0])(x)
+    torch.testing.assert_close(mapped, layer(x))
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    found = torch.func.grad(lambda t: layer(t).square().sum())(x)
+    torch.testing.assert_close(found, leaf.grad)
+    out, slope = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(out, layer(x))
+    assert bool(slope.abs().sum() > 0)

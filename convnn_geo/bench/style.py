@@ -34,6 +34,7 @@ class Style:
 _ENGINES = {
     "dense": Style(_BLACK, "o"),
     "grid": Style(_SKY, "s"),
+    "rings": Style(_SKY, "D"),
     "kd_tree": Style(_BLUE, "^"),
     "cells": Style(_GREEN, "D"),
     "torch_cluster": Style(_RED, "v"),

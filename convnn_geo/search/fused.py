@@ -32,6 +32,7 @@ def _fits(problem: Problem, sources: int, slab: int) -> bool:
 def serves_runs(problem: Problem, k: int, slab: int) -> bool:
     """Whether examples of unequal size may be searched at once, in C on the CPU."""
     plain = 0 < k <= compiled.LARGEST_K and problem.q.ndim == problem.keys.ndim == 2
+    plain = plain and problem.q.device.type == "cpu"
     return plain and compiled.library() is not None and _fits(problem, 1, slab)
 
 

@@ -19,7 +19,7 @@ from convnn_geo.checks import (
     check_number,
     check_tensor,
 )
-from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.metrics import Feature, Metric, Spatial, as_metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search.clouds import find_in_clouds, serves_clouds
@@ -104,7 +104,8 @@ def knn(
     _check_pair(source, target)
     if memory is not None:
         memory = check_int("memory", memory)
-    if check and not torch.compiler.is_compiling():  # what is traced has no values yet
+    check = check and not torch.compiler.is_compiling()  # what is traced has no values yet
+    if check:
         for name, points in (("x", source),) if same else (("x", source), ("y", target)):
             check_finite(name, points.x, None if points.pos is points.x else points.pos)
     search = _Search(metric, backend, self_point, short, memory)
@@ -134,7 +135,8 @@ def knn(
             )
             if found.mask is not None and bool(found.mask.all()):
                 found = replace(found, mask=None)
-    if check and found.distance is not None and bool(found.distance.isnan().any()):
+    known = isinstance(metric, (Feature, Spatial))  # which give none
+    if check and not known and bool(found.distance.isnan().any()):  # type: ignore[union-attr]
         raise ValueError(
             f"{metric}: expected distances, got NaN from finite points; mend the metric, or pass "
             "check=False"

@@ -13,7 +13,7 @@ from convnn_geo.caching import keep
 from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Angular, Combination, Differences, Distances, Feature
 from convnn_geo.metrics.packed import pack, unpack
-from convnn_geo.operators import is_watched, operator
+from convnn_geo.operators import is_traced, is_transformed, operator
 from convnn_geo.points import Grid, Points
 from convnn_geo.search.dense import Dense, measured_again
 from convnn_geo.search.query import Engine, Query
@@ -39,6 +39,8 @@ class Rings(Engine):
 
     def refuses(self, query: Query) -> str | None:
         """Needs an image, all candidates, and a mixture of a spatial and a feature distance."""
+        if is_transformed():
+            return "torch.func transforms it, which knows no operator of lists"
         target, source = query.target.grid, query.source.grid
         if target is None or source is None or query.source.pos is not None:
             return "the points lie on no grid"
@@ -50,7 +52,7 @@ class Rings(Engine):
             return "its distances are float32, and these need float64"
         if query.problem is not None or _parts(query) is None:
             return "the metric is no sum of a distance of positions and one of features"
-        if is_watched():
+        if is_traced():
             return None  # what is traced is looked at when it runs
         whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
         if not whole or source.index_of(target) is None:
@@ -59,7 +61,7 @@ class Rings(Engine):
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """At once for all examples; as dense search where features are not finite."""
-        if is_watched():
+        if is_traced():
             return _traced(query)
         parts: _Parts = _parts(query)  # type: ignore[assignment]
         q, keys = parts.feature.q, parts.feature.k
@@ -106,7 +108,7 @@ def _of_positions(part: Distances, query: Query) -> bool:
     if type(part) is not Differences or part.precision is not None or part.k.ndim != 2:
         return False
     position = query.source.position
-    return part.k.shape == position.shape and (is_watched() or torch.equal(part.k, position))
+    return part.k.shape == position.shape and (is_traced() or torch.equal(part.k, position))
 
 
 def _of_features(part: Distances) -> bool:
