@@ -219,3 +219,12 @@ def check_tuple(name: str, value: Any, length: int, minimum: int = 1) -> tuple[i
             raise ValueError(f"{name}: expected {length} integers, one an axis, got {value!r}")
         return tuple(check_int(name, v, minimum) for v in value)
     return (check_int(name, value, minimum),) * length
+
+
+def same_code(one: object, other: object) -> bool:
+    """Whether two functions are one, defined again: a cell run or a module loaded once more."""
+    first, second = (
+        (getattr(code, "__module__", None), getattr(code, "__qualname__", None))
+        for code in (one, other)
+    )
+    return first == second and "<lambda>" not in str(first)

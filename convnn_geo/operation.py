@@ -144,7 +144,8 @@ class Operation:
         """The chosen pairs."""
         chosen = self.neighborhood() if neighborhood is None else neighborhood
         value = self.kernel.project(self.value)
-        return Pairs(self.target, self.source, value, lambda: self.bound, chosen)
+        rooted = self.metric.rooted
+        return Pairs(self.target, self.source, value, lambda: self.bound, chosen, rooted)
 
 
 def keeps_all(candidates: Candidates, selection: Selection, order: str, axes: int | None) -> bool:

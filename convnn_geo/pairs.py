@@ -23,6 +23,7 @@ class Pairs:
         value: ``(..., m, c)``, what the sources give.
         bind: gives the distances with gradient; asked only where a weighting needs them.
         neighborhood: who was chosen.
+        rooted: whether the metric took a root.
     """
 
     target: Points
@@ -30,6 +31,7 @@ class Pairs:
     value: Tensor
     bind: Callable[[], Distances]
     neighborhood: Neighborhood
+    rooted: bool = False
 
     @property
     def mask(self) -> Tensor | None:
@@ -47,7 +49,7 @@ class Pairs:
     @property
     def squared_distance(self) -> Tensor:
         """The same, squared where the metric took a root, as ``"euclidean"`` does."""
-        return self.distance.square() if self.bind().rooted else self.distance
+        return self.distance.square() if self.rooted else self.distance
 
     @property
     def similarity(self) -> Tensor:

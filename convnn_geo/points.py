@@ -174,7 +174,10 @@ class Points:
     def features(self) -> Tensor:
         """Features ``(..., n, c)``; an error where there are none."""
         if self.x is None:
-            raise ValueError("features are needed here, but the points have positions only")
+            raise ValueError(
+                "features are needed here, but the points have positions only; of targets and "
+                "sources apart, layers take them as x=(x_source, x_target)"
+            )
         return self.x
 
     @classmethod

@@ -9,11 +9,20 @@ import torch
 
 from convnn_geo import compiled, recipes
 from convnn_geo.candidates import Random
-from convnn_geo.metrics import Feature, Mahalanobis, PaperMix, Spatial, interpolate
+from convnn_geo.metrics import (
+    Combination,
+    Differences,
+    Feature,
+    Mahalanobis,
+    Metric,
+    PaperMix,
+    Spatial,
+    interpolate,
+)
 from convnn_geo.metrics.packed import pack
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import ENGINES, Query, explain_search, find, knn
+from convnn_geo.search import ENGINES, Query, explain_search, find, knn, rings
 
 RINGS = ENGINES["rings"]
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
@@ -227,3 +236,95 @@ def test_transforms_go_by_dense_search(learnable):
     out, slope = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(out, layer(x))
     assert bool(slope.abs().sum() > 0)
+
+
+class Mine(Metric):
+    """Distances of the user's own that look like a mixture of place and feature."""
+
+    def __init__(self, shift=0.0, first=1.0, second=1.0):
+        super().__init__()
+        self.shift, self.first, self.second = shift, first, second
+
+    def distances(self, target, source):
+        place = Differences(target.position + self.shift, source.position)
+        feature = Differences(target.features, source.features)
+        return Combination([(self.first, place), (self.second, feature)])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "metric",
+    [
+        Mine(shift=3.0),
+        Mine(second=-1.0),
+        Mine(first=torch.tensor([1.0, 0.5]).view(2, 1, 1)),
+        Mine(first=torch.tensor(float("nan"))),
+    ],
+)
+def test_what_only_looks_like_a_mixture_is_refused(metric):
+    points = image(2, 3, 8, 8)
+    query = Query(points, points, metric, 3)
+    assert RINGS.refuses(query) is not None
+    assert torch.equal(find(query).index, find(query, "dense").index)
+
+
+@needs_compiler
+def test_places_that_are_features_too():
+    """A target's features are not its place, though all sources' are."""
+    grid = Grid((8, 8))
+    source = Points(grid.positions(), grid=grid)
+    target = Points(torch.rand(64, 2) * 8, grid=grid)
+    for metric in (Spatial() + Feature(), Feature() + Spatial()):
+        query = Query(target, source, metric, 3)
+        assert torch.equal(find(query).index, find(query, "dense").index)
+
+
+@needs_compiler
+def test_no_neighbours_and_all_of_them():
+    points, own = image(1, 3, 4, 4), torch.arange(16)
+    for k, excluded in ((0, None), (16, own), (16, None), (15, own)):
+        query = Query(points, points, MIXTURE, k, excluded=excluded)
+        assert (RINGS.refuses(query) is None) == (k > 0 and (k < 16 or excluded is None))
+        found, wanted = find(query), find(query, "dense")
+        assert torch.equal(found.index, wanted.index)
+    layer = ConvNN2d(3, 4, k=1, metric=MIXTURE, self_point="first")
+    x = torch.randn(1, 3, 6, 6)
+    expected = torch.nn.functional.conv2d(x, layer.weight.view(4, 3, 1, 1), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lam, dense", [(0.5, False), (0.9999, True)])
+def test_where_places_tell_little_all_pairs_are_looked_at(monkeypatch, lam, dense):
+    asked, run = [], type(ENGINES["dense"]).run
+    monkeypatch.setattr(
+        type(ENGINES["dense"]), "run", lambda self, q: asked.append(q) or run(self, q)
+    )
+    points = Points.from_image(torch.randn(1, 3, 40, 40))
+    agree(Query(points, points, interpolate("spatial", "cosine", lam), 9), (9,))
+    assert len(asked) == 2 + 2 * dense  # by name, and where rings gave up
+
+
+@needs_compiler
+@pytest.mark.parametrize("lam, dense", [(0.3, False), (0.95, True)])
+def test_of_a_large_image_offsets_are_kept_up_to_a_border(monkeypatch, lam, dense):
+    """What may lie beyond it is not left out."""
+    monkeypatch.setattr(rings, "_MOST", 200)
+    points = Points.from_image(torch.randn(1, 3, 14, 13))
+    metric = interpolate(Spatial(scale=1.0), Feature("cosine"), lam)
+    offset, far, border = rings._offsets((14, 13), (1.0, 1.0), 2.0, True, (1.0,))
+    assert len(offset) <= 200 and 0 < border < 13 and bool((far < border).all())
+    asked, run = [], type(ENGINES["dense"]).run
+    monkeypatch.setattr(
+        type(ENGINES["dense"]), "run", lambda self, q: asked.append(q) or run(self, q)
+    )
+    agree(Query(points, points, metric, 5), (5,))
+    assert len(asked) == 2 + 2 * dense
+
+
+def test_four_axes():
+    grid = Grid((3, 3, 3, 3))
+    points = Points(torch.randn(1, 81, 2), grid=grid)
+    query = Query(points, points, MIXTURE, 4)
+    assert "up to three axes" in str(RINGS.refuses(query))
+    assert find(query).index.shape == (1, 81, 4)

@@ -24,8 +24,11 @@ typedef struct {
   const int32_t *offset;   /* (count, AXES) */
   const double *far;       /* (count), how far each leads, in order */
   int64_t count;
+  double border; /* how far what is no offset leads, at least */
   double weight; /* of features */
 } Rings;
+
+enum { FREE = 256, PART = 8, FEWER = 16 }; /* of look, and of how many may look at more */
 
 static double squares(const float *a, const float *b, int64_t c) {
   double lanes[WIDE] = {0}, sum = 0;
@@ -50,14 +53,18 @@ static double feature(const Rings *r, int64_t target, int64_t source) {
   return r->kind == ROOTS ? sqrt(square) : square;
 }
 
-static void look(const Rings *r, int64_t example, int64_t i, Nearest *found) {
+/* Returns whether places told enough: whether no more than a part of all sources was looked at,
+   and none that was not can be nearer. */
+static int look(const Rings *r, int64_t example, int64_t i, Nearest *found) {
+  int64_t seen = 0, budget = r->m / PART + FREE;
   int64_t place[AXES], rest = r->at[i], own = r->own ? r->own[i] : -1;
   for (int axis = AXES - 1; axis >= 0; axis--) {
     place[axis] = rest % r->size[axis];
     rest /= r->size[axis];
   }
   for (int64_t o = 0; o < r->count; o++) {
-    if (found->count == found->k && (float)r->far[o] > found->value[found->k - 1]) return;
+    if (found->count == found->k && (float)r->far[o] > found->value[found->k - 1])
+      return seen <= budget;
     int64_t source = 0;
     int inside = 1;
     for (int axis = 0; axis < AXES; axis++) {
@@ -66,16 +73,30 @@ static void look(const Rings *r, int64_t example, int64_t i, Nearest *found) {
       source = source * r->size[axis] + there;
     }
     if (!inside || source == own) continue;
+    seen++;
     double near = feature(r, example * r->n + i, example * r->m + source);
     offer(found, (float)(r->far[o] + r->weight * near), source);
   }
+  int settled = isinf(r->border) ||
+                (found->count == found->k && (float)r->border > found->value[found->k - 1]);
+  return settled ? seen <= budget : -1;
 }
 
-/* value and place (examples, n, k), in order of (value, place). */
-void rings_nearest(const Rings *r, float *value, int64_t *place) {
+/* value and place (examples, n, k), in order of (value, place). Returns 0 where not served: where
+   many targets looked at much, or one at all that there is to look at. */
+int rings_nearest(const Rings *r, float *value, int64_t *place) {
+  int64_t rows = r->examples * r->n, allowed = rows / FEWER, spent = 0;
 #pragma omp parallel for num_threads(r->threads) schedule(dynamic, 32)
-  for (int64_t row = 0; row < r->examples * r->n; row++) {
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t before;
+#pragma omp atomic read
+    before = spent;
+    if (before > allowed) continue;
     Nearest found = {value + row * r->k, place + row * r->k, 0, r->k};
-    look(r, row / r->n, row % r->n, &found);
+    int told = look(r, row / r->n, row % r->n, &found);
+    if (told == 1) continue;
+#pragma omp atomic
+    spent += told < 0 ? allowed + 1 : 1;
   }
+  return spent <= allowed;
 }

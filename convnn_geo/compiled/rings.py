@@ -27,7 +27,7 @@ class Layout(ctypes.Structure):
         *((name, _POINTER) for name in ("q", "keys", "zero_q", "zero_key", "at", "own")),
         *((name, _POINTER) for name in ("offset", "far")),
         ("count", _LONG),
-        ("weight", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("border", "weight")),
     )
 
 
@@ -40,13 +40,15 @@ def rings_nearest(
     at: Tensor,
     offset: Tensor,
     far: Tensor,
+    border: float,
     weight: float,
     k: int,
     own: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """Values and places ``(b, n, k)`` by ``far + weight * features``, in order, ties exact.
 
-    For finite float32 on the CPU, where there is a compiler; nobody else may ask.
+    For finite float32 on the CPU, where there is a compiler; nobody else may ask. None where places
+    tell so little that all pairs are looked at sooner.
 
     Args:
         kind: of features: ``"angles"``, of vectors of length one or zero, ``"squares"`` of
@@ -56,15 +58,16 @@ def rings_nearest(
         zeros: ``(b, n)`` and ``(b, m)``, which vectors are zero.
         size: of the grid of sources, up to three axes.
         at: ``(n,)``, the place of each target on it.
-        offset: ``(count, axes)``, all that can lead from a target to a source.
+        offset: ``(count, axes)`` in int32, what can lead from a target to a source.
         far: ``(count,)`` in float64, how far each of them leads, in order.
+        border: how far what is no offset leads, at least.
         weight: of features.
         k: at most the number of sources, without the own.
         own: ``(n,)``, a source that each target is not to find.
     """
     (b, n, c), m = q.shape, keys.shape[1]
     lacking = _AXES - len(size)
-    offset = torch.nn.functional.pad(offset, (lacking, 0)).int().contiguous()
+    offset = torch.nn.functional.pad(offset, (lacking, 0)).contiguous()
     parts = [t.contiguous() for t in (q, keys, *zeros, at)]
     own = None if own is None else own.contiguous()
     layout = Layout(
@@ -72,11 +75,11 @@ def rings_nearest(
         (_LONG * _AXES)(*[1] * lacking, *size),
         *(t.data_ptr() for t in parts),
         *(None if own is None else own.data_ptr(), offset.data_ptr(), far.data_ptr()),
-        *(len(far), weight),
+        *(len(far), border, weight),
     )
     values = q.new_empty(b, n, k)
     places = torch.empty_like(values, dtype=torch.long)
-    build.library().rings_nearest(  # type: ignore[union-attr]
+    served = build.library().rings_nearest(  # type: ignore[union-attr]
         ctypes.addressof(layout), values.data_ptr(), places.data_ptr()
     )
-    return values, places
+    return (values, places) if served else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.inits import reset
 
-from convnn_geo.checks import casts, check_number
+from convnn_geo.checks import casts, check_number, same_code
 from convnn_geo.metrics.combined import Combination, Pairwise
 from convnn_geo.metrics.distances import Distances
 from convnn_geo.points import Points, gather_rows
@@ -66,6 +66,11 @@ class Metric(nn.Module, ABC):
 
     by_set = False
     """Whether a distance depends on all points of a set, as where features are normalised."""
+
+    @property
+    def rooted(self) -> bool:
+        """Whether distances took a root, so that not they but their squares are squared ones."""
+        return False
 
     @abstractmethod
     def distances(self, target: Points, source: Points) -> Distances:
@@ -140,6 +145,12 @@ class Sum(Metric):
         self.metrics = nn.ModuleList(metrics)
         self.weights = tuple(check_number("weight of a metric", w) for w in weights)
 
+    @property
+    def rooted(self) -> bool:
+        """Whether all that count did."""
+        counted = [m for w, m in zip(self.weights, self.metrics, strict=True) if w > 0]
+        return bool(counted) and all(m.rooted for m in counted)
+
     def distances(self, target: Points, source: Points) -> Distances:
         """The weighted distances of the metrics that count."""
         parts: list[tuple[float | Tensor, Distances]] = [
@@ -177,6 +188,9 @@ class Interpolation(Metric):
         )
     """
 
+    start = 0.5
+    """Where a learned place goes back to."""
+
     def __init__(
         self, first: Metric, second: Metric, lam: float = 0.5, learnable: bool = False
     ) -> None:
@@ -193,6 +207,11 @@ class Interpolation(Metric):
         if isinstance(self.lam, nn.Parameter):
             nn.init.constant_(self.lam, self.start)
         reset(self.first), reset(self.second)
+
+    @property
+    def rooted(self) -> bool:
+        """Whether both did, wherever the place is."""
+        return self.first.rooted and self.second.rooted
 
     @property
     def end(self) -> Metric | None:
@@ -345,7 +364,7 @@ def register_metric(name: str, factory: Callable[[], Metric]) -> None:
         Spatial(p=1.0)
         >>> del _RESOLVER["taxicab"]  # here alone, as other examples list all metrics
     """
-    if name in _RESOLVER:
+    if name in _RESOLVER and not same_code(_RESOLVER[name], factory):
         raise ValueError(
             f"expected a new name of a metric, got {name!r}; choose another, as taken are: "
             f"{', '.join(metric_names())}"

@@ -31,10 +31,6 @@ class Combination(Distances):
         """The weighted offsets of the parts."""
         return sum(w * d.offset for w, d in self.parts)
 
-    @property
-    def rooted(self) -> bool:
-        return all(d.rooted for _, d in self.parts)
-
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         return reduce(torch.add, (w * d.rows(start, stop) for w, d in self.parts))
 

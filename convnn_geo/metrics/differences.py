@@ -56,10 +56,6 @@ class Differences(Distances):
         return pairs_shape(self.q, self.k)
 
     @property
-    def rooted(self) -> bool:
-        return self.root
-
-    @property
     def wide(self) -> bool:
         """Whether the dimension is too high for sums in the order of axes."""
         return self.q.shape[-1] > DIRECT_DIMENSIONS

@@ -30,11 +30,6 @@ class Distances(ABC):
     """Similarity is ``offset - distance``: 1 for cosine, 0 for a dot product."""
 
     @property
-    def rooted(self) -> bool:
-        """Whether a root was taken, so that not these but their squares are squared distances."""
-        return False
-
-    @property
     @abstractmethod
     def shape(self) -> torch.Size:
         """``(..., n, m)``."""

@@ -25,6 +25,11 @@ class Encoded(Metric):
         self.metric = as_metric(metric)
         self.encoding = encoding
 
+    @property
+    def rooted(self) -> bool:
+        """As the metric of encoded points."""
+        return self.metric.rooted
+
     def distances(self, target: Points, source: Points) -> Distances:
         """Encode, then measure."""
         seen = self._encode(source)

@@ -69,6 +69,11 @@ class Feature(Metric):
         self.query = query
         self.key = key
 
+    @property
+    def rooted(self) -> bool:
+        """Of norms."""
+        return self.kind in ("euclidean", "manhattan", "minkowski")
+
     def distances(self, target: Points, source: Points) -> Distances:
         """Project, then bind the kind's form."""
         if self.query is self.key:

@@ -55,6 +55,11 @@ class Spatial(Metric):
             else tuple(check_number("scale", s, exclusive=True) for s in scales)
         )
 
+    @property
+    def rooted(self) -> bool:
+        """Unless squared."""
+        return not self.squared
+
     def distances(self, target: Points, source: Points) -> Distances:
         """Differences of positions."""
         q, k = of_both(lambda points: precise(points.position), target, source)

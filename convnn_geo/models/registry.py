@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from convnn_geo.checks import check_int, check_name
+from convnn_geo.checks import check_int, check_name, same_code
 from convnn_geo.models.layers import CONVOLUTIONS, Layer, Vocabulary
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
@@ -82,7 +82,7 @@ def register_model(
     """
 
     def enter(build: Builder) -> Builder:
-        if name in _MODELS:
+        if name in _MODELS and not same_code(_MODELS[name].build, build):
             raise ValueError(
                 f"expected a new name of a model, got {name!r}; choose another, as taken are: "
                 f"{', '.join(list_models())}"

@@ -309,9 +309,9 @@ class ConvNNAttention(nn.Module):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        need_weights: bool = False,
     ) -> Operation:
         """The layer on this input, as an operation on ``(b, heads, n, head_dim)``."""
         return self._operation(

@@ -111,7 +111,7 @@ class NeighborConv(MessagePassing):
         else:
             self.weight = nn.Parameter(torch.empty(self._shape(source)))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
-        self.reset_parameters()
+        self._reset_taps()
 
     @property
     def _channels(self) -> tuple[int, int]:
@@ -135,6 +135,10 @@ class NeighborConv(MessagePassing):
         """As :class:`torch.nn.Conv1d` does; a lazy layer waits for its first input."""
         super().reset_parameters()
         reset(self.weighting)
+        self._reset_taps()
+
+    def _reset_taps(self) -> None:
+        """The layer's own parameters alone: its parts may be trained already."""
         if is_lazy(self.weight):
             return
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -177,7 +181,7 @@ class NeighborConv(MessagePassing):
             self.weight.materialize(self._shape(source.shape[-1]), source.device, source.dtype)
             if self.bias is not None:
                 self.bias.data = self.bias.data.to(source)
-            self.reset_parameters()
+            self._reset_taps()
         if size is None:
             targets = source.shape[0] if pair[1] is None else pair[1].shape[0]
             size = (source.shape[0], targets)

@@ -22,7 +22,7 @@ from convnn_geo.search.fused import in_runs, serves_runs
 from convnn_geo.search.nearest import implemented, measured
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
-from convnn_geo.search.ragged import check_batch, check_both, too_many, typical
+from convnn_geo.search.ragged import check_batch, check_both, filled, too_many, typical
 from convnn_geo.search.registry import ENGINES, fastest
 from convnn_geo.search.rows import Hidden
 from convnn_geo.search.triton import in_clouds, is_plain
@@ -73,7 +73,7 @@ def find_in_clouds(
     # No gradient goes through a search. Not by no_grad: a traced program that raises inside of it,
     # as the operator does where k is over a cloud's size, leaves gradients off for its caller.
     mask = place >= 0
-    place = place.clamp_min(0)
+    place = filled(place, mask)
     distance = measured(query.bound, values, place, query.slab).detach()
     if first:
         own = torch.arange(len(place), device=place.device)[:, None]
@@ -86,7 +86,7 @@ def find_in_clouds(
 
 def serves_clouds(query: Query, backend: str) -> bool:
     """Whether clouds of unequal size may be searched at once: in C, or in one launch on a GPU."""
-    if _looks_at_sets(query.metric) or query.problem is None:
+    if not _knows_pairs(query.metric) or query.problem is None:
         return False
     if query.target.device.type == "cpu" and backend in ("auto", "dense"):
         return serves_runs(query.problem, query.k, query.slab)
@@ -97,6 +97,16 @@ def _serves_launch(query: Query, backend: str) -> bool:
     if backend != "triton" and (backend != "auto" or query.target.device.type != "cuda"):
         return False
     return is_plain(query.problem) and ENGINES["triton"].refuses(query) is None
+
+
+def _knows_pairs(metric: Metric) -> bool:
+    """Whether distances surely depend on pairs alone, so that all clouds may be measured at once.
+
+    Of a metric of the user's own that is not known.
+    """
+    parts = [part for part in metric.modules() if isinstance(part, Metric)]
+    ours = all(type(part).__module__.startswith("convnn_geo.") for part in parts)
+    return ours and not _looks_at_sets(metric)
 
 
 def _looks_at_sets(metric: Metric) -> bool:

@@ -190,6 +190,8 @@ def explain_search(
     _check_pair(source, target)
     if batch_x is not None or batch_y is not None:
         ragged = _ragged(source, target, batch_x, batch_x if same else batch_y, same)
+        if target.num_points:
+            ragged.check(k, self_point == "excluded")
         source, target = ragged.typical()
     excluded = self_point == "excluded"
     least = max(0, _fewest(target, source) - excluded)

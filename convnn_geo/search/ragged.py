@@ -135,9 +135,19 @@ class Ragged:
 
 
 def _counted(found: Neighborhood, start: Tensor | int) -> Neighborhood:
-    """The same with sources counted from ``start`` on; empty slots name source 0."""
+    """The same with sources counted from ``start`` on."""
     index = found.index + start
-    return replace(found, index=index if found.mask is None else index.where(found.mask, 0))
+    return replace(found, index=index if found.mask is None else filled(index, found.mask))
+
+
+def filled(index: Tensor, mask: Tensor) -> Tensor:
+    """Places ``(..., n, k)`` whose empty slots name the nearest: none looks into another cloud.
+
+    What is multiplied by 0 there may be NaN, which shows in gradients. Who has no neighbour at all
+    names source 0.
+    """
+    nearest = index[..., :1].where(mask[..., :1], 0)
+    return index.where(mask, nearest)
 
 
 def _examples(points: Points, clouds: int) -> Points:

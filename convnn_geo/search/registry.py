@@ -128,6 +128,8 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
     """Why an engine that could serve a query is not taken."""
     if _two_directions(query):
         return lambda name: "directions on one axis are two, so that all tie"
+    if best == Rings.name:
+        return lambda name: "it looks at all pairs"
     seconds = expected(query)
     if best not in seconds:
         return lambda name: "not measured on this kind of device"

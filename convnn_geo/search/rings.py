@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from convnn_geo.operators import is_traced, is_transformed, operator
 from convnn_geo.points import Grid, Points
 from convnn_geo.search.dense import Dense, measured_again
 from convnn_geo.search.query import Engine, Query
+
+_MOST = 2**20
+"""Offsets, at most, that are sorted and kept: 20 MiB."""
 
 
 class _Parts(NamedTuple):
@@ -44,6 +48,8 @@ class Rings(Engine):
         target, source = query.target.grid, query.source.grid
         if target is None or source is None or query.source.pos is not None:
             return "the points lie on no grid"
+        if len(source.size) > 3:
+            return "it is for grids of up to three axes"
         if query.target.pos is not None or query.target.device.type != "cpu":
             return "it is for images on the CPU"
         if query.subset.index is not None or query.subset.mask is not None:
@@ -54,13 +60,22 @@ class Rings(Engine):
             return "the metric is no sum of a distance of positions and one of features"
         if is_traced():
             return None  # what is traced is looked at when it runs
+        if not 0 < query.k <= source.num_points - (query.excluded is not None):
+            return "no neighbours are asked for, or more than there are"
+        weights = [_number(w) for w, _ in query.bound.sharp().parts]
+        if not all(0 <= weight < math.inf for weight in weights):
+            return "a weight is negative, or not finite"
         whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
         if not whole or source.index_of(target) is None:
             return "targets lie between the pixels"
         return "there is no C compiler" if compiled.library() is None else None
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
-        """At once for all examples; as dense search where features are not finite."""
+        """At once for all examples.
+
+        As dense search where features are not finite, and where so many count so much that places
+        tell little.
+        """
         if is_traced():
             return _traced(query)
         parts: _Parts = _parts(query)  # type: ignore[assignment]
@@ -76,14 +91,16 @@ class Rings(Engine):
         zeros = (q.norm(dim=-1) < 0.5, keys.norm(dim=-1) < 0.5)
         place = parts.place
         scale = None if place.scale is None else tuple(place.scale.flatten().tolist())
-        offset, far = _offsets(grid.size, grid.step, place.p, place.root, scale)
-        far = far * _number(parts.place_weight)
+        offset, far, border = _offsets(grid.size, grid.step, place.p, place.root, scale)
+        weight = _number(parts.place_weight)
         at: Tensor = grid.index_of(query.target.grid)  # type: ignore[arg-type, assignment]
-        values, index = compiled.rings_nearest(
-            *(kind, q, keys, zeros, grid.size, at, offset, far),
+        found = compiled.rings_nearest(
+            *(kind, q, keys, zeros, grid.size, at, offset, far * weight, border * weight),
             *(_number(parts.weight), query.k, query.excluded),
         )
-        values, index = (t.view(*lead, *t.shape[-2:]) for t in (values, index))
+        if found is None:
+            return Dense().run(query)
+        values, index = (t.view(*lead, *t.shape[-2:]) for t in found)
         if query.exact:
             values, index, _ = measured_again(query, query.bound, index)
         return index, values, None
@@ -95,7 +112,8 @@ def _parts(query: Query) -> _Parts | None:
     if type(bound) is not Combination or len(bound.parts) != 2:
         return None
     for (first, place), (second, feature) in (bound.parts, bound.parts[::-1]):
-        if _of_positions(place, query) and _of_features(feature):
+        plain = all(not isinstance(w, Tensor) or w.numel() == 1 for w in (first, second))
+        if plain and _of_positions(place, query) and _of_features(feature):
             return _Parts(first, place, second, feature)  # type: ignore[arg-type]
     return None
 
@@ -107,8 +125,11 @@ def _number(weight: float | Tensor) -> float:
 def _of_positions(part: Distances, query: Query) -> bool:
     if type(part) is not Differences or part.precision is not None or part.k.ndim != 2:
         return False
-    position = query.source.position
-    return part.k.shape == position.shape and (is_traced() or torch.equal(part.k, position))
+    points = (part.q, query.target.position), (part.k, query.source.position)
+    return all(
+        t.shape == position.shape and (is_traced() or torch.equal(t, position))
+        for t, position in points
+    )
 
 
 def _of_features(part: Distances) -> bool:
@@ -166,20 +187,32 @@ def _shapes(
     return index, torch.empty_like(index, dtype=torch.float32)
 
 
-@keep(16)
+@keep(4)
 def _offsets(
     size: tuple[int, ...],
     step: tuple[float, ...],
     p: float,
     root: bool,
     scale: tuple[float, ...] | None,
-) -> tuple[Tensor, Tensor]:
-    """All offsets between pixels ``(count, axes)``, nearest first, and how far they lead."""
-    ranges = [torch.arange(1 - length, length) for length in size]
-    offset = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, -2)
+) -> tuple[Tensor, Tensor, float]:
+    """Offsets between pixels ``(count, axes)``, nearest first, and how far they lead.
+
+    And how far the nearest leads that is left out: infinite where none is.
+    """
+    half = [length - 1 for length in size]
+    while math.prod(2 * h + 1 for h in half) > _MOST:
+        half[half.index(max(half))] = max(half) // 2
     factors = None if scale is None else torch.tensor(scale, dtype=torch.float64)
-    moved = offset * torch.tensor(step)
-    here = torch.zeros(1, len(size))
-    far = Differences(moved, here, p, root, scale=factors).double().rows().flatten()
+
+    def distance(offset: Tensor) -> Tensor:
+        moved, here = offset * torch.tensor(step), torch.zeros(1, len(size))
+        return Differences(moved, here, p, root, scale=factors).double().rows().flatten()
+
+    ends = torch.diag(torch.tensor(half) + 1)[[h < n - 1 for h, n in zip(half, size, strict=True)]]
+    border = distance(ends).min().item() if len(ends) else math.inf
+    ranges = [torch.arange(-h, h + 1) for h in half]
+    offset = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, -2)
+    far = distance(offset)
     order = far.argsort(stable=True)
-    return offset[order], far[order]
+    order = order[far[order] < border]
+    return offset[order].int(), far[order], border
