@@ -957,3 +957,10 @@ def test_knn_attention_compiles_by_inductor(case):
         q = q * 1e30
     fast = torch.compile(lambda *t: knn_attention(*t, 3) * 2, fullgraph=True)
     torch.testing.assert_close(fast(q, key, value), knn_attention(q, key, value, 3) * 2)
+
+
+def test_an_operation_takes_masks_by_place():
+    layer, x = ConvNNAttention(E, H, k=3), torch.randn(1, 6, E)
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    assert layer.operation(x, x, x, None, mask).mask is not None
+    assert layer.operation(x, x, x, None, mask, need_weights=True).with_weights

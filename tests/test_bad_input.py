@@ -385,8 +385,8 @@ TABLE: list[Row] = [
     (
         "conv-kernel-class",
         lambda: conv(4, 6, 3, kernel=kernels.Max),
-        V,
-        "unknown kernel .*Max.*; expected one of: standard",
+        T,
+        "kernel: expected a Kernel or one of standard, .*Max",
     ),
     (
         "conv-sum-channels",
@@ -435,7 +435,7 @@ TABLE: list[Row] = [
         "conv-search",
         lambda: near(search="kd"),
         V,
-        "unknown search backend 'kd'; expected one of: auto, grid, cells",
+        "unknown search backend 'kd'; expected one of: auto, grid, rings, cells",
     ),
     (
         "conv-search-refuses",

@@ -30,7 +30,7 @@ from convnn_geo.search import (
 from convnn_geo.search.coincident import Thinned
 from convnn_geo.search.registry import explain_query
 
-EXACT = [n for n in engines() if not ENGINES[n].approximate and n not in ("grid", "keops")]
+EXACT = [n for n in engines() if not ENGINES[n].approximate and n not in ("grid", "rings", "keops")]
 APPROXIMATE = [n for n in engines() if ENGINES[n].approximate]
 
 

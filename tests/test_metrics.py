@@ -945,3 +945,16 @@ def test_names_resolve():
 def test_bad_metrics_are_refused(make, error, match):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_the_same_code_may_be_registered_again():
+    def make():
+        return Spatial("l1")
+
+    metrics.register_metric("made-here", make)
+    try:
+        metrics.register_metric("made-here", make)  # a cell that is run once more
+        with pytest.raises(ValueError, match="expected a new name of a metric"):
+            metrics.register_metric("made-here", Spatial)
+    finally:
+        del metrics.base._RESOLVER["made-here"]

@@ -18,7 +18,7 @@ from convnn_geo import checking
 from convnn_geo.neighborhood import edge_rank
 from convnn_geo.nn import NeighborConv, PointConvNN
 from convnn_geo.search import knn
-from convnn_geo.weighting import PositionMLP
+from convnn_geo.weighting import PositionMLP, Weighting
 
 N, M, C, D, K = 6, 9, 4, 5, 3
 
@@ -434,3 +434,22 @@ def test_gradcheck_with_weights_and_distances():
         return layer((x, None), edges(), weight, distance=distance, size=(M, N))
 
     assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in inputs], fast_mode=True)
+
+
+def test_a_weighting_comes_into_the_layer_as_it_is():
+    class Scaled(Weighting):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 1)
+
+        def forward(self, pairs):
+            return self.linear(pairs.distance[..., None]).squeeze(-1)
+
+    weighting = Scaled()
+    before = weighting.linear.weight.clone()
+    layer = NeighborConv(-1, D, K, weighting=weighting)
+    x, distance = random(M, C).float(), random(10, seed=2).abs().float()
+    layer((x, None), edges(), distance=distance, size=(M, N))  # which makes the layer's own
+    assert torch.equal(weighting.linear.weight, before)
+    layer.reset_parameters()
+    assert not torch.equal(weighting.linear.weight, before)

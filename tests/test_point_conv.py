@@ -429,3 +429,17 @@ def test_a_graph_in_the_place_of_positions_is_refused_by_name():
     x, edge_index = torch.randn(5, C), torch.tensor([[0, 1], [1, 2]])
     with pytest.raises(TypeError, match="pass it as edge_index="):
         PointConvNN(C, D, K)(x, edge_index)
+
+
+def test_nan_stays_in_its_cloud():
+    x = torch.randn(16, 3)
+    x[0] = torch.nan
+    x.requires_grad_()
+    batch = torch.tensor([0] * 9 + [2] * 4 + [3] * 3)
+    selection = KNearest(4, self_point="excluded", short="pad")
+    options = {"kernel": "mean", "weighting": "softmax", "selection": selection}
+    layer = PointConvNN(3, 3, metric="cosine", **options)
+    out = layer(x, batch=batch)
+    assert bool(out[9:].isfinite().all())
+    out.nan_to_num(0.0).sum().backward()
+    assert bool(x.grad[9:].isfinite().all())

@@ -1038,3 +1038,39 @@ def test_little_memory_changes_nothing(masked, metric):
     wanted = search.find(query, "dense")
     assert torch.equal(found.index, wanted.index)
     assert torch.equal(found.distance, wanted.distance)
+
+
+class Ranged(Metric):
+    """By the range of all points, without a word that it looks at them."""
+
+    def distances(self, target, source):
+        rows = source.features
+        scale = 1 / (rows.amax(-2, keepdim=True) - rows.amin(-2, keepdim=True))
+        points = Points(target.features * scale), Points(source.features * scale)
+        return as_metric("euclidean").distances(*points)
+
+
+def test_a_metric_of_ones_own_is_bound_cloud_by_cloud():
+    x = torch.cat([cloud(30, 2), cloud(31, 2) * torch.tensor([1.0, 50.0])])
+    batch = torch.tensor([0] * 30 + [1] * 31)
+    found = knn(x, None, 3, batch, metric=Ranged()).index
+    assert torch.equal(found[:30], knn(x[:30], k=3, metric=Ranged()).index)
+    assert torch.equal(found[30:], knn(x[30:], k=3, metric=Ranged()).index + 30)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_empty_slots_name_the_nearest(size):
+    """So that nobody looks into another cloud, where a NaN would show in gradients."""
+    batch = torch.tensor([0] * 9 + [1] * size + [2])
+    found = knn(cloud(len(batch), 3), None, 12, batch, short="pad", self_point="excluded")
+    for row, (index, mask) in enumerate(zip(found.index, found.mask, strict=True)):
+        among = batch[index] if bool(mask.any()) else batch[index[mask]]
+        assert bool((among == batch[row]).all())
+        assert bool((index[~mask] == (index[0] if bool(mask.any()) else 0)).all())
+
+
+def test_explain_search_refuses_what_knn_refuses():
+    batch = torch.tensor([0] * 2 + [1] * 68)
+    for ask in (knn, explain_search):
+        with pytest.raises(ValueError, match="k=5 is larger than the number of candidates, 2"):
+            ask(cloud(70, 2), None, 5, batch)

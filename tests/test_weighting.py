@@ -11,6 +11,7 @@ from torch import nn
 
 from convnn_geo.metrics import Feature, Spatial, interpolate
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.nn import ConvNN2d, ConvNNAttention, PointConvNN
 from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points
 from convnn_geo.weighting import (
@@ -325,3 +326,26 @@ def test_copies(case):
 def test_bad_weightings_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_gaussian_squares_what_took_a_root_whatever_else_is_done():
+    """A bias of zeros changes nothing, nor whether a place at an end is learned."""
+    x, weighting = torch.randn(1, 6, 4), Gaussian(2.0, normalize=True)
+    layer = ConvNNAttention(4, 1, k=3, weighting=weighting, metric="euclidean")
+    torch.testing.assert_close(layer(x, attn_mask=torch.zeros(6, 6))[0], layer(x)[0])
+    image, found = torch.randn(1, 3, 6, 5), []
+    for learnable in (False, True):
+        metric = interpolate("spatial", "cosine", 0.0, learnable)
+        torch.manual_seed(0)
+        found.append(ConvNN2d(3, 2, k=4, metric=metric, weighting=Gaussian(2.0))(image))
+    torch.testing.assert_close(*found)
+    squared = [Spatial(squared=True), Feature("cosine"), Spatial() + Feature("cosine")]
+    rooted = [Spatial(), Feature(), Feature("manhattan"), 2 * Spatial(), Spatial() + Feature()]
+    assert not any(m.rooted for m in squared) and all(m.rooted for m in rooted)
+
+
+def test_gaussian_by_hand():
+    pos = torch.tensor([[0.0], [2.0]])
+    layer = PointConvNN(1, 1, k=2, kernel="sum", weighting="gaussian")
+    expected = torch.tensor([[1.0 + 3 * math.exp(-2)], [math.exp(-2) + 3.0]])
+    torch.testing.assert_close(layer(torch.tensor([[1.0], [3.0]]), pos), expected)

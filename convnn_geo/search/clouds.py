@@ -73,7 +73,7 @@ def find_in_clouds(
     # No gradient goes through a search. Not by no_grad: a traced program that raises inside of it,
     # as the operator does where k is over a cloud's size, leaves gradients off for its caller.
     mask = place >= 0
-    place = filled(place, mask)
+    place = place.clamp_min(0)
     distance = measured(query.bound, values, place, query.slab).detach()
     if first:
         own = torch.arange(len(place), device=place.device)[:, None]
@@ -81,6 +81,7 @@ def find_in_clouds(
         distance = torch.cat([query.bound.at(own).detach().to(distance), distance], -1)
     if short != "pad":
         return Neighborhood(place, query.source.num_points, distance)
+    place = filled(place, mask)
     return Neighborhood(place, query.source.num_points, distance.where(mask, torch.inf), mask)
 
 
