@@ -71,7 +71,7 @@ class Neighborhood:
         return self.apply(lambda t: t.expand(*lead, *t.shape[-2:]))
 
     def padded(self, k: int) -> Neighborhood:
-        """The same with empty slots up to ``k``."""
+        """The same with empty slots up to ``k``, which name the nearest, or source 0."""
         missing = k - self.k
         if missing <= 0:
             return self
@@ -80,7 +80,8 @@ class Neighborhood:
         mask, distance = pad(full, (0, missing)).bool(), self.distance
         if distance is not None:
             distance = pad(distance, (0, missing), value=torch.inf)
-        index = pad(self.index, (0, missing))
+        nearest = self.index[..., :1] if self.k else self.index.new_zeros(*self.index.shape[:-1], 1)
+        index = torch.cat([self.index, nearest.expand(*nearest.shape[:-1], missing)], -1)
         return replace(self, index=index, distance=distance, mask=mask)
 
     def within(self, distance: float) -> Neighborhood:

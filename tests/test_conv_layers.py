@@ -695,3 +695,11 @@ def test_torch_func_differentiates_a_layer():
     exact = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
     for gradient, name in zip(exact, parameters, strict=True):
         torch.testing.assert_close(found[name], gradient)
+
+
+def test_features_of_a_window_without_a_middle():
+    layer = ConvNN2d(3, 8, kernel_size=4, k=5, metric="cosine")
+    with pytest.raises(ValueError, match=r"kernel_size=\(4, 4\), .*middle of a window"):
+        layer(torch.randn(1, 3, 8, 8))
+    spatial = ConvNN2d(3, 8, kernel_size=4, k=5, metric="spatial")
+    assert spatial(torch.randn(1, 3, 8, 8)).shape == (1, 8, 5, 5)

@@ -14,6 +14,7 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import PointConvNN
 from convnn_geo.search import knn
 from convnn_geo.selection import Given, KNearest, Radius
+from convnn_geo.weighting import Weighting
 
 C, D, K = 4, 5, 3
 BACKENDS = ("gather", "message_passing")
@@ -443,3 +444,27 @@ def test_nan_stays_in_its_cloud():
     assert bool(out[9:].isfinite().all())
     out.nan_to_num(0.0).sum().backward()
     assert bool(x.grad[9:].isfinite().all())
+
+
+def test_a_cloud_alone_is_as_in_a_batch_where_slots_are_empty():
+    """A weighting of one's own may look at empty slots: they name the same source."""
+
+    class Careless(Weighting):
+        def forward(self, pairs):
+            return 1 - pairs.distance / pairs.distance.mean(-1, keepdim=True)
+
+    x, batch = torch.rand(103, 3), torch.tensor([0] * 100 + [1] * 3)
+    layer = PointConvNN(3, 3, k=9, short="pad", weighting=Careless(), kernel="sum")
+    torch.testing.assert_close(layer(x, x, batch)[100:], layer(x[100:], x[100:]))
+
+
+def test_weights_of_the_wrong_shape_are_refused():
+    class Mean(Weighting):
+        def forward(self, pairs):
+            return pairs.distance.mean(-1)
+
+    for kernel in ("standard", "sum"):
+        with pytest.raises(ValueError, match=r"Mean: expected weights of shape \(..., 9, 5\)"):
+            PointConvNN(3, 3, k=5, weighting=Mean(), kernel=kernel)(
+                torch.rand(9, 3), torch.rand(9, 3)
+            )

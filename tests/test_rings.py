@@ -163,9 +163,12 @@ DOUBLE = Points(torch.randn(1, 72, 3).double(), grid=Grid((9, 8)))
     "query, why",
     [
         (Query(CLOUD, CLOUD, MIXTURE, 3), "on no grid"),
-        (Query(*[image(1, 3, 9, 8)] * 2, Feature("cosine"), 3), "no sum of a distance"),
-        (Query(*[image(1, 3, 9, 8)] * 2, PaperMix(0.5), 3), "no sum of a distance"),
-        (Query(*[image(1, 3, 9, 8)] * 2, interpolate("spatial", "dot", 0.5), 3), "no sum of a"),
+        (Query(*[image(1, 3, 9, 8)] * 2, Feature("cosine"), 3), "other engines serve these"),
+        (Query(*[image(1, 3, 9, 8)] * 2, PaperMix(0.5), 3), "other engines serve these"),
+        (
+            Query(*[image(1, 3, 9, 8)] * 2, interpolate("spatial", "dot", 0.5), 3),
+            "no sum of a distance",
+        ),
         (Query(*[image(1, 3, 9, 8)] * 2, Spatial() + Mahalanobis(3) + Feature(), 3), "no sum of a"),
         (Query(*[image(1, 3, 9, 8)] * 2, interpolate("spatial", "manhattan", 0.5), 3), "no sum of"),
         (

@@ -1074,3 +1074,5 @@ def test_explain_search_refuses_what_knn_refuses():
     for ask in (knn, explain_search):
         with pytest.raises(ValueError, match="k=5 is larger than the number of candidates, 2"):
             ask(cloud(70, 2), None, 5, batch)
+        ask(cloud(70, 2), None, 5, batch, short="pad")
+    assert explain_search(cloud(3, 2), k=5, short="pad") == explain_search(cloud(3, 2), k=3)

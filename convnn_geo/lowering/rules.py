@@ -15,6 +15,7 @@ from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
 from convnn_geo.search import ENGINES
 from convnn_geo.selection import KNearest
+from convnn_geo.weighting import Weighting
 
 Again: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values to the result."""
@@ -58,7 +59,7 @@ class Aggregation(Rule):
     ) -> tuple[Tensor, Pairs, Tensor | None]:
         """The result, the chosen pairs and their weights; searched as the rule does by default."""
         pairs = op.pairs(op.neighborhood(search or self.search(op)))
-        weight = op.weighting(pairs)
+        weight = _checked(op.weighting, op.weighting(pairs), pairs)
         out = self.aggregate(op, pairs, weight)
         return show_nan(out, op, pairs), pairs, weight
 
@@ -69,6 +70,19 @@ class Aggregation(Rule):
     @abstractmethod
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """The kernel on weighted pairs."""
+
+
+def _checked(weighting: Weighting, weight: Tensor | None, pairs: Pairs) -> Tensor | None:
+    """What a weighting gave, if it is one number a pair, or one a pair and channel."""
+    if weight is None or type(weighting).__module__.startswith("convnn_geo."):
+        return weight
+    n, k = pairs.neighborhood.num_targets, pairs.neighborhood.k
+    if weight.shape[-2:] != (n, k) and weight.shape[-3:-1] != (n, k):
+        raise ValueError(
+            f"{type(weighting).__name__}: expected weights of shape (..., {n}, {k}), or "
+            f"(..., {n}, {k}, channels), got {tuple(weight.shape)}"
+        )
+    return weight
 
 
 class Gather(Aggregation):

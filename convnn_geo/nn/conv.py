@@ -23,12 +23,12 @@ from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
 from convnn_geo.lowering import run
 from convnn_geo.lowering.convolution import convolve, unlike_windows
-from convnn_geo.metrics import Metric, Spatial
+from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer, check_self_point, slots
 from convnn_geo.nn.tracing import one_node
-from convnn_geo.operation import Operation
+from convnn_geo.operation import Operation, keeps_all
 from convnn_geo.points import Grid, Points
 from convnn_geo.search import ENGINES
 from convnn_geo.selection import Every, KNearest, Selection
@@ -215,6 +215,14 @@ class _ConvNN(TapLayer):
             return Points(grid=grid)  # nobody asks for the targets' features
         index = source.grid.index_of(grid, source.device)  # type: ignore[union-attr]
         if index is None:
+            chooses = not keeps_all(self.candidates, self.selection, self.order, self.axes)
+            sees = any(type(part) is Feature for part in self.metric.modules())
+            if sees and (chooses or self.weighting.uses_distance):
+                raise ValueError(
+                    f"kernel_size={self.kernel_size}, padding={self.padding}: the middle of a "
+                    "window is no pixel, and the metric asks for its features; pass an odd size, "
+                    "and padding up to half of it"
+                )
             return Points(grid=grid)
         return Points(source.features.index_select(-2, index), grid=grid)
 

@@ -153,6 +153,7 @@ def explain_search(
     metric: Metric | str = "euclidean",
     *,
     self_point: str = "natural",
+    short: str = "error",
 ) -> Reasons:
     """Which engine ``backend="auto"`` takes, and why it takes no other.
 
@@ -165,6 +166,7 @@ def explain_search(
         batch_y: ``(n,)``, likewise.
         metric: a metric or its name.
         self_point: of a set searched in itself, as :func:`knn` takes it.
+        short: of a k over the number of candidates, as :func:`knn` takes it.
 
     Returns:
         Each engine that was asked, and why it is not taken; None for the one that is, the last.
@@ -183,6 +185,7 @@ def explain_search(
     """
     metric, k = _asked(metric, y, k)
     check_name("self_point", self_point, SELF_POINTS)
+    check_name("short", short, SHORT)
     same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
     source = _points("x", x)
     target = source if y is None or same else _points("y", y)
@@ -190,13 +193,14 @@ def explain_search(
     _check_pair(source, target)
     if batch_x is not None or batch_y is not None:
         ragged = _ragged(source, target, batch_x, batch_x if same else batch_y, same)
-        if target.num_points:
+        if target.num_points and short == "error":
             ragged.check(k, self_point == "excluded")
         source, target = ragged.typical()
     excluded = self_point == "excluded"
     least = max(0, _fewest(target, source) - excluded)
-    if k > least:
+    if k > least and short == "error":
         raise ValueError(too_many(k, least, excluded))
+    k = max(1, min(k, least))
     own = None
     if self_point != "natural":
         own = row_starts(source.num_points, 1, source.device)

@@ -56,7 +56,9 @@ class Rings(Engine):
             return "candidates are restricted; it searches all sources only"
         if query.dtype != torch.float32:
             return "its distances are float32, and these need float64"
-        if query.problem is not None or _parts(query) is None:
+        if query.problem is not None:
+            return "the metric's order is that of points, or of products: other engines serve these"
+        if _parts(query) is None:
             return "the metric is no sum of a distance of positions and one of features"
         if is_traced():
             return None  # what is traced is looked at when it runs
