@@ -1076,3 +1076,11 @@ def test_explain_search_refuses_what_knn_refuses():
             ask(cloud(70, 2), None, 5, batch)
         ask(cloud(70, 2), None, 5, batch, short="pad")
     assert explain_search(cloud(3, 2), k=5, short="pad") == explain_search(cloud(3, 2), k=3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_batch_vector_may_be_a_column_of_a_table():
+    batch = torch.arange(3).repeat_interleave(torch.tensor([10, 20, 5]))
+    table, x = torch.stack([batch, 7 - batch], 1), cloud(35, 3)
+    found = knn(x, None, 4, table[:, 0]).index
+    assert torch.equal(found, knn(x, None, 4, batch).index)

@@ -611,9 +611,7 @@ class TestTaps:
 
         layer = ConvNN2d(10, 6, k=4, metric="cosine", backend="triton").to(DEVICE)
         x = torch.randn(1, 10, 4, 4, device=DEVICE)
-        assert "search             triton (as backend='triton' has it)" in explain(
-            layer, x, need_weights=False
-        )
+        assert "search             triton (as backend='triton' has it)" in explain(layer, x)
         asked, run_ = [], ENGINES["triton"].run
         monkeypatch.setattr(ENGINES["triton"], "run", lambda q: asked.append(q) or run_(q))
         layer(x)

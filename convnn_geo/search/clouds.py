@@ -140,6 +140,7 @@ def _nearest_in_clouds(
         found = in_clouds(problem, k, batch_x, batch_y, excluded, engine)
         if found is not None:
             return found
+    batch_x = batch_x.contiguous()  # a column of a table, say
     clouds, counts = batch_y.unique_consecutive(return_counts=True)
     starts = torch.searchsorted(batch_x, clouds), torch.searchsorted(batch_x, clouds, right=True)
     runs = Runs(torch.nn.functional.pad(counts.cumsum(0), (1, 0)), *starts)
