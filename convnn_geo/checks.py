@@ -228,3 +228,8 @@ def same_code(one: object, other: object) -> bool:
         for code in (one, other)
     )
     return first == second and "<lambda>" not in str(first)
+
+
+def in_this_package(value: object) -> bool:
+    """Whether its class is one of ours, so that what it gives is known."""
+    return type(value).__module__.startswith("convnn_geo.")

@@ -7,9 +7,10 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "differences.h"
 #include "insert.h"
 
-enum { AXES = 3, WIDE = 8 };
+enum { AXES = 3 };
 enum Kind { ANGLES, SQUARES, ROOTS };
 
 typedef struct {
@@ -30,26 +31,13 @@ typedef struct {
 
 enum { FREE = 256, PART = 8, FEWER = 16 }; /* of look, and of how many may look at more */
 
-static double squares(const float *a, const float *b, int64_t c) {
-  double lanes[WIDE] = {0}, sum = 0;
-  int64_t axis = 0;
-  for (; axis + WIDE <= c; axis += WIDE)
-    for (int lane = 0; lane < WIDE; lane++) {
-      double d = (double)a[axis + lane] - b[axis + lane];
-      lanes[lane] += d * d;
-    }
-  for (; axis < c; axis++) sum += ((double)a[axis] - b[axis]) * ((double)a[axis] - b[axis]);
-  for (int lane = 0; lane < WIDE; lane++) sum += lanes[lane];
-  return sum;
-}
-
 static double feature(const Rings *r, int64_t target, int64_t source) {
   const float *q = r->q + target * r->c, *key = r->keys + source * r->c;
   if (r->kind == ANGLES) {
     if (r->zero_q[target] || r->zero_key[source]) return 1;
-    return squares(q, key, r->c) / 2;
+    return squared_difference(q, key, r->c) / 2;
   }
-  double square = squares(q, key, r->c);
+  double square = squared_difference(q, key, r->c);
   return r->kind == ROOTS ? sqrt(square) : square;
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo import gpu
+from convnn_geo.checks import in_this_package
 from convnn_geo.kernels import Separable, Taps
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
@@ -74,7 +75,7 @@ class Aggregation(Rule):
 
 def _checked(weighting: Weighting, weight: Tensor | None, pairs: Pairs) -> Tensor | None:
     """What a weighting gave, if it is one number a pair, or one a pair and channel."""
-    if weight is None or type(weighting).__module__.startswith("convnn_geo."):
+    if weight is None or in_this_package(weighting):
         return weight
     n, k = pairs.neighborhood.num_targets, pairs.neighborhood.k
     if weight.shape[-2:] != (n, k) and weight.shape[-3:-1] != (n, k):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_geo.checks import check_name
+from convnn_geo.checks import check_name, in_this_package
 from convnn_geo.compiled import Runs
 from convnn_geo.metrics import Feature, Metric
 from convnn_geo.neighborhood import Neighborhood
@@ -106,8 +106,7 @@ def _knows_pairs(metric: Metric) -> bool:
     Of a metric of the user's own that is not known.
     """
     parts = [part for part in metric.modules() if isinstance(part, Metric)]
-    ours = all(type(part).__module__.startswith("convnn_geo.") for part in parts)
-    return ours and not _looks_at_sets(metric)
+    return all(map(in_this_package, parts)) and not _looks_at_sets(metric)
 
 
 def _looks_at_sets(metric: Metric) -> bool:

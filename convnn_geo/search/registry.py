@@ -98,7 +98,7 @@ def fastest(query: Query) -> str:
     return Triton.name if fused else Dense.name
 
 
-class Reasons(list[tuple[str, "str | None"]]):
+class Reasons(list[tuple[str, str | None]]):
     """Engines, and why each is not taken; None for the one that is. ``print`` shows a table."""
 
     def __str__(self) -> str:
