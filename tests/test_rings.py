@@ -46,7 +46,7 @@ def image(*shape, seed=0):
 
 
 def agree(query, numbers):
-    """With all distances in float64, compared in float32; with dense search but for rounding."""
+    """With all distances in float64, compared in float32; and with dense search."""
     every = torch.arange(query.source.num_points).expand(query.target.num_points, -1)
     rows = query.bound.refined().at(every).float()
     if query.excluded is not None:
@@ -57,8 +57,8 @@ def agree(query, numbers):
             asked = replace(query, k=k, exact=exact)
             assert RINGS.refuses(asked) is None
             found, dense = find(asked, "rings"), find(asked, "dense")
-            assert torch.equal(found.index, index[..., :k])
             for one in (found, dense):
+                assert torch.equal(one.index, index[..., :k])
                 torch.testing.assert_close(one.distance, distance[..., :k], rtol=2e-6, atol=2e-6)
             assert found.mask is None and found.num_sources == dense.num_sources
 
@@ -83,6 +83,17 @@ def test_sums_in_any_order_and_without_the_point_itself():
     ):
         agree(Query(points, points, metric, 1, excluded=own), (7,))
         agree(Query(points, points, metric, 1, excluded=own.flip(0)), (71,))
+
+
+@needs_compiler
+@pytest.mark.parametrize("metric", ["l1", "chebyshev"])
+def test_sums_that_differ_by_rounding_alone(metric):
+    """Of whole numbers: what is as far on paper is as far to both, or to neither."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (2, 3, 12, 11), generator=generator).float()
+    points = Points.from_image(x)
+    for feature in ("cosine", "euclidean"):
+        agree(Query(points, points, interpolate(Spatial(metric), Feature(feature), 0.7), 1), (9,))
 
 
 @needs_compiler

@@ -68,7 +68,8 @@ class Combination(Distances):
         return self if self._only is None else self._only.sharp()
 
     def ordering(self, dtype: torch.dtype | None = None) -> Distances:
-        return self if self._only is None else self._only.ordering(dtype)
+        # Parts of other kinds are added up: in float32 that rounds who is nearer away.
+        return self.double() if self._only is None else self._only.ordering(dtype)
 
     @property
     def dimension(self) -> int | None:
@@ -203,6 +204,15 @@ class Biased(Distances):
         bias = self.bias if self.bias.shape[-2] == 1 else beginning(self.bias, start, index)
         bias = bias.expand(*lead, n, self.bias.shape[-1])
         return distance - bias.gather(-1, index.expand(*lead, n, k))
+
+    def double(self) -> Biased:
+        return Biased(self.inner.double(), self.bias)  # a bias is not copied: it adds exactly
+
+    def refined(self) -> Biased:
+        return self.double()
+
+    def ordering(self, dtype: torch.dtype | None = None) -> Biased:
+        return self.double()
 
     def select(self, index: Tensor) -> Biased:
         lead = broadcast_shapes(self.bias.shape[:-2], index.shape[:-2])

@@ -185,8 +185,9 @@ class Differences(Distances):
 
     def refined(self) -> Differences:
         # What is rounded more than once, or by a vectorised root, goes by roundoff in float32.
-        rounds = self.scale is not None or (self.wide and self.p == 2)
-        return self.double() if rounds or self.p not in (1, 2, torch.inf) else self
+        sums = self.wide and self.p != torch.inf
+        rounds = sums or self.scale is not None or self.p not in (1, 2, torch.inf)
+        return self.double() if rounds else self
 
     def exactly(self, dtype: torch.dtype) -> Distances | None:
         sharp = self.refined().sharp()

@@ -67,10 +67,13 @@ class Query:
     def slab(self) -> int:
         """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 4 to 64).
 
-        Elsewhere a part of what may be taken: to sort a slab takes several times as much.
+        Less where distances are added up in float64, which takes several slabs at once (measured:
+        2 MiB of 0.5 to 8). Elsewhere a part of what may be taken: to sort a slab takes several
+        times as much.
         """
         if self.target.device.type == "cpu":
-            return 2**23 if self.memory is None else self.memory
+            fits = 2**21 if self.problem is None else 2**23
+            return fits if self.memory is None else self.memory
         return (2**28 if self.memory is None else self.memory) // SORTING
 
     @property
