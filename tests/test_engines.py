@@ -560,6 +560,14 @@ def test_other_norms_keep_their_order(metric, p, d, scale):
     )
 
 
+def test_many_sums_differ_by_rounding_alone():
+    """Of tenths, which float32 rounds; in float64 what is as far on paper is as far."""
+    x = torch.randint(0, 3, (60, 40), generator=torch.Generator().manual_seed(0)) * 0.1
+    distance = torch.cdist(x.double(), x.double(), 1).float()
+    order = distance.sort(stable=True).indices[:, :20]
+    assert torch.equal(knn(x, k=20, metric=Feature("manhattan")).index, order)
+
+
 def test_vectors_that_differ_by_their_last_bits():
     x = torch.randn(1, 64) * torch.arange(1, 151)[:, None]
     for name in EXACT:
