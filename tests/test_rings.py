@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from ring_cases import MIXTURE, PLACES, RINGS, agree, image
 
 from convnn_geo import compiled, recipes
 from convnn_geo.candidates import Random
@@ -22,45 +21,9 @@ from convnn_geo.metrics import (
 from convnn_geo.metrics.packed import pack
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import ENGINES, Query, explain_search, find, knn, rings
+from convnn_geo.search import ENGINES, Query, explain_search, find, knn, offsets
 
-RINGS = ENGINES["rings"]
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
-PLACES = {
-    "l2": Spatial(),
-    "l1": Spatial("l1"),
-    "chebyshev": Spatial("chebyshev", scale=2 / 3),
-    "p": Spatial(3.0, scale=(0.5, 2.0)),
-}
-
-
-MIXTURE = interpolate("spatial", "cosine", 0.5)
-
-
-def image(*shape, seed=0):
-    """With rows that are zero, and rows that are alike: ties."""
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    x[:, :, 2:4] = 0
-    x[:, :, 6:9] = x[:, :, 6:7]
-    return Points.from_image(x)
-
-
-def agree(query, numbers):
-    """With all distances in float64, compared in float32; and with dense search."""
-    every = torch.arange(query.source.num_points).expand(query.target.num_points, -1)
-    rows = query.bound.refined().at(every).float()
-    if query.excluded is not None:
-        rows.scatter_(-1, query.excluded[:, None].expand(*rows.shape[:-1], 1), torch.inf)
-    distance, index = rows.sort(dim=-1, stable=True)
-    for k in numbers:
-        for exact in (True, False):
-            asked = replace(query, k=k, exact=exact)
-            assert RINGS.refuses(asked) is None
-            found, dense = find(asked, "rings"), find(asked, "dense")
-            for one in (found, dense):
-                assert torch.equal(one.index, index[..., :k])
-                torch.testing.assert_close(one.distance, distance[..., :k], rtol=2e-6, atol=2e-6)
-            assert found.mask is None and found.num_sources == dense.num_sources
 
 
 @needs_compiler
@@ -323,10 +286,10 @@ def test_where_places_tell_little_all_pairs_are_looked_at(monkeypatch, lam, dens
 @pytest.mark.parametrize("lam, dense", [(0.3, False), (0.95, True)])
 def test_of_a_large_image_offsets_are_kept_up_to_a_border(monkeypatch, lam, dense):
     """What may lie beyond it is not left out."""
-    monkeypatch.setattr(rings, "_MOST", 200)
+    monkeypatch.setattr(offsets, "_MOST", 200)
     points = Points.from_image(torch.randn(1, 3, 14, 13))
     metric = interpolate(Spatial(scale=1.0), Feature("cosine"), lam)
-    offset, far, border = rings._offsets((14, 13), (1.0, 1.0), 2.0, True, (1.0,))
+    offset, far, border = offsets.offsets((14, 13), (1.0, 1.0), 2.0, True, (1.0,))
     assert len(offset) <= 200 and 0 < border < 13 and bool((far < border).all())
     asked, run = [], type(ENGINES["dense"]).run
     monkeypatch.setattr(

@@ -30,6 +30,7 @@ pytestmark = [
 ]
 TYPES = {
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
@@ -146,6 +147,24 @@ def test_cells(launches, tmp_path, d, k, own):
     points = torch.randn(2, 1000, d)
     nearest(points, points, k, torch.arange(1000).repeat(2) if own else None)
     check(launches, tmp_path, {"_lay_out", "_count", "_fill", "_search"})
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "k"),
+    [("angles", 9), ("roots", 25), pytest.param("squares", 64, marks=pytest.mark.slow)],
+)
+def test_rings(launches, tmp_path, kind, k, own):
+    from convnn_geo.gpu.rings import nearest
+
+    x, zeros = torch.randn(2, 900, 3), torch.zeros(2, 900, dtype=torch.bool)
+    offset, far, weights = torch.zeros(3481, 3, dtype=torch.int32), torch.zeros(3481), torch.ones(2)
+    at = torch.arange(900)
+    nearest(
+        *(x, x, kind, (zeros, zeros), (30, 30), at, offset, far.double(), weights.double(), k),
+        at if own else None,
+    )
+    check(launches, tmp_path, {"_look_around"})
 
 
 @pytest.mark.parametrize(

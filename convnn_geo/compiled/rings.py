@@ -58,7 +58,7 @@ def rings_nearest(
         zeros: ``(b, n)`` and ``(b, m)``, which vectors are zero.
         size: of the grid of sources, up to three axes.
         at: ``(n,)``, the place of each target on it.
-        offset: ``(count, axes)`` in int32, what can lead from a target to a source.
+        offset: ``(count, 3)`` in int32, what can lead from a target to a source.
         far: ``(count,)`` in float64, how far each of them leads, in order.
         border: how far what is no offset leads, at least.
         weight: of features.
@@ -66,13 +66,11 @@ def rings_nearest(
         own: ``(n,)``, a source that each target is not to find.
     """
     (b, n, c), m = q.shape, keys.shape[1]
-    lacking = _AXES - len(size)
-    offset = torch.nn.functional.pad(offset, (lacking, 0)).contiguous()
     parts = [t.contiguous() for t in (q, keys, *zeros, at)]
     own = None if own is None else own.contiguous()
     layout = Layout(
         *(KINDS.index(kind), k, build.threads(_VISITED * k * b * n * c), b, n, m, c),
-        (_LONG * _AXES)(*[1] * lacking, *size),
+        (_LONG * _AXES)(*[1] * (_AXES - len(size)), *size),
         *(t.data_ptr() for t in parts),
         *(None if own is None else own.data_ptr(), offset.data_ptr(), far.data_ptr()),
         *(len(far), border, weight),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.gpu.grid import axis_of, cell_of, laid_out, point, sorted_by_cell
+from convnn_geo.gpu.kept import any_of, emptied, inserted, nobody
 from convnn_geo.gpu.launching import launch
 from convnn_geo.gpu.pairs import place_of, value_of
 from convnn_geo.gpu.tiles import PADDING
@@ -32,8 +33,6 @@ LANES = 32
 """Targets of a program, one a thread."""
 _ROUNDING = tl.constexpr(2.0**-20)
 """Share of its place, counted in cells, by which rounding may move a point, and more."""
-_NOBODY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-"""Comes after every pair of a distance and a place."""
 _NAN = tl.constexpr(0x7FC00000)
 """The code of NaN."""
 
@@ -42,37 +41,6 @@ _NAN = tl.constexpr(0x7FC00000)
 def _last(place, count):
     """The cell of a place, or that next to it; the last for NaN."""
     return tl.where(place < count - 1, tl.maximum(place, 0.0), count - 1).to(tl.int32)
-
-
-@triton.jit
-def _and(found, one):
-    return found + (one,)  # noqa: RUF005
-
-
-@triton.jit
-def _emptied(best, which, K: tl.constexpr):
-    """Lists without neighbours, of some targets."""
-    found = (tl.where(which, _NOBODY, best[0]),)
-    for i in tl.static_range(1, K):
-        found = _and(found, tl.where(which, _NOBODY, best[i]))
-    return found
-
-
-@triton.jit
-def _inserted(best, pair, K: tl.constexpr):
-    """Lists in order with one more pair each; the last drops out."""
-    nearer = pair < best[0]
-    found = (tl.where(nearer, pair, best[0]),)
-    for i in tl.static_range(1, K):
-        pair = tl.where(nearer, best[i - 1], pair)
-        nearer = pair < best[i]
-        found = _and(found, tl.where(nearer, pair, best[i]))
-    return found
-
-
-@triton.jit
-def _any(chosen):
-    return tl.max(chosen.to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -140,16 +108,14 @@ def _search(
     cx, cy, cz = cell_of(px, count_x), cell_of(py, count_y), cell_of(pz, count_z)
     rows, columns = count_y.to(tl.int32), count_z.to(tl.int32)
 
-    best = (tl.full([LANES], _NOBODY, tl.int64),)
-    for _ in tl.static_range(1, K):
-        best = _and(best, best[0])
+    best = nobody(K, LANES)
     full = at < 0  # whose list is
     radius, ring = tl.zeros([LANES], tl.float32), tl.full([LANES], RING, tl.float32)
-    while _any(searching):
+    while any_of(searching):
         x0, x1 = _box(px, cx, count_x, scale_x, slack_x, radius, ring, full)
         y0, y1 = _box(py, cy, count_y, scale_y, slack_y, radius, ring, full)
         z0, z1 = _box(pz, cz, count_z, scale_z, slack_z, radius, ring, full)
-        best = _emptied(best, searching, K)
+        best = emptied(best, searching, K)
         steps_x = 2 * tl.max(tl.where(searching, tl.maximum(cx - x0, x1 - cx), 0), 0) + 1
         steps_y = 2 * tl.max(tl.where(searching, tl.maximum(cy - y0, y1 - cy), 0), 0) + 1
         for i in range(0, steps_x):  # from the middle to both sides
@@ -173,8 +139,8 @@ def _search(
                     if HAS_OWN:
                         there = there & (place.to(tl.int32) != own)
                     code = tl.where(there, code, PADDING)
-                    if _any(code <= (best[K - 1] >> 32).to(tl.int32)):
-                        best = _inserted(best, (code.to(tl.int64) << 32) | place, K)
+                    if any_of(code <= (best[K - 1] >> 32).to(tl.int32)):
+                        best = inserted(best, (code.to(tl.int64) << 32) | place, K)
         square = value_of(~best[K - 1])
         gap = _gap(px, x0, x1, count_x, slack_x, edge_x)
         gap = tl.minimum(gap, _gap(py, y0, y1, count_y, slack_y, edge_y))

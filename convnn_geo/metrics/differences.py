@@ -36,6 +36,8 @@ class Differences(Distances):
             is equally far stays equally far.
         precision: dtype to compute in, that of the points by default. Points are converted where
             they are used: often that is a few.
+        factors: where points are positions, the scale once more as numbers, for which nobody
+            waits for a device; () for none. None where points are not positions.
     """
 
     q: Tensor
@@ -45,6 +47,7 @@ class Differences(Distances):
     offset: float | Tensor = 0.0
     scale: Tensor | None = None
     precision: torch.dtype | None = None
+    factors: tuple[float, ...] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -70,7 +70,8 @@ class Spatial(Metric):
         if self.scale is not None and len(self.scale) not in (1, q.shape[-1]):
             raise ValueError(f"scale: expected 1 or {q.shape[-1]} factors, got {len(self.scale)}")
         scale = None if self.scale is None else q.new_tensor(self.scale, dtype=torch.float64)
-        return Differences(q, k, self.p, not self.squared, scale=scale)
+        factors = self.scale or ()
+        return Differences(q, k, self.p, not self.squared, scale=scale, factors=factors)
 
     def extra_repr(self) -> str:
         extra = [f"p={self.p}"]

@@ -80,7 +80,7 @@ def fastest(query: Query) -> str:
     """
     if _GRID.refuses(query) is None and _GRID.keeps(query):  # searched once for each size
         return _GRID.name
-    if _RINGS.refuses(query) is None:  # the others look at all pairs
+    if _RINGS.refuses(query) is None and _RINGS.pays(query):  # the others look at all pairs
         return _RINGS.name
     if _two_directions(query):
         return Dense.name
@@ -132,7 +132,7 @@ def _unlike_the_best(query: Query, best: str) -> Callable[[str], str]:
         return lambda name: "it looks at all pairs"
     seconds = expected(query)
     if best not in seconds:
-        return lambda name: "not measured on this kind of device"
+        return lambda name: _unsuited(query, name) or "not measured on this kind of device"
     return lambda name: (
         _unsuited(query, name)
         or (
@@ -148,6 +148,8 @@ def _unsuited(query: Query, name: str) -> str | None:
     """Why an engine takes longer than its costs, as measured, say; None where it doesn't."""
     if name == _GRID.name:
         return "what it finds is too much to be kept for the next call"
+    if name == Rings.name:
+        return "of few pixels with many channels most are looked at, which products do sooner"
     if name == Dense.name and _double(query):
         return "a tree is faster for few coordinates in float64"
     if name in _TREES and _tied(query):

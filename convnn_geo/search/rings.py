@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convnn_geo import compiled
-from convnn_geo.caching import keep
+from convnn_geo import compiled, gpu
 from convnn_geo.checks import all_finite
 from convnn_geo.metrics import Angular, Combination, Differences, Distances, Feature
 from convnn_geo.metrics.packed import pack, unpack
 from convnn_geo.operators import is_traced, is_transformed, operator
 from convnn_geo.points import Grid, Points
 from convnn_geo.search.dense import Dense, measured_again
+from convnn_geo.search.offsets import lists_all, offsets
 from convnn_geo.search.query import Engine, Query
 
-_MOST = 2**20
-"""Offsets, at most, that are sorted and kept: 20 MiB."""
+LARGEST_K = 64
+"""Neighbours, at most, that a thread of a GPU keeps."""
+_PIXELS = 2
+"""Pixels for each channel from which on a GPU looks around; counted, not measured."""
 
 
 class _Parts(NamedTuple):
@@ -33,10 +35,11 @@ class _Parts(NamedTuple):
 
 
 class Rings(Engine):
-    """Looks at places in the order of their distance, until that alone is too far: in C.
+    """Looks at places in the order of their distance, until that alone is too far.
 
     Features only add to how far a place is. So the k nearest of a mixture of both are mostly found
-    close to each target, and most of an image is never looked at; what is found is exact.
+    close to each target, and most of an image is never looked at; what is found is exact. In C on
+    the CPU, in Triton on GPUs.
     """
 
     name = "rings"
@@ -50,8 +53,8 @@ class Rings(Engine):
             return "the points lie on no grid"
         if len(source.size) > 3:
             return "it is for grids of up to three axes"
-        if query.target.pos is not None or query.target.device.type != "cpu":
-            return "it is for images on the CPU"
+        if query.target.pos is not None:
+            return "the targets lie on no grid"
         if query.subset.index is not None or query.subset.mask is not None:
             return "candidates are restricted; it searches all sources only"
         if query.dtype != torch.float32:
@@ -64,48 +67,111 @@ class Rings(Engine):
             return None  # what is traced is looked at when it runs
         if not 0 < query.k <= source.num_points - (query.excluded is not None):
             return "no neighbours are asked for, or more than there are"
-        weights = [_number(w) for w, _ in query.bound.sharp().parts]
-        if not all(0 <= weight < math.inf for weight in weights):
-            return "a weight is negative, or not finite"
         whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
         if not whole or source.index_of(target) is None:
             return "targets lie between the pixels"
+        if gpu.refuses(query.target.device) is None:
+            return _unfit_for_a_gpu(query)
+        if query.target.device.type != "cpu":
+            return "without Triton it is for images on the CPU"
+        weights = [_number(w) for w, _ in query.bound.sharp().parts]
+        if not all(0 <= weight < math.inf for weight in weights):
+            return "a weight is negative, or not finite"
         return "there is no C compiler" if compiled.library() is None else None
+
+    def pays(self, query: Query) -> bool:
+        """Whether it is likely faster than all pairs: on the CPU it gives up where it is not.
+
+        On a GPU nobody waits to see: there few pixels of many channels, of which most would be
+        looked at, are left to products, which do the channels of a pair several times as fast.
+        """
+        if gpu.refuses(query.target.device) is not None or is_traced():
+            return True
+        parts: _Parts = _parts(query)  # type: ignore[assignment]
+        return query.source.num_points >= _PIXELS * parts.feature.q.shape[-1]
 
     def run(self, query: Query) -> tuple[Tensor, Tensor, Tensor | None]:
         """At once for all examples.
 
-        As dense search where features are not finite, and where so many count so much that places
-        tell little.
+        On the CPU as dense search where features are not finite, and where so many count so much
+        that places tell little.
         """
         if is_traced():
             return _traced(query)
         parts: _Parts = _parts(query)  # type: ignore[assignment]
-        q, keys = parts.feature.q, parts.feature.k
-        if not (all_finite(q) and all_finite(keys)):
-            return Dense().run(query)
-        grid: Grid = query.source.grid  # type: ignore[assignment]
         lead = parts.feature.shape[:-2]
-        q, keys = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, keys))
-        kind = "angles"
-        if isinstance(parts.feature, Differences):
-            kind = "roots" if parts.feature.root else "squares"
-        zeros = (q.norm(dim=-1) < 0.5, keys.norm(dim=-1) < 0.5)
-        place = parts.place
-        scale = None if place.scale is None else tuple(place.scale.flatten().tolist())
-        offset, far, border = _offsets(grid.size, grid.step, place.p, place.root, scale)
-        weight = _number(parts.place_weight)
-        at: Tensor = grid.index_of(query.target.grid)  # type: ignore[arg-type, assignment]
-        found = compiled.rings_nearest(
-            *(kind, q, keys, zeros, grid.size, at, offset, far * weight, border * weight),
-            *(_number(parts.weight), query.k, query.excluded),
+        q, keys = (
+            t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+            for t in (parts.feature.q, parts.feature.k)
         )
+        search = _in_triton if gpu.refuses(q.device) is None else _in_c
+        found = search(query, parts, q, keys)
         if found is None:
             return Dense().run(query)
         values, index = (t.view(*lead, *t.shape[-2:]) for t in found)
         if query.exact:
             values, index, _ = measured_again(query, query.bound, index)
         return index, values, None
+
+
+def _unfit_for_a_gpu(query: Query) -> str | None:
+    """Why an image is none for our kernel, which nobody asks later whether it has found all."""
+    grid: Grid = query.source.grid  # type: ignore[assignment]
+    if query.k > LARGEST_K:
+        return f"k={query.k} is over {LARGEST_K}, which a thread of a GPU keeps"
+    if not lists_all(grid.size):
+        return f"an image of {grid.size} is too large for offsets between all of its pixels"
+    shape = query.bound.shape
+    if math.prod(shape[:-2]) * max(shape[-2:]) >= 2**31:
+        return "there are too many points in all to be numbered by 32 bits"
+    return None
+
+
+def _in_c(query: Query, parts: _Parts, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    if not (all_finite(q) and all_finite(keys)):
+        return None
+    grid, at = _grid_and_places(query)
+    offset, far, border = offsets(*_of_offsets(grid, parts.place))
+    weight = _number(parts.place_weight)
+    return compiled.rings_nearest(
+        *(_kind(parts), q, keys, _zeros(q, keys), grid.size, at, offset),
+        *(far * weight, border * weight, _number(parts.weight), query.k, query.excluded),
+    )
+
+
+def _in_triton(query: Query, parts: _Parts, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite or not; nothing is asked of the device that the host would wait for."""
+    from convnn_geo.gpu.rings import nearest
+
+    grid, at = _grid_and_places(query)
+    offset, far, _ = offsets(*_of_offsets(grid, parts.place), q.device)
+    weights = torch.stack([_scalar(w, q.device) for w in (parts.place_weight, parts.weight)])
+    return nearest(
+        *(q, keys, _kind(parts), _zeros(q, keys), grid.size, at, offset, far, weights),
+        *(query.k, query.excluded),
+    )
+
+
+def _grid_and_places(query: Query) -> tuple[Grid, Tensor]:
+    """The grid of sources, and where on it each target is."""
+    grid: Grid = query.source.grid  # type: ignore[assignment]
+    at = grid.index_of(query.target.grid, query.target.device)  # type: ignore[arg-type]
+    return grid, at  # type: ignore[return-value]
+
+
+def _of_offsets(grid: Grid, place: Differences) -> tuple[Any, ...]:
+    return grid.size, grid.step, place.p, bool(place.root), tuple(place.factors or ())
+
+
+def _kind(parts: _Parts) -> str:
+    if not isinstance(parts.feature, Differences):
+        return "angles"
+    return "roots" if parts.feature.root else "squares"
+
+
+def _zeros(q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Which vectors of length one or zero are zero."""
+    return q.norm(dim=-1) < 0.5, keys.norm(dim=-1) < 0.5
 
 
 def _parts(query: Query) -> _Parts | None:
@@ -124,14 +190,17 @@ def _number(weight: float | Tensor) -> float:
     return weight.item() if isinstance(weight, Tensor) else weight
 
 
+def _scalar(weight: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.detach().double().reshape(())
+    return torch.full((), weight, dtype=torch.float64, device=device)
+
+
 def _of_positions(part: Distances, query: Query) -> bool:
-    if type(part) is not Differences or part.precision is not None or part.k.ndim != 2:
+    if type(part) is not Differences or part.factors is None or part.precision is not None:
         return False
-    points = (part.q, query.target.position), (part.k, query.source.position)
-    return all(
-        t.shape == position.shape and (is_traced() or torch.equal(t, position))
-        for t, position in points
-    )
+    counts = query.target.num_points, query.source.num_points
+    return part.k.ndim == 2 and (part.q.shape[0], part.k.shape[0]) == counts
 
 
 def _of_features(part: Distances) -> bool:
@@ -176,7 +245,7 @@ def _on_image(
     points, bound = (Points(grid=target), Points(grid=source)), unpack(numbers, tensors)
     query = Query(*points, Feature(), k, excluded=own, memory=slab, bind=lambda: bound, exact=exact)
     rings = Rings()
-    engine = Dense() if rings.refuses(query) else rings
+    engine = rings if rings.refuses(query) is None and rings.pays(query) else Dense()
     return engine(query)[:2]
 
 
@@ -187,34 +256,3 @@ def _shapes(
     shape = (*unpack(numbers, tensors).shape[:-1], k)
     index = tensors[0].new_empty(shape, dtype=torch.long)
     return index, torch.empty_like(index, dtype=torch.float32)
-
-
-@keep(4)
-def _offsets(
-    size: tuple[int, ...],
-    step: tuple[float, ...],
-    p: float,
-    root: bool,
-    scale: tuple[float, ...] | None,
-) -> tuple[Tensor, Tensor, float]:
-    """Offsets between pixels ``(count, axes)``, nearest first, and how far they lead.
-
-    And how far the nearest leads that is left out: infinite where none is.
-    """
-    half = [length - 1 for length in size]
-    while math.prod(2 * h + 1 for h in half) > _MOST:
-        half[half.index(max(half))] = max(half) // 2
-    factors = None if scale is None else torch.tensor(scale, dtype=torch.float64)
-
-    def distance(offset: Tensor) -> Tensor:
-        moved, here = offset * torch.tensor(step), torch.zeros(1, len(size))
-        return Differences(moved, here, p, root, scale=factors).double().rows().flatten()
-
-    ends = torch.diag(torch.tensor(half) + 1)[[h < n - 1 for h, n in zip(half, size, strict=True)]]
-    border = distance(ends).min().item() if len(ends) else math.inf
-    ranges = [torch.arange(-h, h + 1) for h in half]
-    offset = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, -2)
-    far = distance(offset)
-    order = far.argsort(stable=True)
-    order = order[far[order] < border]
-    return offset[order].int(), far[order], border
