@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from convnn_geo.operators import is_watched
+
 Result = TypeVar("Result")
 
 
@@ -42,25 +44,36 @@ class once:  # noqa: N801, as properties are written
         return value
 
 
+class _CaptureError(Exception):
+    """A CUDA graph records what is launched."""
+
+
 def keep(size: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """:func:`functools.lru_cache` for functions that make tensors from sizes.
 
     Neither reads nor fills the cache while tensors may not be real: under ``torch.compile``, in
-    ``torch.export`` and inside a ``FakeTensorMode``.
+    ``torch.export``, inside a ``FakeTensorMode`` and where ``torch.func`` transforms. What the
+    function makes is on the CPU unless it says otherwise, whatever the default device is. What a
+    CUDA graph captures is filled when it is replayed, and not kept either.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @lru_cache(maxsize=size)
         def cached(*args: Any) -> Result:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise _CaptureError
             # What inference mode makes could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
                 return function(*args)
 
         @wraps(function)
         def call(*args: Any) -> Result:
-            if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            if is_watched():
                 return function(*args)
-            return cached(*args)
+            try:
+                return cached(*args)
+            except _CaptureError:
+                return function(*args)
 
         return call
 

@@ -81,6 +81,14 @@ def check_tensor(name: str, value: Any, ndim: int | Sequence[int] | None = None)
     if not isinstance(value, Tensor):
         how = "; torch.from_numpy makes one" if type(value).__name__ == "ndarray" else ""
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{how}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; pad it and pass a mask. "
+            "nn.TransformerEncoder makes none where its enable_nested_tensor and "
+            "use_nested_tensor are False"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {value.layout}; pass x.to_dense()")
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and value.ndim not in allowed:
         wanted = " or ".join(str(d) for d in allowed)
@@ -151,6 +159,7 @@ def check_int(name: str, value: Any, minimum: int = 1) -> int:
         got = f"{value!r} of type {type(value).__name__}"
         if isinstance(value, Tensor):
             got = f"a tensor of shape {tuple(value.shape)}"
+            got += "; int(...) reads it" if value.numel() == 1 else ""
         raise TypeError(f"{name}: expected an integer, got {got}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")
@@ -175,12 +184,21 @@ def check_number(
         exclusive: refuse the minimum itself.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
-        raise TypeError(f"{name}: expected a number, got {value!r} of type {type(value).__name__}")
+        how = "; float(...) reads it" if isinstance(value, Tensor) and value.numel() == 1 else ""
+        raise TypeError(
+            f"{name}: expected a number, got {value!r} of type {type(value).__name__}{how}"
+        )
     number = float(value)
     inside = minimum < number <= maximum if exclusive else minimum <= number <= maximum
     if not (inside and math.isfinite(number)):
         raise ValueError(f"{name}: expected {_numbers(minimum, maximum, exclusive)}, got {value}")
     return number
+
+
+def check_limit(name: str, value: Any, minimum: float = -math.inf) -> float:
+    """As :func:`check_number`; infinity is one, too: no limit."""
+    unlimited = isinstance(value, float) and value == math.inf
+    return math.inf if unlimited else check_number(name, value, minimum)
 
 
 def _numbers(minimum: float, maximum: float, exclusive: bool) -> str:

@@ -76,12 +76,11 @@ class Grid:
 
     def index_of(self, other: Grid, device: torch.device | str | None = None) -> Tensor | None:
         """Where each point of ``other`` lies on this lattice, ``(n,)``; None if some do not."""
-        index = _index_of(self, other)
-        return None if index is None else index.to(device)
+        return _index_of(self, other, torch.device(device or "cpu"))
 
 
-@keep(64)
-def _index_of(grid: Grid, other: Grid) -> Tensor | None:
+@keep(64)  # where it is wanted: nobody waits for it to get there again
+def _index_of(grid: Grid, other: Grid, device: torch.device) -> Tensor | None:
     index = torch.zeros(1, dtype=torch.long)
     for axis, length in enumerate(grid.size):
         count = other.size[axis]
@@ -96,7 +95,7 @@ def _index_of(grid: Grid, other: Grid) -> Tensor | None:
             return None
         place = torch.arange(count) * stride + first
         index = (index[:, None] * length + place).flatten()
-    return index
+    return index.to(device)
 
 
 @dataclass(frozen=True)

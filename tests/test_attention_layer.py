@@ -417,6 +417,31 @@ def randomised(layer: ConvNNAttention) -> ConvNNAttention:
     return layer
 
 
+def test_k_and_dropout_that_are_set_later_count():
+    x = torch.randn(2, 12, 8)
+    layer, same = ConvNNAttention(8, 2, k=3, dropout=0.5), ConvNNAttention(8, 2, k=5)
+    layer.load_state_dict(same.state_dict())
+    layer.k, layer.dropout = 5, 0.0
+    assert torch.equal(layer(x)[0], same(x)[0])
+    assert "k=5, dropout=0.0" in repr(layer)
+    for other in (ConvNNAttention(8, 2), ConvNNAttention(8, 2, k=3, kernel="standard")):
+        with pytest.raises(AttributeError, match=r"k: the layer .*make a new one with k=5"):
+            other.k = 5
+    with pytest.raises(AttributeError, match=r"dropout: .*never dropped"):
+        ConvNNAttention(8, 2, weighting="ones").dropout = 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    encoder.layers[0].self_attn = ConvNNAttention(8, 2, k=3)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad(), pytest.raises(TypeError, match=r"nested.*use_nested_tensor"):
+        encoder.eval()(torch.randn(2, 5, 8), src_key_padding_mask=mask)
+    encoder.use_nested_tensor = False
+    assert encoder(torch.randn(2, 5, 8), src_key_padding_mask=mask).shape == (2, 5, 8)
+
+
 @pytest.mark.parametrize("backend", ["gather", "message_passing"])
 @pytest.mark.parametrize("cross", [False, True])
 def test_k_nearest_keys(backend, cross):

@@ -30,6 +30,7 @@ from convnn_geo.nn import (
 from convnn_geo.points import Points
 from convnn_geo.search import knn
 from convnn_geo.selection import KNearest, Radius
+from convnn_geo.transforms import NeighborGraph
 
 NAN = float("nan")
 
@@ -659,6 +660,18 @@ TABLE: list[Row] = [
         V,
         "k=2 .* larger than the smallest cloud's 1 candidates; .* short='pad'",
     ),
+    (
+        "cloud-batch-second",
+        lambda: cloud(torch.zeros(6, 4), torch.zeros(6, dtype=torch.long)),
+        T,
+        "pos: .*a batch vector; pass it as batch=",
+    ),
+    (
+        "cloud-graph-third",
+        lambda: cloud(torch.zeros(6, 4), torch.zeros(6, 3), edges()),
+        T,
+        "batch: .*a graph; pass it as edge_index=",
+    ),
     ("cloud-k-and-selection", lambda: cloud(selection=Radius(1.0, 3)), V, "expected k or a selec"),
     ("cloud-nothing", lambda: cloud(), V, "expected x, pos or both for the source points"),
     ("cloud-rank", lambda: cloud(torch.zeros(1, 6, 4)), V, r"x \(source\): expected 2 dimensions"),
@@ -768,6 +781,32 @@ TABLE: list[Row] = [
     ),
     ("cloud-search", lambda: cloud(search="octree"), V, "unknown search backend 'octree'"),
     # --- graphs ---
+    ("graph-aggr", lambda: NeighborConv(4, 6, 2, aggr=None), V, "aggr: expected 'taps', or a"),
+    (
+        "graph-decomposed",
+        lambda: NeighborConv(4, 6, 2, decomposed_layers=2),
+        V,
+        "decomposed_layers: the taps take all channels",
+    ),
+    (
+        "graph-weight-other-dtype",
+        lambda: graph(None, None, torch.ones(2).double()),
+        T,
+        "x is torch.float32 but edge_weight torch.float64",
+    ),
+    (
+        "graph-weight-axes",
+        lambda: graph(None, None, torch.ones(2, 1, 1)),
+        V,
+        "edge_weight: expected 1 or 2 dimensions, got 3",
+    ),
+    ("graph-ranks-list", lambda: graph(rank=[0, 0]), T, "rank: expected a torch.Tensor, got list"),
+    (
+        "graph-ranks-negative",
+        lambda: graph(rank=torch.tensor([-1, 0])),
+        V,
+        "ranks run from -1 to 0, the layer's k=2 taps from 0 to 1",
+    ),
     ("graph-k", lambda: NeighborConv(4, 6, 0), V, "k: expected an integer of at least 1, got 0"),
     ("graph-channels", lambda: graph(torch.zeros(3, 5)), V, r"x: expected 4 channels, got .*3, 5"),
     ("graph-rank", lambda: graph(torch.zeros(1, 3, 4)), V, "x: expected 2 dimensions, got 3"),
@@ -809,7 +848,7 @@ TABLE: list[Row] = [
         "graph-ranks",
         lambda: graph(None, edges((0, 1), (1, 1), (2, 1))),
         V,
-        "ranks reach 2, but the layer has k=2 taps",
+        "ranks run from 0 to 2, the layer's k=2 taps from 0 to 1",
     ),
     (
         "graph-rank-dtype",
@@ -1005,6 +1044,28 @@ TABLE: list[Row] = [
     # --- search and points ---
     ("knn-k-0", lambda: knn(points(), None, 0), V, "k: expected an integer of at least 1, got 0"),
     ("knn-k-second", lambda: knn(points(), 2), T, "neighbours, k=; pass k=2, it comes third"),
+    ("knn-k-tensor", lambda: knn(points(), k=torch.tensor(2)), T, r"k: .*int\(...\) reads it"),
+    ("knn-sparse", lambda: knn(points().to_sparse(), k=2), T, r"x: expected a dense .*to_dense"),
+    ("knn-numbers", lambda: knn(points()[:, 0], k=2), V, r"one number a point, pass x.unsqueeze"),
+    (
+        "knn-graph-loop",
+        lambda: search.knn_graph(points(), 2, None, torch.zeros(6, dtype=torch.long)),
+        T,
+        "loop: expected True or False, got Tensor; batch comes third",
+    ),
+    ("knn-graph-loop-name", lambda: search.knn_graph(points(), 2, loop="no"), T, "loop: .*got str"),
+    (
+        "radius-tensor",
+        lambda: search.radius(points(), None, torch.tensor(1.0)),
+        T,
+        r"r: expected a number.*float\(...\) reads it",
+    ),
+    (
+        "neighbor-graph-distance",
+        lambda: NeighborGraph(3, max_distance="a"),
+        T,
+        "max_distance: expected a number, got 'a'",
+    ),
     ("knn-no-axes", lambda: knn(points()[:, :0], k=2), V, "at least one dimension a point, got"),
     (
         "knn-batch-third",

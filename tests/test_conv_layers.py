@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -125,6 +126,51 @@ def test_torch_refuses_at_call_and_so_do_we(shape):
         nn.Conv2d(4, 6, 3)(x)
     with pytest.raises(ValueError, match=r"expected|does not fit"):
         ConvNN2d(4, 6, 3)(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stride", (2, 1)),
+        ("padding", (1, 0)),
+        ("padding", "same"),
+        ("dilation", (2, 2)),
+        ("padding_mode", "circular"),
+    ],
+)
+def test_attributes_that_are_set_later_count(name, value):
+    """As those of a segmentation model's encoder are."""
+    ours, theirs = ConvNN2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+    near, made = (
+        ConvNN2d(3, 4, 3, k=4, metric="cosine", **{"padding": 1, **options})
+        for options in ({}, {name: value})
+    )
+    x = torch.randn(2, 3, 9, 8)
+    for layer, other in ((ours, theirs), (near, made)):
+        layer.load_state_dict(other.state_dict())
+        setattr(layer, name, value)
+        if isinstance(other, nn.Conv2d):
+            setattr(other, name, value)
+            if name.startswith("padding"):  # which torch computes when it is made
+                other = nn.Conv2d(3, 4, 3, **{"padding": 1, name: value})
+                other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(layer(x), other(x))
+        assert repr(layer) == repr(copy.deepcopy(layer))
+
+
+def test_attributes_that_parameters_depend_on_are_settled():
+    for name, value in (("kernel_size", (5, 5)), ("k", 5)):
+        with pytest.raises(AttributeError, match=f"{name}: the layer .*make a new one"):
+            setattr(ConvNN2d(3, 4, 3, k=4, metric="cosine"), name, value)
+    with pytest.raises(AttributeError, match="k: the layer chooses by no k"):
+        ConvNN2d(3, 3, 3, kernel="mean").k = 5
+    layer = ConvNN2d(3, 3, k=4, metric="cosine", kernel="max")
+    layer.k, layer.dilation = 3, 2
+    x, same = (
+        torch.randn(1, 3, 5, 6),
+        ConvNN2d(3, 3, k=3, metric="cosine", kernel="max", dilation=2),
+    )
+    assert torch.equal(layer(x), same(x)) and repr(layer) == repr(same)
 
 
 def test_in_place_of_a_convolution_in_a_model():

@@ -26,7 +26,7 @@ from convnn_geo.metrics import (
     interpolate,
 )
 from convnn_geo.points import Grid, Points
-from convnn_geo.search import Query, find
+from convnn_geo.search import Query, find, knn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -958,3 +958,17 @@ def test_the_same_code_may_be_registered_again():
             metrics.register_metric("made-here", Spatial)
     finally:
         del metrics.base._RESOLVER["made-here"]
+
+
+@pytest.mark.parametrize("name", ["euclidean", "manhattan", "minkowski"])
+def test_forward_mode_where_points_coincide(name):
+    """As in reverse mode: a distance of 0 has no slope."""
+    x, metric = torch.randn(6, 3), metrics.as_metric(name)
+    index = knn(x, k=3).index
+
+    def distance(points):
+        return metric.pairs(Points(points), Points(points), index)
+
+    forward, reverse = torch.func.jacfwd(distance)(x), torch.func.jacrev(distance)(x)
+    assert (distance(x)[:, 0] == 0).all()
+    torch.testing.assert_close(forward, reverse)

@@ -78,6 +78,17 @@ def test_the_order_of_edges_does_not_matter_once_ranks_are_given():
     equal(shuffled, naive(layer, x, edges(), RANK))
 
 
+def test_attributes_of_edges_are_columns():
+    """As PyG's transforms write them."""
+    x = torch.randn(9, 4)
+    hood = knn(x, k=3)
+    edge_index, rank = hood.to_edge_index()
+    distance = hood.distance.flatten()
+    layer = NeighborConv(4, 6, k=3, weighting="softmax")
+    wanted = layer(x, edge_index, rank=rank, distance=distance)
+    assert torch.equal(layer(x, edge_index, rank=rank[:, None], distance=distance[:, None]), wanted)
+
+
 def test_ranks_follow_distance_and_then_source():
     layer, x = NeighborConv(C, D, K).double(), random(M, C)
     distance = torch.tensor([0.3, 0.1, 0.2, 0.5, 0.5, 0.9, 0.1, 0.0, 0.0, 0.7]).double()
@@ -188,7 +199,7 @@ def test_ranks_over_k_are_an_error(rank):
     layer = NeighborConv(C, D, K)
     with pytest.raises(ValueError, match="k=3 taps"):
         layer(torch.zeros(4, C), star, rank=torch.tensor(rank))
-    with pytest.raises(ValueError, match="ranks reach 3"):
+    with pytest.raises(ValueError, match="ranks run from 0 to 3"):
         layer(torch.zeros(4, C), star)  # four edges into target 0
 
 

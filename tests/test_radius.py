@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from convnn_geo.search import knn_graph, radius, radius_graph
+from convnn_geo.search import knn, knn_graph, radius, radius_graph
 
 
 def cloud(*shape, seed=0):
@@ -34,7 +36,7 @@ def test_neighbours_are_those_within_the_radius(dimension, most, backend):
     batch_y = torch.tensor([0] * 20 + [1] * 20 + [3] * 10)
     r = {2: 0.15, 3: 0.25, 12: 1.15}[dimension]
     found = radius(x, y, r, BATCH, batch_y, most, backend=backend)
-    assert found.index.shape == found.mask.shape == (50, most)
+    assert found.index.shape == found.mask.shape == (50, min(most, 40))  # the largest
     rows = [i[m].tolist() for i, m in zip(found.index, found.mask, strict=True)]
     assert rows == loop(x, y, r, most, BATCH, batch_y)
     assert 0 in map(len, rows) and (most == 1 or max(map(len, rows)) > 1)
@@ -72,11 +74,22 @@ def test_distances_learn_and_the_radius_itself_is_within():
     assert squared.tolist() == graph.tolist()
 
 
+def test_no_more_slots_than_sources():
+    x, batch = torch.rand(60, 3), torch.arange(60) // 20
+    for most in (10**12, None):
+        found = radius(x, None, 0.5, batch, max_num_neighbors=most)
+        assert found.index.shape == (60, 20)
+        edges = radius_graph(x, math.inf, batch, loop=True, max_num_neighbors=most)
+        assert edges.shape == (2, 3 * 20 * 20)
+    assert radius(x, x[:2], 0.5, max_num_neighbors=None).index.shape == (2, 60)
+    assert knn(x, k=3, max_distance=math.inf).mask.all()
+
+
 def test_few_points_and_none():
     assert radius_graph(torch.zeros(1, 3), 1.0).shape == (2, 0)
     assert radius_graph(torch.zeros(0, 3), 1.0).shape == (2, 0)
     found = radius(torch.zeros(4, 3), torch.zeros(0, 3), 1.0)
-    assert found.index.shape == (0, 32)
+    assert found.index.shape == (0, 4)
     many = torch.zeros(40, 3)  # all coincide: the first come first
     assert radius(many, None, 0.0, max_num_neighbors=3).index.tolist() == [[0, 1, 2]] * 40
     assert torch.equal(radius_graph(many, 0, None, False, 3), knn_graph(many, 3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from convnn_geo import recipes, verify
+from convnn_geo import recipes, verify, weighting
 from convnn_geo.convert import NotApplicable, spec
 from convnn_geo.convert.specs import spec_names, spec_options
 from convnn_geo.verify.case import CASES, Case
@@ -72,3 +72,17 @@ def test_a_wrong_layer_fails() -> None:
 def test_unknown_recipe_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"unknown recipe 'conv9d'.*conv2d"):
         verify.run(["conv9d"])
+
+
+def test_a_learnable_place_on_the_spectrum_learns():
+    layer = recipes.interpolated_conv2d(4, 6, 3, lam=0.7, learnable=True)
+    layer(torch.randn(1, 4, 8, 8)).square().sum().backward()
+    assert layer.metric.lam.grad.abs() > 0
+    told = recipes.interpolated_conv2d(4, 6, 3, lam=0.7, learnable=True, weighting="softmax")
+    assert isinstance(told.weighting, weighting.Softmax)
+
+
+def test_pools_take_by_place_what_torchs_take_alike():
+    for pool in (recipes.avg_pool1d, recipes.avg_pool2d, recipes.avg_pool3d):
+        with pytest.raises(TypeError, match="positional"):
+            pool(3, 2, 1, True)  # ceil_mode of torch's

@@ -10,6 +10,7 @@ from triton_cases import DEVICE, TRITON
 
 from convnn_geo import gpu
 from convnn_geo.lowering import choose, explain, run
+from convnn_geo.lowering.neighbor_attention import TritonAttention
 from convnn_geo.metrics import interpolate
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.nn.functional import knn_attention
@@ -446,6 +447,32 @@ class TestAttention:
     def test_an_older_triton_is_refused(self, monkeypatch):
         monkeypatch.setattr(gpu, "_VERSION", (3, 4))
         assert "triton 3.4 is installed, the kernels need 3.5" in gpu.refuses(torch.device(DEVICE))
+
+    def test_gpus_of_others_are_refused(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert "assembly for NVIDIA" in gpu.refuses(torch.device("cuda"))
+
+    def test_a_temperature_that_is_no_float_is_one(self, monkeypatch):
+        """Of integers Triton makes constants: kept with a form, they would serve all others."""
+        from convnn_geo.gpu import calls
+
+        seen, layer = [], ConvNNAttention(16, 2, k=3, backend="triton").to(DEVICE)
+        call = calls.Rows.__call__
+        monkeypatch.setattr(
+            calls.Rows, "__call__", lambda self, *args: seen.append(args[-1]) or call(self, *args)
+        )
+        x = torch.randn(1, 9, 16, device=DEVICE)
+        for temperature in (1, 0.5, 2):
+            layer.weighting.temperature = temperature
+            layer(x, need_weights=False)
+        assert [(type(t), t) for t in seen] == [(float, 1.0), (float, 0.5), (float, 2.0)]
+
+    def test_heads_too_wide_for_backward_are_refused(self):
+        for width, reason in ((512, None), (528, "heads of 528 channels are too wide")):
+            x = torch.randn(1, 9, width, device=DEVICE)
+            op = ConvNNAttention(width, 1, k=3).to(DEVICE).operation(x)
+            refused = TritonAttention().refuses(op)
+            assert refused == reason or refused.startswith(reason)
 
     @pytest.mark.parametrize("current", [0, 1])
     def test_kernels_run_on_the_device_of_their_inputs(self, monkeypatch, current):

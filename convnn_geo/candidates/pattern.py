@@ -55,9 +55,10 @@ class Block(Candidates):
 
     def _block(self, points: Points) -> Tensor:
         axes = len(need_grid("Block", points).size)
-        size = points.position.new_tensor(check_tuple("size", self.size, axes))
-        shift = points.position.new_tensor(check_tuple("shift", self.shift, axes, 0))
-        return ((points.position - shift) / size).floor()
+        sizes = check_tuple("size", self.size, axes)
+        shifts = check_tuple("shift", self.shift, axes, 0)
+        along = zip(points.position.unbind(-1), shifts, sizes, strict=True)
+        return torch.stack([((x - shift) / size).floor() for x, shift, size in along], -1)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, shift={self.shift}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from convnn_geo.caching import keep
 from convnn_geo.candidates.base import Candidates, Subset, need_grid
 from convnn_geo.checks import check_int
 from convnn_geo.points import Points
@@ -71,7 +72,7 @@ class Random(Candidates):
         if self.training:
             noise = torch.rand(*lead, m, device=source.device)
         else:
-            noise = _fixed_noise(self.seed, (*lead, m)).to(source.device)
+            noise = _noise(self.seed, (*lead, m), source.device)
         if source.mask is not None:  # points that only fill a batch up are drawn last
             noise = noise.masked_fill(~source.mask, 2.0)
         index = noise.argsort(-1)[..., : self.r].sort(-1).values
@@ -81,7 +82,12 @@ class Random(Candidates):
         return f"r={self.r}, seed={self.seed}, per_example={self.per_example}"
 
 
+@keep(16)
+def _noise(seed: int, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return _fixed_noise(seed, shape).to(device)
+
+
 @torch.compiler.assume_constant_result
 def _fixed_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     with _disable_current_modes():  # traced, it would go on drawing from the generator
-        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -19,31 +19,9 @@ from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
 from convnn_geo.nn.point_attention import PointAttention
-from convnn_geo.pairs import Pairs
 from convnn_geo.recipes.convolution import nearest_in_window
 from convnn_geo.selection import Every, KNearest
-from convnn_geo.weighting import Ones, Softmax, Weighting
-
-
-class MeanOneSoftmax(Weighting):
-    """``k softmax(-d)`` over the neighbours of a target: weights whose mean is 1.
-
-    With them a convolution of ``k`` taps keeps its scale, and its metric gets a gradient.
-
-    Example:
-        >>> MeanOneSoftmax()
-        MeanOneSoftmax(
-          (softmax): Softmax(temperature=1, dropout=0)
-        )
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax = Softmax()
-
-    def forward(self, pairs: Pairs) -> Tensor:
-        """The softmax times the slots of a target."""
-        return self.softmax(pairs) * pairs.neighborhood.k
+from convnn_geo.weighting import MeanOneSoftmax, Ones
 
 
 def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> list[str]:

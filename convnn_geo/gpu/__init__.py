@@ -44,6 +44,8 @@ def refuses(device: torch.device) -> str | None:
         return "triton is not installed: pip install 'convnn-geo[triton]'"
     if device.type != "cuda" and not interpreted():
         return f"Triton is for GPUs, the points are on {device}"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "the kernels hold assembly for NVIDIA's GPUs"
     if _VERSION < _OLDEST:
         return (
             f"triton {_VERSION[0]}.{_VERSION[1]} is installed, the kernels need {_OLDEST[0]}."

@@ -150,7 +150,7 @@ class MaskedAttention(Attention):
     def run(self, op: Operation) -> Tensor:
         """Search, and attend to whom was found."""
         index, m = _chosen(op), op.source.num_points
-        mask = torch.zeros(*index.shape[:-1], m + 1, dtype=torch.bool)
+        mask = index.new_zeros(*index.shape[:-1], m + 1, dtype=torch.bool)
         return self.attend(op, mask.scatter_(-1, index, True)[..., :m].contiguous())
 
 

@@ -39,6 +39,8 @@ from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.weighting import Softmax
 
 _SLAB = 2**23
+_WIDEST = 2048
+"""Bytes of a row, at most, of which backward holds several in shared memory."""
 
 
 class NeighborAttention(Rule):
@@ -89,10 +91,16 @@ class TritonAttention(Rule):
         reason = _refuses(op) or gpu.refuses(op.value.device)
         if reason is not None:
             return reason
-        if _form(op) is None:
+        form = _form(op)
+        if form is None:
             return "the metric is not bilinear"
         if op.value.dtype == torch.float64:
             return "values are torch.float64"
+        width = max(form.q.shape[-1], op.value.shape[-1])
+        if width * op.value.dtype.itemsize > _WIDEST:
+            return f"heads of {width} channels are too wide to be held where backward needs them"
+        if op.target.num_points * _filled(op) >= 2**31:
+            return "a head has more pairs than 32 bits count"
         return _over(op, gpu.LARGEST_K)
 
     def run(self, op: Operation) -> Tensor:
@@ -147,7 +155,7 @@ def _run(
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     out, _, _ = _attend(
         *(kind, q, keys, op.value, bias, mask, keep, k),
-        *(float(scale), weighting.temperature, engine, trains),
+        *(float(scale), float(weighting.temperature), engine, trains),
     )
     # Of queries that are not finite the operators make NaN by themselves; in Triton unless a mask
     # hides all keys from them, and where the metric looks at the features.
@@ -164,7 +172,7 @@ def _again(
     positions = op.target.pos is not None or op.source.pos is not None
     if not plain or positions or weighting.dropout:
         return None
-    k, options = _filled(op), (float(scale), weighting.temperature, engine)
+    k, options = _filled(op), (float(scale), float(weighting.temperature), engine)
     alone = _alone() if engine == "triton" else None
 
     def run(q: Tensor, keys: Tensor, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
@@ -97,7 +98,8 @@ class Combination(Distances):
         keys: list[Tensor] = []
         for w, d in self.parts:
             q, k = d.coordinates()  # type: ignore[misc]
-            root = (_squared(d) * torch.as_tensor(w, device=q.device)).double().sqrt()  # type: ignore[operator]
+            square = _squared(d) * w  # type: ignore[operator]
+            root = square.double().sqrt() if isinstance(square, Tensor) else math.sqrt(square)
             queries.append(q.double() * root)
             keys.append(k.double() * root)
         return _cat(queries), _cat(keys)

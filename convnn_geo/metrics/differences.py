@@ -19,6 +19,7 @@ from convnn_geo.metrics.distances import (
     some,
     take,
 )
+from convnn_geo.operators import is_transformed
 from convnn_geo.points import gather_rows
 
 
@@ -218,7 +219,7 @@ def _center(points: Tensor) -> Tensor:
 
 def _safe_root(total: Tensor, p: float) -> Tensor:
     """The p-th root, with gradient 0 instead of infinity where points coincide."""
-    if not total.requires_grad:
+    if not (total.requires_grad or is_transformed()):  # forward mode requires none
         return total.pow(1 / p)
     zero = total == 0  # a NaN is none, and stays
     return torch.where(zero, 0, torch.where(zero, 1, total).pow(1 / p))

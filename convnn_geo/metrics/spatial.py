@@ -69,7 +69,10 @@ class Spatial(Metric):
             )
         if self.scale is not None and len(self.scale) not in (1, q.shape[-1]):
             raise ValueError(f"scale: expected 1 or {q.shape[-1]} factors, got {len(self.scale)}")
-        scale = None if self.scale is None else q.new_tensor(self.scale, dtype=torch.float64)
+        scale = None
+        if self.scale is not None:  # filled where it is wanted: to copy it would make the host wait
+            parts = [q.new_full((1,), factor, dtype=torch.float64) for factor in self.scale]
+            scale = torch.cat(parts)
         factors = self.scale or ()
         return Differences(q, k, self.p, not self.squared, scale=scale, factors=factors)
 

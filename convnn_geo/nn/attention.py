@@ -27,7 +27,8 @@ from convnn_geo.lowering import run, run_with_weights
 from convnn_geo.metrics import Metric
 from convnn_geo.nn.masks import merge_masks
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
-from convnn_geo.nn.taps import check_self_point, slots
+from convnn_geo.nn.neighbors import LooksAtK
+from convnn_geo.nn.taps import check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Grid, Points
@@ -39,7 +40,7 @@ from convnn_geo.weighting import Softmax, Weighting, as_weighting
 KERNELS = ("sum", "standard", "depthwise", "separable")
 
 
-class ConvNNAttention(nn.Module):
+class ConvNNAttention(LooksAtK, nn.Module):
     r"""Attention over the ``k`` nearest keys: a drop-in for :class:`torch.nn.MultiheadAttention`.
 
     .. math:: y_i = \sum_{j \in I_i} \mathrm{softmax}_j(-d(q_i, k_j))\, v_j
@@ -151,7 +152,6 @@ class ConvNNAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.kdim = embed_dim if kdim is None else check_int("kdim", kdim)
         self.vdim = embed_dim if vdim is None else check_int("vdim", vdim)
-        self.dropout = check_number("dropout", dropout)
         self.batch_first, self.add_zero_attn = batch_first, add_zero_attn
         self.backend = check_name("backend", backend, BACKENDS)
         self.search = check_name("search backend", search, ("auto", *ENGINES))
@@ -164,11 +164,10 @@ class ConvNNAttention(nn.Module):
         if selection is None:
             selection = Every() if k is None else KNearest(k, self_point=self_point)
         self.selection = check_instance("selection", selection, Selection)
-        self.k = slots(selection)
         self.axes = check_int("axes", axes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoding = layer_encoding(encoding, embed_dim, axes, **factory)
-        self.weighting = self._weighting(weighting)
+        self.weighting = _weighting(weighting, check_number("dropout", dropout))
         self.metric = layer_metric(metric, self.encoding, self.weighting, num_heads, **factory)
         self.order = check_name("order", order, ORDERS)
         self.kernel = check_name("kernel", kernel, KERNELS)
@@ -177,16 +176,19 @@ class ConvNNAttention(nn.Module):
         self._build_taps(factory)
         self._reset_own_parameters()  # out_proj has drawn its own: one seed, the same as torch's
 
-    def _weighting(self, weighting: Weighting | str | None) -> Weighting:
-        if weighting is None or weighting == "softmax":
-            return Softmax(dropout=self.dropout)
-        chosen = as_weighting(weighting)
-        if self.dropout and getattr(chosen, "dropout", 0.0) != self.dropout:
-            raise ValueError(
-                f"dropout={self.dropout:g} is that of softmax weights, but the weighting is "
-                f"{chosen}; pass weighting=Softmax(dropout=...), or leave dropout at 0"
-            )
-        return chosen
+    @property
+    def dropout(self) -> float:
+        """Of weights in training; that of the weighting."""
+        return getattr(self.weighting, "dropout", 0.0)
+
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        if not hasattr(self.weighting, "dropout"):
+            raise AttributeError(f"dropout: weights of {self.weighting} are never dropped")
+        self.weighting.dropout = check_number("dropout", dropout, maximum=1)  # type: ignore[assignment]
+
+    def _has_taps(self) -> bool:
+        return self.taps is not None
 
     def _build_projections(self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]) -> None:
         """Parameters by the names that nn.MultiheadAttention gives them."""
@@ -469,3 +471,15 @@ class ConvNNAttention(nn.Module):
     def extra_repr(self) -> str:
         taps = "" if self.kernel == "sum" else f", kernel={self.kernel!r}"
         return f"{self.embed_dim}, {self.num_heads}, k={self.k}, dropout={self.dropout}{taps}"
+
+
+def _weighting(weighting: Weighting | str | None, dropout: float) -> Weighting:
+    if weighting is None or weighting == "softmax":
+        return Softmax(dropout=dropout)
+    chosen = as_weighting(weighting)
+    if dropout and getattr(chosen, "dropout", 0.0) != dropout:
+        raise ValueError(
+            f"dropout={dropout:g} is that of softmax weights, but the weighting is "
+            f"{chosen}; pass weighting=Softmax(dropout=...), or leave dropout at 0"
+        )
+    return chosen

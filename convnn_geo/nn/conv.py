@@ -26,7 +26,7 @@ from convnn_geo.lowering.convolution import convolve, unlike_windows
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
-from convnn_geo.nn.taps import TapLayer, check_self_point, slots
+from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation, keeps_all
 from convnn_geo.points import Grid, Points
@@ -108,7 +108,6 @@ class _ConvNN(TapLayer):
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
         check_self_point(self_point, isinstance(selection, KNearest) and not given)
-        self.k = slots(selection) or taps
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         seen = (in_channels or 0) * self.shuffle**self.axes
         self.encoding = layer_encoding(encoding, seen, self.axes, **factory)
@@ -131,6 +130,29 @@ class _ConvNN(TapLayer):
         channels = (None, None) if free else (in_channels * scale + extra, out_channels * scale)
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_taps()
+        self._built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A stride, padding or dilation that is set later counts, as it does in torch's layers."""
+        built = "_built" in self.__dict__
+        if built and name == "kernel_size" and value != self.kernel_size:
+            raise AttributeError(
+                f"kernel_size: the layer was made for {self.kernel_size}; make a new one"
+            )
+        super().__setattr__(name, value)
+        if built and name in _WINDOWED:
+            self._move_window()
+        if built and name == "dilation" and self.kernel_size is None:  # of ranks
+            self.selection.dilation = check_int("dilation", value)  # type: ignore[assignment]
+
+    def _whole(self) -> int | None:
+        return math.prod(self.kernel_size) if self.kernel_size else None
+
+    def _move_window(self) -> None:
+        before = self.window
+        self._windows = (self._window(),)
+        if self.candidates is before:
+            self.candidates = self.window
 
     @property
     def window(self) -> Window:
@@ -296,6 +318,8 @@ class _ConvNN(TapLayer):
             parts.append(f"shuffle={self.shuffle}")
         return ", ".join(parts)
 
+
+_WINDOWED = ("stride", "padding", "dilation", "padding_mode")
 
 _DOC = """A drop-in for :class:`torch.nn.Conv{n}d` over chosen neighbours of {a} {what}.
 

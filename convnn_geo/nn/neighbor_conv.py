@@ -14,6 +14,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import (
+    check_alike,
     check_edges,
     check_floating,
     check_int,
@@ -84,6 +85,10 @@ class NeighborConv(MessagePassing):
         **kwargs: Any,
     ) -> None:
         self.by_rank = isinstance(aggr, str) and aggr == "taps"
+        if aggr is None:
+            raise ValueError("aggr: expected 'taps', or a name or module of PyG's, got None")
+        if kwargs.get("decomposed_layers", 1) != 1:
+            raise ValueError("decomposed_layers: the taps take all channels at once; leave it out")
         super().__init__(aggr=None if self.by_rank else aggr, **kwargs)
         self.in_channels = in_channels
         self.out_channels = check_int("out_channels", out_channels)
@@ -171,6 +176,7 @@ class NeighborConv(MessagePassing):
         """Pass messages along ``edge_index``."""
         pair = x if isinstance(x, tuple) else (x, x)
         source = pair[0]
+        rank, distance = _column("rank", rank), _column("distance", distance)
         self._check(*pair, edge_index, edge_weight, rank, distance)
         if distance is None and self.weighting.uses_distance:
             raise ValueError(
@@ -210,8 +216,8 @@ class NeighborConv(MessagePassing):
             torch._assert_async(inside)  # no waiting for the device
         elif not bool(inside):
             raise ValueError(
-                f"NeighborConv: ranks reach {int(rank.max())}, but the layer has k={self.k} taps; "
-                "raise k, drop edges, or pass rank="
+                f"NeighborConv: ranks run from {int(rank.min())} to {int(rank.max())}, the layer's "
+                f"k={self.k} taps from 0 to {self.k - 1}; raise k, drop edges, or pass rank="
             )
         return rank
 
@@ -261,6 +267,7 @@ class NeighborConv(MessagePassing):
         for name, value in zip(("edge_weight", "rank", "distance"), per_edge, strict=True):
             if value is None:
                 continue
+            check_tensor(name, value, (1, 2) if name == "edge_weight" else 1)
             if (value.dtype == torch.long) != (name == "rank"):
                 kind = "dtype torch.int64" if name == "rank" else "a floating-point tensor"
                 raise TypeError(f"{name}: expected {kind}, got {value.dtype}")
@@ -269,6 +276,8 @@ class NeighborConv(MessagePassing):
                     f"{name}: expected one row an edge, got {value.shape[0]} for "
                     f"{edge_index.shape[1]} edges"
                 )
+            if name == "edge_weight":
+                check_alike("x", x, name, value)
         check_values("x", x, target)
 
     def __repr__(self) -> str:
@@ -304,6 +313,13 @@ def _check_distinct(target: Tensor, rank: Tensor) -> None:
             f"rank: {int(count.max())} edges of target {int(target)} have rank {int(rank)}; "
             "give each its own"
         )
+
+
+def _column(name: str, value: Any) -> Any:
+    """One number an edge ``(E,)``, also where it comes as attributes ``(E, 1)`` do."""
+    if value is None or check_tensor(name, value).ndim != 2 or value.shape[1] != 1:
+        return value
+    return value.squeeze(1)
 
 
 def is_lazy(weight: Tensor) -> bool:

@@ -25,7 +25,7 @@ from convnn_geo.lowering import run
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
-from convnn_geo.nn.taps import TapLayer, check_self_point, slots
+from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
@@ -117,7 +117,6 @@ class PointConvNN(TapLayer):
         if selection is None:
             selection = KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
-        self.k = slots(self.selection)
         self.axes = check_int("axes", axes)
         self.encoding = layer_encoding(encoding, in_channels, axes)
         self.weighting = as_weighting(weighting)
@@ -166,6 +165,12 @@ class PointConvNN(TapLayer):
                     "x=(x_source, x_target)"
                 )
         batch = _pair(batch)
+        for vector in batch:
+            if isinstance(vector, Tensor) and vector.ndim == 2 and vector.shape[0] == 2:
+                raise TypeError(
+                    "batch: expected a batch vector, got what looks like a graph; pass it as "
+                    "edge_index="
+                )
         source = self._encoded(source, batch[0])
         target = source if alone else self._encoded(target, batch[1])
         selection = self.selection
@@ -242,6 +247,10 @@ class PointConvNN(TapLayer):
             raise TypeError(
                 "pos: expected positions, got what looks like a graph; pass it as edge_index="
             )
+        if isinstance(pos, Tensor) and pos.dtype == torch.long and pos.ndim == 1:
+            raise TypeError(
+                "pos: expected positions, got what looks like a batch vector; pass it as batch="
+            )
         for key, tensor in (("x", x), ("pos", pos)):
             if tensor is not None:
                 check_floating(f"{key} ({name})", check_tensor(f"{key} ({name})", tensor, 2))
@@ -294,7 +303,7 @@ class PointConvNN(TapLayer):
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
     ) -> Neighborhood:
         """Each cloud's neighbours, counted as rows."""
-        selection: KNearest = self.selection
+        selection: KNearest = self.selection  # type: ignore[assignment]
         alone = target is source
         if not torch.compiler.is_compiling():
             self._check_clouds(source, target, batch_source, batch)

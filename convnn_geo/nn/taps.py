@@ -11,18 +11,11 @@ from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
-from convnn_geo.selection import Radius, Selection
+from convnn_geo.nn.neighbors import LooksAtK
 from convnn_geo.typing import SELF_POINTS
 
 KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
 _PLAIN: dict[str, type[Kernel]] = {"sum": Sum, "mean": Mean, "max": Max}
-
-
-def slots(selection: Selection) -> int | None:
-    """Neighbours that a selection gives each target; None where the candidates decide."""
-    if isinstance(selection, Radius):
-        return selection.max_k
-    return getattr(selection, "k", None)
 
 
 def check_self_point(self_point: str, by_k: bool) -> None:
@@ -46,7 +39,7 @@ def _check_learns(kernel: Kernel) -> None:
         )
 
 
-class TapLayer(nn.Module):
+class TapLayer(LooksAtK, nn.Module):
     """A layer that owns ``weight``, ``pointwise`` and ``bias``, and binds them to a kernel."""
 
     # Parameters, or None where the kernel has no use for them.
@@ -114,6 +107,9 @@ class TapLayer(nn.Module):
             self.pointwise = nn.Parameter(torch.empty(d, c, **factory))
         if bias:
             self.bias = nn.Parameter(torch.empty(d, **factory))
+
+    def _has_taps(self) -> bool:
+        return self.weight is not None
 
     def reset_parameters(self) -> None:
         """As :class:`torch.nn.Conv2d` does; metric, encoding and the like as they do themselves."""

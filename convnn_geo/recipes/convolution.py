@@ -19,7 +19,7 @@ from convnn_geo.points import Points
 from convnn_geo.recipes.registry import recipe, recipe_by_position
 from convnn_geo.selection import Every
 from convnn_geo.typing import Size
-from convnn_geo.weighting import Gaussian
+from convnn_geo.weighting import Gaussian, MeanOneSoftmax
 
 
 @recipe
@@ -193,7 +193,12 @@ def interpolated_conv2d(
     Positions count in steps of a pixel, the larger of both axes. Cosine distances of non-negative
     features, as after a ReLU, stay below one such step, so that nothing moves up to ``lam = 0.5``
     and the spectrum lies beyond; those of any sign stay below two, and ``lam = 1 / 3``.
+
+    ``learnable`` makes ``lam`` a parameter. It learns through weights, so that neighbours then
+    count by :class:`~convnn_geo.weighting.MeanOneSoftmax` unless told otherwise.
     """
+    if learnable:
+        kwargs.setdefault("weighting", MeanOneSoftmax())
     near = nearest_in_window(_odd(kernel_size, 2))
     return ConvNN2d(
         in_channels,
@@ -211,6 +216,7 @@ def avg_pool1d(
     kernel_size: int,
     stride: int | None = None,
     padding: int = 0,
+    *,
     count_include_pad: bool = True,
     **kwargs: Any,
 ) -> ConvNN1d:
@@ -226,6 +232,7 @@ def avg_pool2d(
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
+    *,
     count_include_pad: bool = True,
     **kwargs: Any,
 ) -> ConvNN2d:
@@ -241,6 +248,7 @@ def avg_pool3d(
     kernel_size: Size,
     stride: Size | None = None,
     padding: Size = 0,
+    *,
     count_include_pad: bool = True,
     **kwargs: Any,
 ) -> ConvNN3d:

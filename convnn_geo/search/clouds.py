@@ -17,7 +17,7 @@ from convnn_geo.compiled import Runs
 from convnn_geo.metrics import Feature, Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import operator
-from convnn_geo.points import Points
+from convnn_geo.points import Points, row_starts
 from convnn_geo.search.fused import in_runs, serves_runs
 from convnn_geo.search.nearest import implemented, measured
 from convnn_geo.search.problem import Problem
@@ -59,7 +59,11 @@ def find_in_clouds(
     check_name("search backend", backend, ["auto", *ENGINES])
     first = self_point == "first"
     if backend != "auto":
-        own = None if self_point == "natural" else torch.arange(query.source.num_points)
+        own = (
+            None
+            if self_point == "natural"
+            else row_starts(query.source.num_points, 1, query.source.device)
+        )
         reason = ENGINES[backend].refuses(replace(query, k=query.k - first, excluded=own))
         if reason is not None:
             raise ValueError(f"search backend {backend!r} can't serve this query: {reason}")

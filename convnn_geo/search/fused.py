@@ -50,7 +50,8 @@ def in_runs(
         return None
     own = None
     if excluded:
-        own = torch.arange(len(problem.q)) - runs.target_start[:-1].repeat_interleave(runs.targets)
+        number = torch.arange(len(problem.q), device=problem.q.device)
+        own = number - runs.target_start[:-1].repeat_interleave(runs.targets)
     found = compiled.products_nearest(
         *(problem.kind, problem.q, problem.keys, k, problem.bias, problem.scale),
         *(None, own, problem.exact, runs),

@@ -78,6 +78,8 @@ def _on_grid(
 ) -> tuple[Tensor, Tensor]:
     target = Grid(tuple(target_size), tuple(target_origin), tuple(target_step))
     source = Grid(tuple(source_size), tuple(source_origin), tuple(source_step))
+    if device.type == "meta":
+        return _shapes(target_size, k, double, device)
     kept = _few(target, k)
     index, distance = (_kept if kept else _nearest)(
         *(target, source, p, squared, None if scale is None else tuple(scale)),

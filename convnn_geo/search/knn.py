@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from convnn_geo.checks import (
     check_finite,
     check_floating,
     check_int,
+    check_limit,
     check_name,
-    check_number,
     check_tensor,
 )
 from convnn_geo.metrics import Feature, Metric, Spatial, as_metric
@@ -94,7 +94,7 @@ def knn(
     check_name("self_point", self_point, SELF_POINTS)
     check_name("short", short, SHORT)
     if max_distance is not None:
-        check_number("max_distance", max_distance, -math.inf)
+        check_limit("max_distance", max_distance)
     source = _points("x", x)
     same = y is None or (y is x and (batch_y is None or batch_y is batch_x))
     target = source if y is None or same else _points("y", y)
@@ -104,7 +104,8 @@ def knn(
     _check_pair(source, target)
     if memory is not None:
         memory = check_int("memory", memory)
-    check = check and not torch.compiler.is_compiling()  # what is traced has no values yet
+    # What is traced has no values yet, and what is meta has none at all.
+    check = check and not torch.compiler.is_compiling() and source.device.type != "meta"
     if check:
         for name, points in (("x", source),) if same else (("x", source), ("y", target)):
             check_finite(name, points.x, None if points.pos is points.x else points.pos)
@@ -256,7 +257,7 @@ class _Search:
 def _asked(metric: Metric | str, y: Any, k: int | None) -> tuple[Metric, int]:
     """The metric, and how many neighbours."""
     if k is None:
-        hint = f"; pass k={y}, it comes third" if isinstance(y, int) else ""
+        hint = f"; pass k={y}, it comes third" if isinstance(y, Integral) else ""
         raise TypeError(f"expected the number of neighbours, k={hint}")
     return _EUCLIDEAN if metric == "euclidean" else as_metric(metric), check_int("k", k)
 
@@ -278,7 +279,13 @@ def _subset(source: Points) -> Subset:
 def _points(name: str, value: Tensor | Points) -> Points:
     if isinstance(value, Points):
         return value
-    check_floating(name, check_tensor(name, value, (2, 3)))
+    check_floating(name, check_tensor(name, value))
+    if value.ndim == 1:
+        raise ValueError(
+            f"{name}: expected (n, c) or (b, n, c), got shape {tuple(value.shape)}; of one number "
+            f"a point, pass {name}.unsqueeze(-1)"
+        )
+    check_tensor(name, value, (2, 3))
     if not value.shape[-1]:
         raise ValueError(
             f"{name}: expected at least one dimension a point, got {tuple(value.shape)}"

@@ -65,6 +65,9 @@ def knn_graph(
         ([[1, 0, 1], [0, 1, 2]], 'col', [1.0, 1.0, 2.0])
     """
     check_name("flow", flow, FLOWS)
+    if not isinstance(loop, (bool, int)):
+        hint = "; batch comes third" if isinstance(loop, Tensor) else ""
+        raise TypeError(f"loop: expected True or False, got {type(loop).__name__}{hint}")
     metric = as_metric(metric)
     if isinstance(x, Points):
         points = x

@@ -208,7 +208,8 @@ def fingerprint(keys: Tensor) -> Tensor:
     """A number ``(..., m)`` for each key: the same for equal keys and, but for luck, no others."""
     bits = (keys + 0.0).view(torch.int64 if keys.dtype == torch.float64 else torch.int32)
     generator = torch.Generator().manual_seed(0)
-    odd = torch.randint(-(2**30), 2**30, (bits.shape[-1],), generator=generator) * 2 + 1
+    size = (bits.shape[-1],)
+    odd = torch.randint(-(2**30), 2**30, size, generator=generator, device="cpu") * 2 + 1
     return (bits * odd.to(bits)).sum(-1)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
-from convnn_geo.checks import check_int, check_number
+from convnn_geo.checks import check_int, check_limit
 from convnn_geo.metrics import Metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
@@ -19,7 +20,7 @@ def radius(
     r: float,
     batch_x: Tensor | None = None,
     batch_y: Tensor | None = None,
-    max_num_neighbors: int = 32,
+    max_num_neighbors: int | None = 32,
     *,
     metric: Metric | str = "euclidean",
     backend: str = "auto",
@@ -37,7 +38,7 @@ def radius(
         r: the largest distance, itself included; in the metric's unit, squared for a squared one.
         batch_x: ``(m,)``, sorted example numbers of the rows of ``x``, as in PyG.
         batch_y: ``(n,)``, likewise.
-        max_num_neighbors: slots of a target.
+        max_num_neighbors: slots of a target, at most; None for as many as the largest example has.
         metric: a metric or its name. A tensor serves as both features and positions.
         backend: an engine of :func:`engines`, or ``"auto"``.
         self_point: of a set searched in itself: ``"natural"``, ``"first"`` or ``"excluded"``.
@@ -45,8 +46,9 @@ def radius(
         check: refuse non-finite values.
 
     Returns:
-        A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, max_num_neighbors)`` or
-        ``(b, n, max_num_neighbors)``, nearest first, and a ``mask`` of the slots that are filled.
+        A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, slots)`` or ``(b, n, slots)``,
+        nearest first, and a ``mask`` of the slots that are filled. There are ``max_num_neighbors``
+        slots, or as many as the largest example has sources.
 
     Raises:
         ValueError, TypeError: as :func:`knn`.
@@ -59,10 +61,9 @@ def radius(
         >>> found.mask.tolist(), found.index[found.mask].tolist()
         ([[True, True], [False, False]], [0, 1])
     """
-    check_number("r", r)
-    slots = check_int("max_num_neighbors", max_num_neighbors)
+    check_limit("r", r, 0.0)
     return knn(
-        *(x, y, slots, batch_x, batch_y, metric, backend),
+        *(x, y, _slots(x, batch_x, max_num_neighbors), batch_x, batch_y, metric, backend),
         self_point=self_point,
         max_distance=r,
         short="pad",
@@ -76,7 +77,7 @@ def radius_graph(
     r: float,
     batch: Tensor | None = None,
     loop: bool = False,
-    max_num_neighbors: int = 32,
+    max_num_neighbors: int | None = 32,
     flow: str = "source_to_target",
     *,
     metric: Metric | str = "euclidean",
@@ -94,7 +95,7 @@ def radius_graph(
         r: the largest distance, itself included; in the metric's unit, squared for a squared one.
         batch: ``(n,)``, sorted example numbers.
         loop: whether a point may be its own neighbour.
-        max_num_neighbors: edges of a point, at most.
+        max_num_neighbors: edges of a point, at most; None for no limit.
         flow: as :func:`knn_graph` takes it.
         metric: a metric or its name. A tensor serves as both features and positions.
         backend: an engine of :func:`engines`, or ``"auto"``.
@@ -114,9 +115,9 @@ def radius_graph(
         >>> radius_graph(torch.tensor([[0.0], [1.0], [3.0], [9.0]]), r=2.0).tolist()
         [[1, 0, 2, 1], [0, 1, 1, 2]]
     """
-    check_number("r", r)
+    check_limit("r", r, 0.0)
     return knn_graph(
-        *(x, check_int("max_num_neighbors", max_num_neighbors), batch, loop, flow, metric),
+        *(x, _slots(x, batch, max_num_neighbors), batch, loop, flow, metric),
         backend=backend,
         max_distance=r,
         short="pad",
@@ -124,3 +125,16 @@ def radius_graph(
         memory=memory,
         check=check,
     )
+
+
+def _slots(x: Tensor | Points, batch: Tensor | None, most: int | None) -> int:
+    """Of a target: no more than there are sources for it. What is no batch is left to others."""
+    if most is not None:
+        most = check_int("max_num_neighbors", most)
+    if isinstance(x, Points):
+        held = x.num_points
+    else:
+        held = x.shape[-2] if isinstance(x, Tensor) and x.ndim > 1 else 1
+    if isinstance(batch, Tensor) and batch.numel() and not torch.compiler.is_compiling():
+        held = int(batch.unique(return_counts=True)[1].max())
+    return max(1, held if most is None else min(most, held))

@@ -44,7 +44,7 @@ class RandomProjections(ApproximateEngine):
             member = (torch.arange(leaf * 2**depth, device=q.device) % m).view(1, -1)
             node = torch.zeros(len(q), dtype=torch.long, device=q.device)
             for level in range(depth):
-                direction = torch.randn(2**level, d, generator=generator).to(keys)
+                direction = torch.randn(2**level, d, generator=generator, device="cpu").to(keys)
                 across = (keys[member] @ direction.unsqueeze(-1)).squeeze(-1)
                 ordered, order = across.sort(dim=-1)
                 middle = ordered[:, ordered.shape[-1] // 2]

@@ -68,7 +68,7 @@ class Rings(Engine):
         if not 0 < query.k <= source.num_points - (query.excluded is not None):
             return "no neighbours are asked for, or more than there are"
         whole = all(float(x).is_integer() for x in (*source.origin, *source.step))
-        if not whole or source.index_of(target) is None:
+        if not whole or source.index_of(target, query.target.device) is None:
             return "targets lie between the pixels"
         if gpu.refuses(query.target.device) is None:
             return _unfit_for_a_gpu(query)

@@ -122,7 +122,7 @@ def _short(values: Tensor, k: int) -> Tensor:
     if bool(total.isnan()):
         index, unsure, _ = _listed(values.nan_to_num(torch.inf, torch.inf, -torch.inf), k)
     if bool(unsure.any()):
-        columns = torch.arange(values.shape[-1])
+        columns = torch.arange(values.shape[-1], device=values.device)
         index[unsure] = _first(_keys(values[unsure], columns), k) & 0xFFFFFFFF
     return index
 
@@ -167,6 +167,6 @@ def _shortlist(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     low = 1 << (values.shape[-1] - 1).bit_length()
     bits = values.view(torch.int32)
     keys = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_and_(-low)
-    keys.bitwise_or_(torch.arange(values.shape[-1], dtype=torch.int32))
+    keys.bitwise_or_(torch.arange(values.shape[-1], dtype=torch.int32, device=values.device))
     keys.numpy().partition(count - 1, axis=-1)
     return (keys[..., :count] & (low - 1)).long(), keys[..., count - 1] & -low

@@ -10,7 +10,14 @@ from torch_geometric.data import Data
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.utils import to_undirected
 
-from convnn_geo.checks import check_finite, check_floating, check_int, check_name, check_tensor
+from convnn_geo.checks import (
+    check_finite,
+    check_floating,
+    check_int,
+    check_limit,
+    check_name,
+    check_tensor,
+)
 from convnn_geo.metrics import Metric, Spatial, as_metric
 from convnn_geo.points import Points
 from convnn_geo.search import ENGINES, knn_graph
@@ -96,6 +103,8 @@ class NeighborGraph(Transform):
                 "out, or choose a metric of features"
             )
         self.features = features
+        if max_distance is not None:
+            check_limit("max_distance", max_distance)
         self.max_distance = max_distance
         self.short = check_name("short", short, SHORT)
         if distance is not None:

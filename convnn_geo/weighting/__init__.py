@@ -3,6 +3,7 @@
 from convnn_geo.weighting.base import (
     Gaussian,
     InverseDistance,
+    MeanOneSoftmax,
     Ones,
     Similarity,
     Softmax,
@@ -15,6 +16,7 @@ from convnn_geo.weighting.mlp import PositionMLP
 __all__ = [
     "Gaussian",
     "InverseDistance",
+    "MeanOneSoftmax",
     "Ones",
     "PositionMLP",
     "Similarity",

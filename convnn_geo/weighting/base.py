@@ -69,6 +69,27 @@ def _softmax(score: Tensor, mask: Tensor | None) -> Tensor:
     return score.masked_fill(~mask.any(-1, keepdim=True), 0.0).softmax(-1) * mask
 
 
+class MeanOneSoftmax(Weighting):
+    """``k softmax(-d)`` over the neighbours of a target: weights whose mean is 1.
+
+    With them a convolution of ``k`` taps keeps its scale, and its metric gets a gradient.
+
+    Example:
+        >>> MeanOneSoftmax()
+        MeanOneSoftmax(
+          (softmax): Softmax(temperature=1, dropout=0)
+        )
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = Softmax()
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        """The softmax times the slots of a target."""
+        return self.softmax(pairs) * pairs.neighborhood.k
+
+
 class Gaussian(Weighting):
     """``exp(-d^2 / (2 sigma^2))``, optionally normalised.
 
