@@ -24,6 +24,7 @@ from feature_convnn_without_topk import with_copies
 from knn_attention_costs_no_more_than_attention import with_copies as attention_with_copies
 from torch import Tensor, nn
 
+from convnn_geo import recipes
 from convnn_geo.bench import compare, machine
 from convnn_geo.bench.measure import count_syncs, host_time
 from convnn_geo.extras import importable, require
@@ -200,6 +201,40 @@ def convolution(device: str, dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def interpolated(device: str) -> list[Case]:
+    """Between convolution and features, in float32: a few pixels around each, or all pairs."""
+    cases = []
+    for (b, c, h, w), size, stride in (((2, 3, 224, 224), 7, 2), ((16, 64, 56, 56), 3, 1)):
+        smooth = torch.randn(SETS, b * c, h // 8, w // 8, device=device)
+        images = F.interpolate(smooth, (h, w), mode="bilinear").view(SETS, b, c, h, w)
+        inputs = [(image + 0.05 * torch.randn_like(image),) for image in images]
+        window = {"kernel_size": size, "stride": stride, "padding": size // 2}
+        near, every = (
+            recipes.interpolated_conv2d(c, 64, **window, lam=0.8).to(device) for _ in range(2)
+        )
+        every.load_state_dict(near.state_dict())
+        every.search = "dense"
+        pixels, targets = b * h * w, b * h * w // stride**2
+        with torch.no_grad():
+            same = torch.isclose(near(inputs[0][0]), every(inputs[0][0]), atol=1e-4)
+        cases.append(
+            Case(
+                f"interpolated_conv2d, lam = 0.8, {b} x {c} x {h} x {w}, window {size}, stride "
+                f"{stride}, forward",
+                {
+                    "nn.Conv2d": in_turn(nn.Conv2d(c, 64, **window).to(device), inputs),
+                    "interpolated_conv2d": in_turn(near, inputs),
+                    "interpolated_conv2d, all distances": in_turn(every, inputs),
+                },
+                2 * size**2 * targets * c * 64,
+                4 * (pixels * c + targets * (64 + 3 * size**2)),
+                "the second row at most half the third; the same output for "
+                f"{100 * float(same.double().mean()):.2f} %",
+            )
+        )
+    return cases
+
+
 def search(device: str) -> list[Case]:
     """Graphs of clouds beside torch_cluster's, in float32, k = 9."""
     if not importable("torch_cluster"):
@@ -338,6 +373,7 @@ def main() -> int:
         lambda: convolution("cuda", torch.bfloat16),
         lambda: search("cuda"),
         lambda: unequal_clouds("cuda"),
+        lambda: interpolated("cuda"),
     ):
         for case in make():
             show(case, "cuda", most)

@@ -912,6 +912,13 @@ def test_lam_learns():
     close(model(x), twin(x))
 
 
+def test_a_learned_place_is_of_the_models_dtype():
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1))).double()
+    convert.set_interpolation(model, 0.8, learnable=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(torch.randn(1, 2, 6, 6).double()).dtype == torch.float64
+
+
 def test_weights_of_a_layer_that_learns_have_mean_one():
     layer = convert.to_convnn(nn.Conv2d(2, 4, 3, padding=1))
     convert.set_interpolation(layer, 0.5, learnable=True)

@@ -755,7 +755,7 @@ X = torch.zeros(4, 2)
         (lambda: knn(X[None], X, 1), ValueError, "both"),
         (lambda: knn(X[None], X.expand(2, 4, 2), 1), ValueError, "batches differ"),
         (lambda: knn([1.0], X, 1), TypeError, "Tensor"),
-        (lambda: knn(X[0], X, 1), ValueError, "2 or 3 dimensions"),
+        (lambda: knn(X[0], X, 1), ValueError, r"one number a point, pass x.unsqueeze"),
         (lambda: knn(X, X * math.inf, 1), ValueError, "NaN or infinite"),
         (lambda: knn(X, X, 1, torch.tensor([0, 1, 0, 1])), ValueError, "sorted"),
         (lambda: knn(X, X, 1, torch.tensor([-1, 0, 0, 1])), ValueError, "from 0"),

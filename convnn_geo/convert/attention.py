@@ -45,6 +45,16 @@ class TimmAttention(nn.Module):
         super().__init__()
         self.attention, self.proj_drop = attention, proj_drop
 
+    @property
+    def num_heads(self) -> int:
+        """Heads, by timm's name."""
+        return self.attention.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head, by timm's name."""
+        return self.attention.head_dim
+
     @one_node
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

@@ -85,7 +85,7 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
             layer.metric = Interpolation(*_ends(model, name, layer), lam)
         else:  # it may have been moved outside of its model, or the model given another size
             place_tokens(model, name, layer)
-        _set_lam(layer.metric, lam, learnable, next(layer.parameters()).device)
+        _set_lam(layer.metric, lam, learnable, next(layer.parameters()))
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)
     return list(movable)
@@ -169,14 +169,14 @@ def _ends(model: nn.Module, name: str, layer: Any) -> tuple[Metric, Metric]:
     return near, Feature("cosine") if isinstance(layer.metric, Spatial) else layer.metric
 
 
-def _set_lam(metric: Interpolation, lam: float, learnable: bool, device: torch.device) -> None:
+def _set_lam(metric: Interpolation, lam: float, learnable: bool, like: Tensor) -> None:
     metric.start = lam
     if learnable and isinstance(metric.lam, nn.Parameter):
         with torch.no_grad():
             metric.lam.fill_(lam)
         return
     del metric.lam  # a parameter takes no number, nor the other way round
-    metric.lam = nn.Parameter(torch.tensor(float(lam), device=device)) if learnable else float(lam)
+    metric.lam = nn.Parameter(like.new_tensor(float(lam))) if learnable else float(lam)
 
 
 def _settle(layer: Any) -> None:
