@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import once
 from convnn_geo.metrics.bilinear import BilinearForm
 from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import DIRECT_DIMENSIONS, Distances, beginning
@@ -32,6 +33,11 @@ class Angular(BilinearForm):
         """Whether rows are computed by a product."""
         return self.q.shape[-1] > DIRECT_DIMENSIONS and not self.direct
 
+    @once
+    def _zeros(self) -> tuple[Tensor, Tensor]:
+        """Which vectors are zero: ``(..., n, 1)`` and ``(..., m, 1)``."""
+        return _is_zero(self.q), _is_zero(self.k)
+
     def _halved(self) -> Differences:
         return Differences(self.q, self.k, root=False, precision=self.precision)
 
@@ -39,12 +45,12 @@ class Angular(BilinearForm):
         if self.wide and self.a is None:
             return self.bilinear().rows(start, stop)
         rows = super().rows(start, stop) if self.wide else self._halved().rows(start, stop) / 2
-        zero = _is_zero(self.q[..., start:stop, :]) | _is_zero(self.k).transpose(-1, -2)
-        return rows.masked_fill(zero, 1.0)
+        zero_q, zero_k = self._zeros
+        return rows.masked_fill(zero_q[..., start:stop, :] | zero_k.transpose(-1, -2), 1.0)
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        zero = gather_rows(_is_zero(self.k), index).squeeze(-1)
-        zero = zero | _is_zero(beginning(self.q, start, index))
+        zero_q, zero_k = self._zeros
+        zero = gather_rows(zero_k, index).squeeze(-1) | beginning(zero_q, start, index)
         return (self._halved().at(index, start) / 2).masked_fill(zero, 1.0)
 
     def bilinear(self) -> BilinearForm:
@@ -61,7 +67,7 @@ class Angular(BilinearForm):
 
     def coordinates(self) -> tuple[Tensor, Tensor] | None:
         """With two more axes: (1, 0) for a zero query and (0, 1) for a zero key."""
-        zero_q, zero_k = (_is_zero(t).to(t.dtype) for t in (self.q, self.k))
+        zero_q, zero_k = (zero.to(self.q.dtype) for zero in self._zeros)
         return (
             torch.cat([self.q, zero_q, torch.zeros_like(zero_q)], -1),
             torch.cat([self.k, torch.zeros_like(zero_k), zero_k], -1),

@@ -74,20 +74,33 @@ class Differences(Distances):
         return _safe_root(total, 2.0) if self.root else total
 
     def _norm(self, parts: Iterable[Tensor]) -> Tensor:
-        """Combine per-axis differences, in the order of axes: the same sum on every path."""
-        if self.p == torch.inf:
-            return reduce(torch.maximum, (part.abs() for part in parts))
-        if self.p == 1:
-            return reduce(torch.add, (part.abs() for part in parts))
-        if self.p == 2:
-            total = reduce(torch.add, (part.square() for part in parts))
+        """Combine per-axis differences, in the order of axes: the same sum on every path.
+
+        Without gradient they are written over: fresh memory costs more than a sum.
+        """
+        if torch.is_grad_enabled():
+            total = reduce(
+                torch.maximum if self.p == torch.inf else torch.add, map(self._term, parts)
+            )
+        elif self.p == torch.inf:
+            total = reduce(lambda a, b: torch.maximum(a, b, out=a), map(Tensor.abs_, parts))
         else:
-            total = reduce(torch.add, (part.abs().pow(self.p) for part in parts))
-        return _safe_root(total, self.p) if self.root else total
+            total = reduce(Tensor.add_, map(self._term_, parts))
+        return _safe_root(total, self.p) if self.root and self.p not in (1, torch.inf) else total
+
+    def _term(self, part: Tensor) -> Tensor:
+        if self.p == 2:
+            return part.square()
+        return part.abs() if self.p in (1, torch.inf) else part.abs().pow(self.p)
+
+    def _term_(self, part: Tensor) -> Tensor:
+        if self.p == 2:
+            return part.square_()
+        return part.abs_() if self.p == 1 else part.abs_().pow_(self.p)
 
     def single(self, difference: Tensor) -> Tensor:
         """The distance of points that differ, after scaling, on one axis alone."""
-        return self._norm([difference])
+        return self._norm([difference.clone()])
 
     def axis_scale(self, axis: int) -> Tensor | float:
         """Of one axis, ``(..., 1)``."""

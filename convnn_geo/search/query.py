@@ -68,11 +68,11 @@ class Query:
         """Bytes of a slab: on the CPU what stays in cache (measured: 8 MiB of 4 to 64).
 
         Less where distances are added up in float64, which takes several slabs at once (measured:
-        2 MiB of 0.5 to 8). Elsewhere a part of what may be taken: to sort a slab takes several
+        1 MiB of 0.1 to 4). Elsewhere a part of what may be taken: to sort a slab takes several
         times as much.
         """
         if self.target.device.type == "cpu":
-            fits = 2**21 if self.problem is None else 2**23
+            fits = 2**20 if self.problem is None else 2**23
             return fits if self.memory is None else self.memory
         return (2**28 if self.memory is None else self.memory) // SORTING
 
