@@ -23,13 +23,16 @@ class Operator:
     Args:
         name: of the operator.
         function: what it does, annotated as :func:`torch.library.custom_op` wants it.
+        waits: whether it may wait for a GPU's answer, which no CUDA graph can hold.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], waits: bool = False) -> None:
         self.name, self.function = name, function
-        self.registered: Any = torch.library.custom_op(f"convnn_geo::{name}", mutates_args=())(
-            function
-        )
+        options: dict[str, Any] = {}
+        if waits and hasattr(torch.Tag, "cudagraph_unsafe"):
+            options["tags"] = (torch.Tag.cudagraph_unsafe,)
+        register = torch.library.custom_op(f"convnn_geo::{name}", mutates_args=(), **options)
+        self.registered: Any = register(function)
         self.learns: Any = None
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +75,8 @@ def directly(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a function the operator ``convnn_geo::<name>``.
+def operator(name: str, waits: bool = False) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the operator ``convnn_geo::<name>``; see :class:`Operator`.
 
     Example:
         >>> @operator("doctest_double")
@@ -82,7 +85,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
         >>> double(torch.ones(2)), torch.ops.convnn_geo.doctest_double(torch.ones(2))
         (tensor([2., 2.]), tensor([2., 2.]))
     """
-    return lambda function: Operator(name, function)
+    return lambda function: Operator(name, function, waits)
 
 
 def is_traced() -> bool:

@@ -135,3 +135,13 @@ def test_checkpointed():
     checkpoint(lambda x: scaled(x, 2.0).square(), x, use_reentrant=False).sum().backward()
     assert calls == ["function"] * 2
     torch.testing.assert_close(x.grad, 8 * x.detach())
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="no such tag before 2.9")
+def test_what_may_wait_for_a_gpu_is_left_out_of_cuda_graphs():
+    """By ``torch.compile(mode="reduce-overhead")``."""
+    import convnn_geo.search  # noqa: F401, which registers them
+
+    for name, waits in (("nearest", True), ("nearest_in_clouds", True), ("k_smallest", False)):
+        tags = getattr(torch.ops.convnn_geo, name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == waits

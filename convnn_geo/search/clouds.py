@@ -117,7 +117,7 @@ def _looks_at_sets(metric: Metric) -> bool:
     return any(getattr(part, "by_set", False) for part in metric.modules())
 
 
-@operator("nearest_in_clouds")
+@operator("nearest_in_clouds", waits=True)
 def _nearest_in_clouds(
     kind: str,
     q: Tensor,

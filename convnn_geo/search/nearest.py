@@ -48,7 +48,7 @@ def implemented(
         torch.set_float32_matmul_precision(precision)
 
 
-@operator("nearest")
+@operator("nearest", waits=True)
 def _nearest(
     kind: str,
     q: Tensor,
