@@ -276,7 +276,10 @@ def test_attention_operators_keep_the_rules_of_torch():
     back = (kind, q, keys, value, keep, scale, temperature, engine)
     back = (*back, torch.ones_like(out), weight, place)
     back = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in back)
-    torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention_backward.default, back)
+    for more in ((), (True, torch.ones_like(weight).detach())):
+        torch.library.opcheck(
+            torch.ops.convnn_geo.neighbor_attention_backward.default, (*back, *more)
+        )
 
 
 LAYERS = {
@@ -288,13 +291,14 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_layer_is_the_same_by_gather(options, masked):
+def test_the_layer_is_the_same_by_gather(options, masked, weighed):
     torch.manual_seed(0)
     layer = ConvNNAttention(48, 3, k=7, **options)
     x = torch.randn(2, 33, 48, requires_grad=True)
-    call = {"need_weights": False}
+    call = {"need_weights": weighed}
     if masked:
         call["attn_mask"] = torch.rand(33, 33) < 0.5
         call["key_padding_mask"] = torch.arange(33).expand(2, 33) > torch.tensor([[20], [32]])
@@ -302,10 +306,44 @@ def test_the_layer_is_the_same_by_gather(options, masked):
     for backend in ("compiled", "gather"):
         layer.backend = backend
         torch.manual_seed(3)
-        out = layer(x, **call)[0]
-        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+        out, weights = layer(x, **call)
+        loss, results = out.square().sum(), [out]
+        if weighed:
+            assert "runs by: " + ("neighbor_attention" if backend == "compiled" else "gather") in (
+                explain(layer, x, **call)
+            )
+            loss, results = loss + weights.square().sum(), [out, weights]
+        found.append([*results, *torch.autograd.grad(loss, [x, *layer.parameters()])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_weights_have_gradients_of_any_order():
+    layer, found = ConvNNAttention(16, 2, k=4), []
+    x = torch.randn(1, 9, 16, requires_grad=True)
+    for backend in ("compiled", "gather"):
+        layer.backend = backend
+        for loss in (
+            lambda out, weights: weights.square().sum(),  # of weights alone
+            lambda out, weights: (out.sum(-1) * weights.sum(-1)).square().sum() + weights.std(),
+        ):
+            (slope,) = torch.autograd.grad(loss(*layer(x)), x, create_graph=True)
+            found.append([slope, *torch.autograd.grad(slope.square().sum(), x)])
+    for one, other in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_are_traced():
+    layer = ConvNNAttention(16, 2, k=4, backend="compiled")
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    found = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out, weights = call(x)
+        loss = out.square().sum() + weights.square().sum()
+        found.append([out, weights, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_layer_attends_causally():

@@ -15,7 +15,6 @@ from convnn_geo.kernels import Sum
 from convnn_geo.lowering import RULES, choose, explain, run
 from convnn_geo.lowering.attention import Attention, MaskedAttention
 from convnn_geo.lowering.convolution import Convolution, Pooling
-from convnn_geo.lowering.rules import Aggregation
 from convnn_geo.metrics import as_metric
 from convnn_geo.nn import (
     Branching,
@@ -306,7 +305,7 @@ def test_explain_names_what_attention_with_weights_runs(monkeypatch, k, backend,
     ran = []
     for rule in RULES:
         monkeypatch.setattr(type(rule), "run", lambda rule, op: ran.append(rule.name) or op.value)
-        if isinstance(rule, Aggregation):
+        if rule.weighs:
             own = type(rule).run_with_weights
             spied = lambda rule, *a, own=own: ran.append(rule.name) or own(rule, *a)  # noqa: E731
             monkeypatch.setattr(type(rule), "run_with_weights", spied)

@@ -517,7 +517,10 @@ class TestAttention:
                 out = layer(x, need_weights=False)[0]
                 parameters = [p for p in layer.parameters() if p.requires_grad]
                 grads = torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
-                found.append([out, *(g for g in grads if g is not None)])
+                same, weights = layer(x)
+                loss = same.square().sum() + weights.square().sum()
+                more = torch.autograd.grad(loss, parameters, allow_unused=True)
+                found.append([out, weights, *(g for g in (*grads, *more) if g is not None)])
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -536,8 +539,8 @@ class TestAttention:
         plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
         out, weight, place = operators.neighbor_attention(*plain)
         back = (*plain[:4], keep, 1.0, 1.0, "triton", torch.ones_like(out), weight, place)
-        for biased in (False, True):
-            torch.library.opcheck(operators.neighbor_attention_backward.default, (*back, biased))
+        for more in ((False,), (True,), (True, torch.ones_like(weight))):
+            torch.library.opcheck(operators.neighbor_attention_backward.default, (*back, *more))
 
 
 class TestTaps:

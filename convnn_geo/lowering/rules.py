@@ -12,6 +12,7 @@ from torch import Tensor
 from convnn_geo import gpu
 from convnn_geo.checks import in_this_package
 from convnn_geo.kernels import Separable, Taps
+from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
 from convnn_geo.search import ENGINES
@@ -27,6 +28,8 @@ class Rule(ABC):
 
     name: str
     backend: str
+    weighs = False
+    """Whether it has the weights of pairs at hand, and :meth:`run_with_weights`."""
 
     @abstractmethod
     def refuses(self, op: Operation) -> str | None:
@@ -35,6 +38,17 @@ class Rule(ABC):
     @abstractmethod
     def run(self, op: Operation) -> Tensor:
         """The result, ``(..., n, d)``."""
+
+    def run_with_weights(
+        self, op: Operation, search: str | None = None
+    ) -> tuple[Tensor, Neighborhood, Tensor | None]:
+        """The result, who was chosen, and weights ``(..., n, k)``; None for ones.
+
+        Args:
+            op: what is run.
+            search: the engine by which a rule that searches does, instead of its own choice.
+        """
+        raise TypeError(f"{self.name} has no weights")
 
     def again(self, op: Operation) -> Again | None:
         """How it runs the same operation on other tensors that look like these, unasked.
@@ -47,6 +61,8 @@ class Rule(ABC):
 class Aggregation(Rule):
     """A rule that finds neighbours and their weights, then aggregates."""
 
+    weighs = True
+
     def refuses(self, op: Operation) -> str | None:
         """Never."""
         return None
@@ -57,12 +73,12 @@ class Aggregation(Rule):
 
     def run_with_weights(
         self, op: Operation, search: str | None = None
-    ) -> tuple[Tensor, Pairs, Tensor | None]:
-        """The result, the chosen pairs and their weights; searched as the rule does by default."""
+    ) -> tuple[Tensor, Neighborhood, Tensor | None]:
+        """Find, weigh, aggregate."""
         pairs = op.pairs(op.neighborhood(search or self.search(op)))
         weight = _checked(op.weighting, op.weighting(pairs), pairs)
         out = self.aggregate(op, pairs, weight)
-        return show_nan(out, op, pairs), pairs, weight
+        return show_nan(out, op, pairs), pairs.neighborhood, weight
 
     def search(self, op: Operation) -> str:
         """The engine by which this rule searches."""

@@ -22,8 +22,8 @@ from convnn_geo.lowering.rules import (
     TritonTaps,
     triton_search,
 )
+from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operation import Operation
-from convnn_geo.pairs import Pairs
 from convnn_geo.search.registry import explain_query
 from convnn_geo.selection import Given
 from convnn_geo.typing import BACKENDS
@@ -48,12 +48,11 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
     """The rule that runs an operation, and the reason of each that does not."""
     check_name("backend", backend, BACKENDS)
     passed: list[tuple[Rule, str]] = []
-    if op.with_weights:
-        chosen, _ = _weighing(op, backend)
-        before = next(i for i, rule in enumerate(RULES) if rule.name == chosen.name)
-        return chosen, [(rule, "weights are asked for, too") for rule in RULES[:before]]
     other = f"backend={backend!r} was asked for"
     for rule in RULES:
+        if op.with_weights and not rule.weighs:
+            passed.append((rule, "weights are asked for, too"))
+            continue
         if backend not in ("auto", rule.backend):
             passed.append((rule, other))
             continue
@@ -61,6 +60,9 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
         if reason is None:
             return rule, passed
         passed.append((rule, reason))
+    if op.with_weights and (backend != "triton" or gpu.refuses(op.value.device) is None):
+        # Whatever searches, somebody must weigh and sum.
+        return next((rule, passed) for rule in RULES if rule.name == Gather.name)
     reasons = "; ".join(f"{rule.name}: {why}" for rule, why in passed if rule.backend == backend)
     raise ValueError(
         f"backend={backend!r} can't run this layer: {reasons}. Use backend='auto', which falls "
@@ -74,27 +76,12 @@ def run(op: Operation, backend: str = "auto") -> Tensor:
     return rule.run(op)
 
 
-def run_with_weights(op: Operation, backend: str = "auto") -> tuple[Tensor, Pairs, Tensor | None]:
-    """The same by a rule that has the weights at hand: the result, the pairs, their weights.
-
-    Fused attention has none with a gradient: ``"triton"`` then searches by Triton, and weighs and
-    sums by gather.
-    """
-    rule, search = _weighing(op, backend)
-    return rule.run_with_weights(op, search)
-
-
-def _weighing(op: Operation, backend: str) -> tuple[Aggregation, str]:
-    """The rule that has weights at hand, and the engine by which it searches."""
-    rules = {rule.name: rule for rule in RULES if isinstance(rule, Aggregation)}
-    if backend != "triton":
-        rule = rules["message_passing" if backend == "message_passing" else "gather"]
-        return rule, rule.search(op)
-    reason = gpu.refuses(op.value.device)
-    if reason is not None:
-        raise ValueError(f"backend='triton' can't run this layer: {reason}")
-    taps = rules["triton_taps"].refuses(op) is None
-    return rules["triton_taps" if taps else "gather"], triton_search(op)
+def run_with_weights(
+    op: Operation, backend: str = "auto"
+) -> tuple[Tensor, Neighborhood, Tensor | None]:
+    """The same by a rule that has the weights at hand: the result, who was chosen, the weights."""
+    rule, _ = choose(op, backend)
+    return rule.run_with_weights(op, triton_search(op) if backend == "triton" else None)
 
 
 def explain(layer: Any, *args: Any, **kwargs: Any) -> str:

@@ -448,8 +448,7 @@ class ConvNNAttention(LooksAtK, nn.Module):
 
     def _with_weights(self, op: Operation) -> tuple[Tensor, Tensor]:
         """The result with attention weights ``(b, heads, n, m)``."""
-        out, pairs, weight = run_with_weights(op, self.backend)
-        hood = pairs.neighborhood
+        out, hood, weight = run_with_weights(op, self.backend)
         if weight is None:
             weight = torch.ones_like(hood.index, dtype=op.value.dtype)
         elif weight.ndim > op.value.ndim:  # one weight a channel: their mean

@@ -1,0 +1,285 @@
+"""Attention over the k nearest keys as an operator, and its backward: in C, in Triton, by torch.
+
+Backward goes over the chosen pairs alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from convnn_geo import compiled
+from convnn_geo.gpu.layout import empty_result, leading
+from convnn_geo.metrics import full_precision
+from convnn_geo.operators import is_traced, operator
+from convnn_geo.points import gather_rows
+from convnn_geo.search.nearest import by_rows
+from convnn_geo.search.problem import Problem
+from convnn_geo.search.rows import Hidden
+from convnn_geo.shapes import broadcast_shapes
+
+_SLAB = 2**23
+"""Bytes of distances at once, where torch does it."""
+
+
+@operator("neighbor_attention")
+def attend(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    k: int,
+    scale: float,
+    temperature: float,
+    engine: str,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``.
+
+    Weights and places are for backward: Triton leaves them empty unless they are ``wanted``.
+    """
+    if engine == "triton":
+        from convnn_geo.gpu import attention
+
+        return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature, wanted)
+    found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature)
+    if found is not None:
+        return found
+    problem = Problem(kind, q, keys, bias, scale, torch.float32, exact=True)
+    with full_precision(q.device):
+        values, place = by_rows(problem, k, Hidden(mask), _SLAB)
+    lead = broadcast_shapes(place.shape[:-2], value.shape[:-2])
+    place = place.expand(*lead, *place.shape[-2:]).contiguous()
+    score = (-values / temperature).expand(place.shape)
+    empty = (score == -torch.inf).all(-1, keepdim=True)
+    weight = score.masked_fill(empty, 0.0).softmax(-1).masked_fill(score == -torch.inf, 0.0)
+    used = weight if keep is None else weight * keep
+    out = empty_result(value, lead, q.shape[-2])
+    out.copy_(_weighted(used, gather_rows(value, place)))
+    lost = q.sum(-1, keepdim=True).isnan()  # also where a query sees nobody
+    return out.masked_fill_(lost, torch.nan), weight, place
+
+
+def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
+    """``sum_j weight_j row_j``, ``(..., c)``; rows without weight have no part, NaN or not."""
+    weight = weight.unsqueeze(-1)
+    return (weight * rows.masked_fill(weight == 0, 0.0)).sum(-2)
+
+
+@attend.register_fake
+def _(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    k: int,
+    scale: float,
+    temperature: float,
+    engine: str,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, triton = leading(q, keys, value, bias, mask), engine == "triton"
+    shape = (*lead, q.shape[-2], k) if wanted or not triton else (0,)
+    weight = q.new_empty(shape, dtype=torch.float32)
+    out = empty_result(value, lead, q.shape[-2])
+    return out, weight, torch.empty_like(weight, dtype=torch.int32 if triton else torch.long)
+
+
+def _by_torch(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    temperature: float,
+    engine: str,
+    grad: Tensor,
+    weight: Tensor,
+    place: Tensor,
+    to_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator gives, pair by pair."""
+    lead, kept = place.shape[:-2], 1.0 if keep is None else keep
+    like, place = (q, keys, value), place.long()
+    q, keys, value, grad = (t.to(weight.dtype) for t in (q, keys, value, grad))
+
+    def scattered(rows: Tensor, m: int) -> Tensor:
+        """Rows of pairs ``(..., n, k, c)`` summed by key."""
+        into = rows.new_zeros(*lead, m, rows.shape[-1])
+        index = place.flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
+        return into.scatter_add(-2, index, rows.flatten(-3, -2))
+
+    m, unused = keys.shape[-2], (weight == 0).unsqueeze(-1)
+    used = (weight * kept).unsqueeze(-1)
+    slope = (grad.unsqueeze(-2) * gather_rows(value, place).masked_fill(used == 0, 0.0)).sum(-1)
+    slope = kept * slope.masked_fill(used.squeeze(-1) == 0, 0.0)
+    if to_weight is not None:
+        slope = slope + to_weight.masked_fill(weight == 0, 0.0)
+    to_value = scattered((used * grad.unsqueeze(-2)).masked_fill(used == 0, 0.0), m)
+    mean = (weight * slope).sum(-1, keepdim=True)
+    of_distance = (weight * (mean - slope) / temperature).unsqueeze(-1).masked_fill(unused, 0.0)
+    own = {"points": 2.0, "angles": 1.0, "products": 0.0}[kind]
+    other = -scale if kind == "products" else -own
+    there, here = gather_rows(keys, place).masked_fill(unused, 0.0), q.unsqueeze(-2)
+    here = here.masked_fill(unused, 0.0)
+    through = of_distance
+    if kind == "angles":  # a zero vector is as far from all others
+        zero = (here.norm(dim=-1, keepdim=True) < 0.5) | (there.norm(dim=-1, keepdim=True) < 0.5)
+        through = of_distance.masked_fill(zero, 0.0)
+    to_q = (through * (own * here + other * there)).sum(-2)
+    to_keys = scattered(through * (own * there + other * here), m)
+    grads = [
+        t.to(given.dtype) if engine == "triton" and given.shape[:-2] == lead else t
+        for t, given in zip((to_q, to_keys, to_value), like, strict=True)
+    ]
+    return grads[0], grads[1], grads[2], scattered(of_distance, m).squeeze(-1)
+
+
+@operator("neighbor_attention_backward")
+def _attend_backward(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    temperature: float,
+    engine: str,
+    grad: Tensor,
+    weight: Tensor,
+    place: Tensor,
+    biased: bool = True,
+    to_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to targets, keys, values and bias, in the leading shape of the result.
+
+    That of a bias may be empty unless there is one. Where weights themselves have a gradient, which
+    is rare, they are found by operations of torch.
+    """
+    if to_weight is not None:
+        return _by_torch(
+            kind, q, keys, value, keep, scale, temperature, engine, grad, weight, place, to_weight
+        )
+    if engine == "triton":
+        from convnn_geo.gpu import attention
+
+        return attention.attend_backward(
+            q, keys, value, keep, scale, temperature, grad, weight, place, biased
+        )
+    found = compiled.attention_backward(
+        kind, q, keys, value, keep, scale, temperature, grad, weight, place
+    )
+    if found is not None:
+        return found
+    return _by_torch(
+        kind, q, keys, value, keep, scale, temperature, engine, grad, weight, place, None
+    )
+
+
+@_attend_backward.register_fake
+def _(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    keep: Tensor | None,
+    scale: float,
+    temperature: float,
+    engine: str,
+    grad: Tensor,
+    weight: Tensor,
+    place: Tensor,
+    biased: bool = True,
+    to_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lead, m = place.shape[:-2], keys.shape[-2]
+    own = [engine == "triton" and t.shape[:-2] == lead for t in (q, keys, value)]
+    grads = [
+        weight.new_empty((*lead, *t.shape[-2:]), dtype=t.dtype if whole else None)
+        for t, whole in zip((q, keys, value), own, strict=True)
+    ]
+    to_bias = weight.new_empty((*lead, m) if biased or engine != "triton" else 0)
+    return grads[0], grads[1], grads[2], to_bias
+
+
+def _plain(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor,
+    place: Tensor,
+    scale: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """The sum over pairs that are chosen already, by operations with gradients of any order.
+
+    And their weights, before dropout.
+    """
+    place, exact = place.long(), torch.promote_types(q.dtype, torch.float32)
+    here, there = q.unsqueeze(-2).to(exact), gather_rows(keys, place).to(exact)
+    if kind == "products":
+        distance = -scale * (here * there).sum(-1)
+        if bias is not None:
+            distance = distance + gather_rows(bias.unsqueeze(-1), place).squeeze(-1)
+    else:
+        distance = (here - there).square().sum(-1)
+    if kind == "angles":
+        zero = (here.norm(dim=-1) < 0.5) | (there.norm(dim=-1) < 0.5)
+        distance = (distance / 2).masked_fill(zero, 1.0)
+    seen = weight > 0  # what is hidden, or too far to weigh, has no gradient
+    score = (-distance / temperature).masked_fill(~seen, -torch.inf)
+    score = score.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    weight = score.softmax(-1) * seen
+    used = weight if keep is None else weight * keep
+    return _weighted(used, gather_rows(value, place)).to(value.dtype), weight
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine, _ = inputs
+    ctx.kind, ctx.rest = kind, (scale, temperature, engine)
+    ctx.save_for_backward(q, keys, value, bias, keep, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # or backward gets zeros as large as these
+
+
+def _backward(ctx, grad, to_weight, _):  # type: ignore[no-untyped-def]
+    if grad is None and to_weight is None:
+        return (None,) * 12
+    q, keys, value, bias, keep, weight, place = ctx.saved_tensors
+    if grad is None:
+        grad = value.new_zeros(*place.shape[:-1], value.shape[-1])
+    if torch.is_grad_enabled() and not is_traced():  # to be differentiated again
+        inputs = [t for t in (q, keys, value, bias) if t is not None]
+        wanted = [t for t in inputs if t.requires_grad]
+        found = _plain(ctx.kind, q, keys, value, bias, keep, weight, place, *ctx.rest[:2])
+        given = (grad,) if to_weight is None else (grad, to_weight)
+        options = {"create_graph": True, "allow_unused": True}
+        left = iter(torch.autograd.grad(found[: len(given)], wanted, given, **options))
+        grads = [
+            None if t is None or not t.requires_grad else next(left) for t in (q, keys, value, bias)
+        ]
+        return (None, *grads, *[None] * 7)
+    to_q, to_keys, to_value, to_bias = _attend_backward(
+        ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place, bias is not None, to_weight
+    )
+    return (
+        None,
+        to_q.sum_to_size(q.shape).to(q.dtype),
+        to_keys.sum_to_size(keys.shape).to(keys.dtype),
+        to_value.sum_to_size(value.shape).to(value.dtype),
+        None if bias is None else to_bias.sum_to_size(bias.shape),
+        *[None] * 7,
+    )
+
+
+attend.register_autograd(_backward, setup_context=_setup)
