@@ -52,9 +52,9 @@ def keep(size: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """:func:`functools.lru_cache` for functions that make tensors from sizes.
 
     Neither reads nor fills the cache while tensors may not be real: under ``torch.compile``, in
-    ``torch.export``, inside a ``FakeTensorMode`` and where ``torch.func`` transforms. What the
-    function makes is on the CPU unless it says otherwise, whatever the default device is. What a
-    CUDA graph captures is filled when it is replayed, and not kept either.
+    ``torch.export``, inside a ``FakeTensorMode`` and where ``torch.func`` transforms. What a CUDA
+    graph captures is filled when it is replayed, and not kept either. The function must name the
+    device of what it makes: the default may change.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -63,7 +63,7 @@ def keep(size: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise _CaptureError
             # What inference mode makes could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            with torch.inference_mode(False), torch.no_grad():
                 return function(*args)
 
         @wraps(function)

@@ -87,7 +87,7 @@ def check_tensor(name: str, value: Any, ndim: int | Sequence[int] | None = None)
             "nn.TransformerEncoder makes none where its enable_nested_tensor and "
             "use_nested_tensor are False"
         )
-    if value.layout != torch.strided:
+    if value.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
         raise TypeError(f"{name}: expected a dense tensor, got {value.layout}; pass x.to_dense()")
     allowed = (ndim,) if isinstance(ndim, int) else ndim
     if allowed is not None and value.ndim not in allowed:

@@ -81,7 +81,7 @@ class Grid:
 
 @keep(64)  # where it is wanted: nobody waits for it to get there again
 def _index_of(grid: Grid, other: Grid, device: torch.device) -> Tensor | None:
-    index = torch.zeros(1, dtype=torch.long)
+    index = torch.zeros(1, dtype=torch.long, device="cpu")
     for axis, length in enumerate(grid.size):
         count = other.size[axis]
         start = (other.origin[axis] - grid.origin[axis]) / grid.step[axis]
@@ -93,7 +93,7 @@ def _index_of(grid: Grid, other: Grid, device: torch.device) -> Tensor | None:
         low, high = (first, last) if stride >= 0 else (last, first)
         if low < 0 or high >= length:
             return None
-        place = torch.arange(count) * stride + first
+        place = torch.arange(count, device="cpu") * stride + first
         index = (index[:, None] * length + place).flatten()
     return index.to(device)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convnn_geo import encodings, kernels, metrics, weighting
+from convnn_geo import encodings, kernels, metrics, recipes, weighting
 from convnn_geo.candidates import All, Random, Strided, Window
 from convnn_geo.nn import ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.points import Grid, Points
@@ -171,6 +171,62 @@ def test_attributes_that_parameters_depend_on_are_settled():
         ConvNN2d(3, 3, k=3, metric="cosine", kernel="max", dilation=2),
     )
     assert torch.equal(layer(x), same(x)) and repr(layer) == repr(same)
+
+
+def test_attributes_as_numbers_and_of_copies():
+    layer, x = ConvNN2d(3, 4, 3, padding=1), torch.randn(1, 3, 6, 7)
+    before = layer(x)
+    twin = copy.copy(layer)  # which shares its modules
+    twin.padding, twin.stride = 2, 2
+    assert twin.padding == twin.stride == (2, 2) and "padding=(2, 2)" in repr(twin)
+    assert torch.equal(twin(x), F.conv2d(x, layer.weight, layer.bias, 2, 2))
+    assert torch.equal(layer(x), before)
+    layer.kernel_size = 3  # what it is
+    old = ConvNN2d.__new__(ConvNN2d)
+    old.__setstate__({k: v for k, v in layer.__dict__.items() if k != "built"})
+    old.stride = 2
+    assert old(x).shape == (1, 4, 3, 4)
+    near = ConvNN2d(3, 4, k=5, metric="cosine")
+    near.padding = 1
+    assert near(x).shape == (1, 4, 6, 7) and "padding=(1, 1)" in repr(near)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    [
+        (ConvNN2d(3, 4, 3), "stride", -1),
+        (ConvNN2d(3, 4, 3), "padding_mode", "foo"),
+        (ConvNN2d(3, 4, 3, padding="same"), "stride", 2),
+        (ConvNN2d(3, 4, k=5, metric="cosine"), "dilation", (2, 2)),
+        (ConvNN2d(3, 4, k=5, metric="cosine"), "padding", "same"),
+        (ConvNN2d(3, 4, selection=Radius(0.5, 3), metric="cosine"), "dilation", 2),
+        (recipes.interpolated_conv2d(3, 4, 3), "dilation", 2),
+    ],
+)
+def test_attributes_that_do_not_fit_leave_the_layer_as_it_was(layer, name, value):
+    before, x = repr(layer), torch.randn(1, 3, 6, 7)
+    out, kept = layer(x), getattr(layer, name)
+    with pytest.raises((ValueError, TypeError, AttributeError), match=name):
+        setattr(layer, name, value)
+    assert repr(layer) == before and getattr(layer, name) == kept
+    assert torch.equal(layer(x), out)
+
+
+def test_subclasses_may_name_their_parts_as_they_like():
+    class Block(ConvNN2d):
+        def __init__(self, channels, k):
+            super().__init__(channels, channels, k=k, metric="cosine")
+            self.k = k
+            self.stride_of = nn.Linear(2, 2)
+
+    class Attend(ConvNNAttention):
+        def __init__(self):
+            super().__init__(8, 2)
+            self.dropout, self.k = nn.Dropout(0.1), nn.Linear(8, 8)
+
+    assert Block(4, 3).k == 3
+    block = Attend()
+    assert block.k(block.dropout(block(torch.randn(1, 5, 8))[0])).shape == (1, 5, 8)
 
 
 def test_in_place_of_a_convolution_in_a_model():

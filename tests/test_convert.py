@@ -912,6 +912,22 @@ def test_lam_learns():
     close(model(x), twin(x))
 
 
+def test_a_dilated_convolution_is_not_moved():
+    """Nor dilated where it is none."""
+    model = convert.to_convnn(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)))
+    convert.set_interpolation(model, 0.5)
+    with pytest.raises(AttributeError, match="dilation: it is that of a window"):
+        model[0].dilation = 2
+    assert convert.set_interpolation(model, 0.0) == ["0"]
+    model[0].dilation, model[0].padding = 2, 2
+    plain = nn.Conv2d(3, 4, 3, padding=2, dilation=2)
+    plain.load_state_dict(model[0].state_dict())
+    x = torch.randn(1, 3, 8, 9)
+    close(model(x), plain(x))
+    with pytest.raises(ValueError, match="no layer"):
+        convert.set_interpolation(model, 0.9)
+
+
 def test_a_learned_place_is_of_the_models_dtype():
     model = convert.to_convnn(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1))).double()
     convert.set_interpolation(model, 0.8, learnable=True)

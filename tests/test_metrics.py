@@ -960,6 +960,14 @@ def test_the_same_code_may_be_registered_again():
         del metrics.base._RESOLVER["made-here"]
 
 
+def test_transforms_of_every_norm():
+    """Which know of no results that are written over."""
+    x = torch.randn(3, 12, 2)
+    for name in ("chebyshev", "euclidean", "manhattan", "spatial"):
+        found = torch.func.vmap(lambda p, n=name: knn(p, k=3, metric=n, check=False).index)(x)
+        assert torch.equal(found, knn(x, k=3, metric=name).index)
+
+
 @pytest.mark.parametrize("name", ["euclidean", "manhattan", "minkowski"])
 def test_forward_mode_where_points_coincide(name):
     """As in reverse mode: a distance of 0 has no slope."""

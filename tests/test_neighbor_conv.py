@@ -89,6 +89,14 @@ def test_attributes_of_edges_are_columns():
     assert torch.equal(layer(x, edge_index, rank=rank[:, None], distance=distance[:, None]), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_edge_weights_of_less_precision_are_taken(dtype):
+    x, weight = torch.randn(6, 4), torch.rand(6, dtype=dtype)
+    edges = torch.stack([torch.arange(6), torch.arange(6).flip(0)])
+    layer = NeighborConv(4, 6, k=1)
+    assert torch.equal(layer(x, edges, weight), layer(x, edges, weight.float()))
+
+
 def test_ranks_follow_distance_and_then_source():
     layer, x = NeighborConv(C, D, K).double(), random(M, C)
     distance = torch.tensor([0.3, 0.1, 0.2, 0.5, 0.5, 0.9, 0.1, 0.0, 0.0, 0.7]).double()

@@ -8,9 +8,11 @@ from ring_cases import MIXTURE, PLACES, RINGS, agree, image
 
 from convnn_geo import compiled, recipes
 from convnn_geo.candidates import Random
+from convnn_geo.encodings import Encoding
 from convnn_geo.metrics import (
     Combination,
     Differences,
+    Encoded,
     Feature,
     Mahalanobis,
     Metric,
@@ -305,3 +307,52 @@ def test_four_axes():
     query = Query(points, points, MIXTURE, 4)
     assert "up to three axes" in str(RINGS.refuses(query))
     assert find(query).index.shape == (1, 81, 4)
+
+
+class Moved(Encoding):
+    """Positions elsewhere than on the grid."""
+
+    on = "metric"
+
+    def forward(self, points):
+        return Points(points.x, points.position.clamp_min(1).log() * 8)
+
+
+class Turned(Metric):
+    """Of positions on another grid of as many points."""
+
+    def distances(self, target, source):
+        grid = Grid(target.grid.size[::-1])
+        return Spatial().distances(Points(target.x, grid=grid), Points(source.x, grid=grid))
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", [Encoded("spatial", Moved()), Turned()], ids=["moved", "turned"])
+def test_positions_that_are_not_the_grids(place):
+    points = image(1, 3, 9, 7)
+    query = Query(points, points, 0.5 * place + Feature("cosine"), 5)
+    assert "no sum of a distance of positions" in RINGS.refuses(query)
+    assert torch.equal(find(query).index, find(query, "dense").index)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [3, 9, 40])
+def test_features_near_to_each_other(channels):
+    """Whose lengths float32 rounds: products of these measure more than angles."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 1, 1, generator=generator)
+    points = Points.from_image(x + 3e-4 * torch.randn(1, channels, 9, 8, generator=generator))
+    agree(Query(points, points, 1e-7 * Spatial("l1") + Feature("cosine"), 1), (9,))
+
+
+@needs_compiler
+def test_offsets_are_those_of_float64_whatever_the_default_is():
+    points = Points.from_image(torch.rand(1, 2, 1, 700) * 600)
+    query = Query(points, points, Spatial() + Feature("euclidean"), 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        first = find(query, "rings")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one in (first, find(query, "rings")):
+        assert torch.equal(one.index, find(query, "dense").index)

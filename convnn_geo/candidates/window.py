@@ -256,7 +256,7 @@ def _axis(
     What is decided here is decided on numbers, not on tensors, so that it can be traced.
     """
     length, count = source.size[axis], target.size[axis]
-    taps = torch.arange(kernel)
+    taps = torch.arange(kernel, device="cpu")
     offset = (target.origin[axis] - source.origin[axis]) / source.step[axis]
     stride = target.step[axis] / source.step[axis]
     if mode not in ("shift", "causal"):
@@ -266,10 +266,10 @@ def _axis(
                 f"Window: targets at {target.origin} with step {target.step} are not the centres "
                 f"of windows of {kernel} on whole pixels; use Window.targets(source.grid)"
             )
-        start = torch.arange(count) * int(step) + int(first)
+        start = torch.arange(count, device="cpu") * int(step) + int(first)
         last = first + step * max(count - 1, 0) + dilation * (kernel - 1)
         return start[:, None] + dilation * taps, first >= 0 and last < length
-    place = torch.arange(count, dtype=torch.float64) * stride + offset
+    place = torch.arange(count, dtype=torch.float64, device="cpu") * stride + offset
     phase, turn = place.long() % dilation, place.long() // dilation
     if mode == "causal":
         return (turn[:, None] - (kernel - 1) + taps) * dilation + phase[:, None], kernel == 1

@@ -145,8 +145,10 @@ def _can_move(layer: Any) -> bool:
         return False
     if isinstance(layer, ConvNNAttention) and (layer.bias_k is not None or layer.add_zero_attn):
         return False
-    if isinstance(layer.metric, Spatial):
-        return not isinstance(layer, ConvNNAttention) and _spans_window(layer)
+    if isinstance(layer, ConvNNAttention):
+        return not isinstance(layer.metric, Spatial)
+    if isinstance(layer.metric, Spatial) or isinstance(layer.selection, Every):
+        return _spans_window(layer)
     return True
 
 

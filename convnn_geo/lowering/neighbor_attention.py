@@ -241,8 +241,8 @@ def _refuses(op: Operation) -> str | None:
         return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
     if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
-    if chosen.k > op.source.num_points and chosen.short != "pad":
-        return f"k={chosen.k} is over the number of sources"
+    if chosen.short != "pad" and chosen.k > chosen.spare(op.subset, op.source.num_points):
+        return f"k={chosen.k} is over the number of candidates"
     return None
 
 

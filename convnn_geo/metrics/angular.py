@@ -34,8 +34,14 @@ class Angular(BilinearForm):
         return self.q.shape[-1] > DIRECT_DIMENSIONS and not self.direct
 
     @once
+    def _measured(self) -> Angular:
+        """In float64, with the lengths that vectors have: float32 makes none of length one."""
+        q, k = self.q.double(), self.k.double()
+        return Angular(q, k, q.square().sum(-1) / 2, k.square().sum(-1) / 2)
+
+    @once
     def _zeros(self) -> tuple[Tensor, Tensor]:
-        """Which vectors are zero: ``(..., n, 1)`` and ``(..., m, 1)``."""
+        """Which vectors are zero: ``(..., n, 1)`` and ``(..., m, 1)``; they must stay so."""
         return _is_zero(self.q), _is_zero(self.k)
 
     def _halved(self) -> Differences:
@@ -43,7 +49,8 @@ class Angular(BilinearForm):
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         if self.wide and self.a is None:
-            return self.bilinear().rows(start, stop)
+            double = self.precision == torch.float64
+            return (self._measured if double else self.bilinear()).rows(start, stop)
         rows = super().rows(start, stop) if self.wide else self._halved().rows(start, stop) / 2
         zero_q, zero_k = self._zeros
         return rows.masked_fill(zero_q[..., start:stop, :] | zero_k.transpose(-1, -2), 1.0)
@@ -86,10 +93,7 @@ class Angular(BilinearForm):
         return super().ordering(dtype) if self.wide else self
 
     def exactly(self, dtype: torch.dtype) -> Distances | None:
-        if dtype == torch.float64:
-            return None
-        q, k = self.q.double(), self.k.double()
-        return Angular(q, k, q.square().sum(-1) / 2, k.square().sum(-1) / 2)
+        return None if dtype == torch.float64 else self._measured
 
 
 def _is_zero(vectors: Tensor) -> Tensor:

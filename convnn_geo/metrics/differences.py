@@ -20,7 +20,7 @@ from convnn_geo.metrics.distances import (
     take,
 )
 from convnn_geo.operators import is_transformed
-from convnn_geo.points import gather_rows
+from convnn_geo.points import Grid, gather_rows
 
 
 @dataclass
@@ -37,8 +37,10 @@ class Differences(Distances):
             is equally far stays equally far.
         precision: dtype to compute in, that of the points by default. Points are converted where
             they are used: often that is a few.
-        factors: where points are positions, the scale once more as numbers, for which nobody
-            waits for a device; () for none. None where points are not positions.
+        factors: where points are pixels, the scale once more as numbers, for which nobody waits
+            for a device; () for none. None where they are not.
+        grids: on which those pixels lie, of targets and of sources; None where who took this
+            apart has looked.
     """
 
     q: Tensor
@@ -49,6 +51,7 @@ class Differences(Distances):
     scale: Tensor | None = None
     precision: torch.dtype | None = None
     factors: tuple[float, ...] | None = None
+    grids: tuple[Grid, Grid] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,10 +81,9 @@ class Differences(Distances):
 
         Without gradient they are written over: fresh memory costs more than a sum.
         """
-        if torch.is_grad_enabled():
-            total = reduce(
-                torch.maximum if self.p == torch.inf else torch.add, map(self._term, parts)
-            )
+        if torch.is_grad_enabled() or is_transformed():
+            combined = torch.maximum if self.p == torch.inf else torch.add
+            total = reduce(combined, map(self._term, parts))
         elif self.p == torch.inf:
             total = reduce(lambda a, b: torch.maximum(a, b, out=a), map(Tensor.abs_, parts))
         else:

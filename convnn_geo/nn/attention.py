@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from convnn_geo.lowering import run, run_with_weights
 from convnn_geo.metrics import Metric
 from convnn_geo.nn.masks import merge_masks
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
-from convnn_geo.nn.neighbors import LooksAtK
+from convnn_geo.nn.neighbors import Settable, slots
 from convnn_geo.nn.taps import check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
@@ -40,7 +41,7 @@ from convnn_geo.weighting import Softmax, Weighting, as_weighting
 KERNELS = ("sum", "standard", "depthwise", "separable")
 
 
-class ConvNNAttention(LooksAtK, nn.Module):
+class ConvNNAttention(Settable):
     r"""Attention over the ``k`` nearest keys: a drop-in for :class:`torch.nn.MultiheadAttention`.
 
     .. math:: y_i = \sum_{j \in I_i} \mathrm{softmax}_j(-d(q_i, k_j))\, v_j
@@ -164,10 +165,12 @@ class ConvNNAttention(LooksAtK, nn.Module):
         if selection is None:
             selection = Every() if k is None else KNearest(k, self_point=self_point)
         self.selection = check_instance("selection", selection, Selection)
+        self.k = slots(selection)
         self.axes = check_int("axes", axes)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoding = layer_encoding(encoding, embed_dim, axes, **factory)
-        self.weighting = _weighting(weighting, check_number("dropout", dropout))
+        self.dropout = check_number("dropout", dropout)
+        self.weighting = _weighting(weighting, self.dropout)
         self.metric = layer_metric(metric, self.encoding, self.weighting, num_heads, **factory)
         self.order = check_name("order", order, ORDERS)
         self.kernel = check_name("kernel", kernel, KERNELS)
@@ -175,19 +178,22 @@ class ConvNNAttention(LooksAtK, nn.Module):
         self._build_projections(bias, add_bias_kv, factory)
         self._build_taps(factory)
         self._reset_own_parameters()  # out_proj has drawn its own: one seed, the same as torch's
+        self.built = True
 
-    @property
-    def dropout(self) -> float:
-        """Of weights in training; that of the weighting."""
-        return getattr(self.weighting, "dropout", 0.0)
+    def settling(self) -> dict[str, Callable[[Any], Any]]:
+        """Of dropout, too, which is that of the weighting."""
+        return {**super().settling(), "dropout": self._settle_dropout}
 
-    @dropout.setter
-    def dropout(self, dropout: float) -> None:
-        if not hasattr(self.weighting, "dropout"):
+    def _settle_dropout(self, dropout: Any) -> float:
+        dropout = check_number("dropout", dropout, maximum=1)
+        if hasattr(self.weighting, "dropout"):
+            self.weighting.dropout = dropout
+        elif dropout:
             raise AttributeError(f"dropout: weights of {self.weighting} are never dropped")
-        self.weighting.dropout = check_number("dropout", dropout, maximum=1)  # type: ignore[assignment]
+        return dropout
 
-    def _has_taps(self) -> bool:
+    def has_taps(self) -> bool:
+        """Whether the kernel has taps."""
         return self.taps is not None
 
     def _build_projections(self, bias: bool, add_bias_kv: bool, factory: dict[str, Any]) -> None:

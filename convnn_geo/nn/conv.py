@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from convnn_geo.lowering import run
 from convnn_geo.lowering.convolution import convolve, unlike_windows
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
+from convnn_geo.nn.neighbors import slots
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
@@ -107,6 +110,7 @@ class _ConvNN(TapLayer):
                 every = self.dilation if isinstance(self.dilation, int) else 1
                 selection = KNearest(taps if k is None else k, every, self_point)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
+        self.k = slots(selection) or taps
         check_self_point(self_point, isinstance(selection, KNearest) and not given)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         seen = (in_channels or 0) * self.shuffle**self.axes
@@ -130,47 +134,66 @@ class _ConvNN(TapLayer):
         channels = (None, None) if free else (in_channels * scale + extra, out_channels * scale)
         self.build_kernel(kernel, channels, shape, groups, bias, factory)
         self.reset_taps()
-        self._built = True
+        self.built = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A stride, padding or dilation that is set later counts, as it does in torch's layers."""
-        built = "_built" in self.__dict__
-        if built and name == "kernel_size" and value != self.kernel_size:
+    def settling(self) -> dict[str, Callable[[Any], Any]]:
+        """Of what makes a window, too."""
+        moved = {name: partial(self._settle_window, name) for name in _WINDOWED}
+        return {**super().settling(), **moved, "kernel_size": self._settle_kernel_size}
+
+    def _settle_kernel_size(self, kernel_size: Any) -> Any:
+        if self.kernel_size is None or (
+            check_tuple("kernel_size", kernel_size, self.axes) != self.kernel_size
+        ):
             raise AttributeError(
                 f"kernel_size: the layer was made for {self.kernel_size}; make a new one"
             )
-        super().__setattr__(name, value)
-        if built and name in _WINDOWED:
-            self._move_window()
-        if built and name == "dilation" and self.kernel_size is None:  # of ranks
-            self.selection.dilation = check_int("dilation", value)  # type: ignore[assignment]
+        return self.kernel_size
 
-    def _whole(self) -> int | None:
-        return math.prod(self.kernel_size) if self.kernel_size else None
-
-    def _move_window(self) -> None:
-        before = self.window
-        self._windows = (self._window(),)
+    def _settle_window(self, name: str, value: Any) -> Any:
+        """Move the window, and with it the candidates where they are that window."""
+        of_ranks = name == "dilation" and self.kernel_size is None
+        if of_ranks:
+            value = check_int(name, value)
+        elif name != "padding_mode" and not isinstance(value, str):
+            value = check_tuple(name, value, self.axes, int(name != "padding"))
+        if value == getattr(self, name):
+            return value
+        if of_ranks:
+            if not isinstance(self.selection, KNearest):
+                raise AttributeError("dilation: the layer chooses by no k; make a new selection")
+            self.selection.dilation = value
+            return value
+        if name == "dilation" and self.candidates is not self.window:
+            raise AttributeError(
+                f"dilation: it is that of a window, and candidates are {self.candidates}; of a "
+                "layer that convert has moved, set it where it is a convolution (lam = 0)"
+            )
+        before, after = self.window, self._window(**{name: value})
         if self.candidates is before:
-            self.candidates = self.window
+            self.__dict__["_modules"] = dict(self._modules)  # a shallow copy has its own window
+            self.candidates = after
+        self._windows = (after,)
+        return value
 
     @property
     def window(self) -> Window:
         """Where on the image targets lie; with ``kernel_size`` alone also where they look."""
         return self._windows[0]
 
-    def _window(self) -> Window:
+    def _window(self, **changed: Any) -> Window:
+        """Of the layer's attributes, but for those that are about to change."""
+        given = {name: changed.get(name, getattr(self, name)) for name in _WINDOWED}
         if self.kernel_size is not None:
-            return Window(
-                self.kernel_size, self.stride, self.padding, self.dilation, self.padding_mode
-            )
-        check_name("padding_mode", self.padding_mode, PADDING_MODES)
-        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return Window(self.kernel_size, **given)
+        mode, padding = given["padding_mode"], given["padding"]
+        check_name("padding_mode", mode, PADDING_MODES)
+        if mode != "zeros" or isinstance(padding, str):
             raise ValueError(
                 "without kernel_size, padding is a number of zero points around the image that may "
-                f"be chosen; got padding={self.padding!r}, padding_mode={self.padding_mode!r}"
+                f"be chosen; got padding={padding!r}, padding_mode={mode!r}"
             )
-        return Window(1, self.stride)
+        return Window(1, given["stride"])
 
     def _check_every(self, metric: object, order: str | None) -> None:
         """Raise for options that choose, where every candidate is kept."""

@@ -276,7 +276,9 @@ class NeighborConv(MessagePassing):
                     f"{name}: expected one row an edge, got {value.shape[0]} for "
                     f"{edge_index.shape[1]} edges"
                 )
-            if name == "edge_weight":
+            # What a product makes of both must be of the layer's dtype still.
+            fits = torch.promote_types(value.dtype, x.dtype) == x.dtype
+            if name == "edge_weight" and not (fits and value.device == x.device):
                 check_alike("x", x, name, value)
         check_values("x", x, target)
 

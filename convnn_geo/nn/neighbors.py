@@ -1,6 +1,11 @@
-"""How many neighbours a layer looks at, asked and set as an attribute."""
+"""Attributes that count when they are set after a layer was made, as torch's do."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 from convnn_geo.checks import check_int
 from convnn_geo.selection import KNearest, Radius, Selection
@@ -13,27 +18,41 @@ def slots(selection: Selection) -> int | None:
     return getattr(selection, "k", None)
 
 
-class LooksAtK:
-    """A layer whose ``k`` is that of its selection."""
+class Settable(nn.Module):
+    """A layer that is told of attributes which are set once it is built.
+
+    It says so by ``self.built = True`` at the end of ``__init__``. Modules that take an attribute's
+    place, as in subclasses, are none of its business.
+    """
 
     selection: Selection
+    k: int | None
 
-    @property
-    def k(self) -> int | None:
-        """Neighbours of a target; None where the candidates decide."""
-        return slots(self.selection) or self._whole()
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what :meth:`settling` makes of a value; an error leaves the layer as it was."""
+        settle = None
+        if "built" in self.__dict__ and not isinstance(value, nn.Module):
+            settle = self.settling().get(name)
+        super().__setattr__(name, value if settle is None else settle(value))
 
-    @k.setter
-    def k(self, k: int) -> None:
-        if self._has_taps() or not isinstance(self.selection, KNearest):
-            why = "has one tap a neighbour" if self._has_taps() else "chooses by no k"
-            raise AttributeError(f"k: the layer {why}; make a new one with k={k}")
-        self.selection.k = check_int("k", k)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of states that were saved before layers were told."""
+        super().__setstate__(state)
+        self.__dict__["built"] = True
 
-    def _whole(self) -> int | None:
-        """Neighbours where all candidates are kept, if that is known."""
-        return None
+    def settling(self) -> dict[str, Callable[[Any], Any]]:
+        """What checks a value that is set, moves the layer's parts, and returns what is stored."""
+        return {"k": self._settle_k}
 
-    def _has_taps(self) -> bool:
+    def has_taps(self) -> bool:
         """Whether parameters are one for each neighbour."""
         raise NotImplementedError
+
+    def _settle_k(self, k: Any) -> int | None:
+        if k == self.k:
+            return self.k
+        if self.has_taps() or not isinstance(self.selection, KNearest):
+            why = "has one tap a neighbour" if self.has_taps() else "chooses by no k"
+            raise AttributeError(f"k: the layer {why}; make a new one with k={k}")
+        self.selection.k = check_int("k", k)
+        return self.selection.k

@@ -25,6 +25,7 @@ from convnn_geo.lowering import run
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
+from convnn_geo.nn.neighbors import slots
 from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
@@ -117,6 +118,7 @@ class PointConvNN(TapLayer):
         if selection is None:
             selection = KNearest(k, self_point=self_point, short=short)  # type: ignore[arg-type]
         self.selection = check_instance("selection", selection, Selection)
+        self.k = slots(selection)
         self.axes = check_int("axes", axes)
         self.encoding = layer_encoding(encoding, in_channels, axes)
         self.weighting = as_weighting(weighting)
@@ -131,6 +133,7 @@ class PointConvNN(TapLayer):
         taps = None if self.k is None else (self.k,)
         self.build_kernel(kernel, (in_channels + extra, out_channels), taps, groups, bias, {})
         self.reset_taps()
+        self.built = True
 
     def operation(
         self, x: Pair, pos: Pair = None, batch: Pair = None, edge_index: Tensor | None = None

@@ -11,7 +11,7 @@ from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
-from convnn_geo.nn.neighbors import LooksAtK
+from convnn_geo.nn.neighbors import Settable
 from convnn_geo.typing import SELF_POINTS
 
 KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
@@ -39,7 +39,7 @@ def _check_learns(kernel: Kernel) -> None:
         )
 
 
-class TapLayer(LooksAtK, nn.Module):
+class TapLayer(Settable):
     """A layer that owns ``weight``, ``pointwise`` and ``bias``, and binds them to a kernel."""
 
     # Parameters, or None where the kernel has no use for them.
@@ -108,7 +108,8 @@ class TapLayer(LooksAtK, nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(d, **factory))
 
-    def _has_taps(self) -> bool:
+    def has_taps(self) -> bool:
+        """Whether the kernel has weights."""
         return self.weight is not None
 
     def reset_parameters(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +44,17 @@ def offsets(
     half = [length - 1 for length in size]
     while math.prod(2 * h + 1 for h in half) > _MOST:
         half[half.index(max(half))] = max(half) // 2
-    factors = torch.tensor(scale, dtype=torch.float64) if scale else None
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    factors = torch.tensor(scale, **exact) if scale else None
 
     def distance(offset: Tensor) -> Tensor:
-        moved, here = offset * torch.tensor(step), torch.zeros(1, len(size))
-        return Differences(moved, here, p, root, scale=factors).double().rows().flatten()
+        moved, here = offset * torch.tensor(step, **exact), torch.zeros(1, len(size), **exact)
+        return Differences(moved, here, p, root, scale=factors).rows().flatten()
 
-    ends = torch.diag(torch.tensor(half) + 1)[[h < n - 1 for h, n in zip(half, size, strict=True)]]
+    short = [h < n - 1 for h, n in zip(half, size, strict=True)]
+    ends = torch.diag(torch.tensor(half, device="cpu") + 1)[short]
     border = distance(ends).min().item() if len(ends) else math.inf
-    ranges = [torch.arange(-h, h + 1) for h in half]
+    ranges = [torch.arange(-h, h + 1, device="cpu") for h in half]
     offset = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, -2)
     far = distance(offset)
     order = far.argsort(stable=True)

@@ -48,7 +48,8 @@ def radius(
     Returns:
         A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, slots)`` or ``(b, n, slots)``,
         nearest first, and a ``mask`` of the slots that are filled. There are ``max_num_neighbors``
-        slots, or as many as the largest example has sources.
+        slots, or as many as the largest example has sources; where a program is traced, which
+        knows no sizes of clouds, as many as there are sources in all.
 
     Raises:
         ValueError, TypeError: as :func:`knn`.

@@ -199,8 +199,9 @@ def _scalar(weight: float | Tensor, device: torch.device) -> Tensor:
 def _of_positions(part: Distances, query: Query) -> bool:
     if type(part) is not Differences or part.factors is None or part.precision is not None:
         return False
-    counts = query.target.num_points, query.source.num_points
-    return part.k.ndim == 2 and (part.q.shape[0], part.k.shape[0]) == counts
+    own = query.target.grid, query.source.grid
+    met = part.grids or own
+    return all(a is b or a == b for a, b in zip(met, own, strict=True))
 
 
 def _of_features(part: Distances) -> bool:

@@ -99,7 +99,7 @@ class KNearest(Selection):
                 f"self_point={self.self_point!r} needs targets that are among the sources"
             )
         subset = query.subset.distinct()
-        wanted, spare = self.k * self.dilation, self._spare(subset, query.source.num_points)
+        wanted, spare = self.k * self.dilation, self.spare(subset, query.source.num_points)
         k = min(wanted, spare) if self.short == "pad" else wanted
         if k > spare:
             raise ValueError(
@@ -113,7 +113,7 @@ class KNearest(Selection):
         others = k - (self.self_point == "first")
         return replace(query, subset=subset, k=others, excluded=excluded)
 
-    def _spare(self, subset: Subset, m: int) -> int:
+    def spare(self, subset: Subset, m: int) -> int:
         """The most of ``m`` sources that a target may be left with, as far as sizes tell."""
         named = m if subset.index is None else subset.index.shape[-1]
         most = named if subset.most is None else min(named, subset.most)
