@@ -960,6 +960,11 @@ def test_the_same_code_may_be_registered_again():
         del metrics.base._RESOLVER["made-here"]
 
 
+def test_distances_are_not_subtracted():
+    with pytest.raises(TypeError, match="weights that are not negative"):
+        Spatial() - Feature("cosine")
+
+
 def test_transforms_of_every_norm():
     """Which know of no results that are written over."""
     x = torch.randn(3, 12, 2)

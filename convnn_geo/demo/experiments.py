@@ -55,8 +55,9 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
             "Digits as images",
             "1797 handwritten digits of 8 × 8 pixels. One small network whose two mixing layers "
             "have nine taps on the nine nearest pixels, by (1 − λ) · Chebyshev distance + "
-            "λ · cosine distance, beside plain convolution (which λ = 0 is, up to rounding errors "
-            "that grow during training) and plain attention with about as many parameters. "
+            "λ · cosine distance, a side of the image counting 1, beside plain convolution (which "
+            "λ = 0 is, up to rounding errors that grow during training) and plain attention with "
+            "about as many parameters. "
             f"{_PROTOCOL}",
             digits,
             spectrum.networks(lams),
@@ -67,8 +68,8 @@ def experiments(lams: Sequence[float], seeds: int = 3, quick: bool = False) -> l
             "Digits as point clouds",
             "The same digits as points (row, column, ink), one for each pixel with ink: 16 to 42 "
             "a digit. Two layers of PointConvNN on the nine nearest points, by (1 − λ) · Euclidean "
-            "distance of positions + λ · cosine distance of features, beside the same network "
-            f"whose points stand alone. {_PROTOCOL}",
+            "distance of positions, in sides of the image, + λ · cosine distance of features, "
+            f"beside the same network whose points stand alone. {_PROTOCOL}",
             digit_clouds,
             clouds.networks(lams),
             points,

@@ -119,6 +119,13 @@ class Metric(nn.Module, ABC):
 
     __rmul__ = __mul__
 
+    def __sub__(self, other: object) -> Metric:
+        """Refused: a distance that counts against others is none."""
+        raise TypeError(
+            "distances are added up, a * first + b * second, with weights that are not negative; "
+            "they can't be subtracted"
+        )
+
 
 def _terms(metric: Metric) -> list[tuple[float, Metric]]:
     if isinstance(metric, Sum):
