@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+_TAGGED = "tags" in inspect.signature(torch.library.custom_op).parameters
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None) if _TAGGED else None
+"""The tag of operators that no CUDA graph can hold, of torch releases that know it."""
 
 
 class Operator:
@@ -28,9 +32,7 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any], waits: bool = False) -> None:
         self.name, self.function = name, function
-        options: dict[str, Any] = {}
-        if waits and hasattr(torch.Tag, "cudagraph_unsafe"):
-            options["tags"] = (torch.Tag.cudagraph_unsafe,)
+        options: dict[str, Any] = {"tags": (_UNSAFE,)} if waits and _UNSAFE is not None else {}
         register = torch.library.custom_op(f"convnn_geo::{name}", mutates_args=(), **options)
         self.registered: Any = register(function)
         self.learns: Any = None

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from convnn_geo import operators
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.operators import operator
 
@@ -137,7 +138,7 @@ def test_checkpointed():
     torch.testing.assert_close(x.grad, 8 * x.detach())
 
 
-@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="no such tag before 2.9")
+@pytest.mark.skipif(operators._UNSAFE is None, reason="this torch knows no such tag")
 def test_what_may_wait_for_a_gpu_is_left_out_of_cuda_graphs():
     """By ``torch.compile(mode="reduce-overhead")``."""
     import convnn_geo.search  # noqa: F401, which registers them
