@@ -38,7 +38,7 @@ from convnn_geo.lowering import operation_of
 from convnn_geo.metrics import Encoded, Interpolation, Metric, PaperMix, PositionBias, Spatial
 from convnn_geo.metrics import Sum as MetricSum
 from convnn_geo.nn import ConvNNAttention
-from convnn_geo.nn.neighbors import slots
+from convnn_geo.nn.settable import slots
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
 from convnn_geo.selection import Every, Given

@@ -28,7 +28,7 @@ from convnn_geo.lowering import run, run_with_weights
 from convnn_geo.metrics import Metric
 from convnn_geo.nn.masks import merge_masks
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
-from convnn_geo.nn.neighbors import Settable, slots
+from convnn_geo.nn.settable import Settable, slots
 from convnn_geo.nn.taps import check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation

@@ -27,7 +27,7 @@ from convnn_geo.lowering import run
 from convnn_geo.lowering.convolution import convolve, unlike_windows
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
-from convnn_geo.nn.neighbors import slots
+from convnn_geo.nn.settable import slots
 from convnn_geo.nn.shuffle import check_divides, pixel_shuffle, pixel_unshuffle
 from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node

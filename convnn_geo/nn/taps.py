@@ -11,7 +11,7 @@ from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import check_int, check_name
 from convnn_geo.kernels import Kernel, Max, Mean, Separable, Sum, Taps
-from convnn_geo.nn.neighbors import Settable
+from convnn_geo.nn.settable import Settable
 from convnn_geo.typing import SELF_POINTS
 
 KERNELS = ("standard", "depthwise", "separable", "sum", "mean", "max")
