@@ -302,7 +302,12 @@ def test_a_picture_shows_winners_and_marks_cells_without_a_result():
         *(result("dense", n=40), result("faiss_ivf", NOT_ASKED, n=40)),
     ]
     texts = [text.get_text() for text in plots.plot_winners(some, "title").axes[0].texts]
-    assert texts == ["kd_tree\n2.00 ms", "no result", "not all asked", "dense\n10.0 ms"]
+    assert texts == [
+        "kd_tree\n2.00 ms\nthen dense, 5.0 ×",
+        "no result",
+        "not all asked",
+        "dense\n10.0 ms",
+    ]
 
 
 def test_scaling_has_a_panel_for_each_metric_and_dimension_and_a_mark_for_what_was_ended():

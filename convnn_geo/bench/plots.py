@@ -102,9 +102,9 @@ def plot_recall(results: Sequence[graph.Result], title: str) -> Figure:
 
 
 def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.999) -> Figure:
-    """Which engine is the fastest: a row for each dimension and k, a column for each size.
+    """Which engine is the fastest, and how long the next takes: a row for each dimension and k.
 
-    None is named where time was over before all exact ones were asked.
+    A column is a size. None is named where time was over before all exact ones were asked.
 
     Args:
         results: on one input, by one metric.
@@ -129,12 +129,16 @@ def plot_winners(results: Sequence[graph.Result], title: str, recall: float = 0.
             ]
             mine = [r for r in here if not r.note and r.recall >= recall]
             asked = all(r.note != NOT_ASKED or graph.is_approximate(r.cell.engine) for r in here)
-            best = min(mine, key=lambda r: r.median, default=None) if asked else None
+            ranked = sorted(mine, key=lambda r: r.median) if asked else []
+            best = ranked[0] if ranked else None
             look = Style("#FFFFFF", "") if best is None else style(best.cell.engine)
             box = {"hatch": "////", "edgecolor": "#BBBBBB"} if best is None else {"edgecolor": "w"}
             axis.add_patch(_patch(x, y, facecolor=look.color, linewidth=2, **box))
             nothing = "no result" if asked else "not all asked"
             text = nothing if best is None else f"{best.cell.engine}\n{seconds(best.median)}"
+            if len(ranked) > 1:
+                times = ranked[1].median / ranked[0].median
+                text += f"\nthen {ranked[1].cell.engine}, {times:.{int(times < 10)}f} ×"
             background = {"facecolor": "white", "edgecolor": "none"} if best is None else None
             axis.text(
                 *(x, y, text),
