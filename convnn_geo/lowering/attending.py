@@ -91,7 +91,8 @@ def _(
     return out, weight, torch.empty_like(weight, dtype=torch.int32 if triton else torch.long)
 
 
-def _by_torch(
+@operator("neighbor_attention_backward")
+def _attend_backward(
     kind: str,
     q: Tensor,
     keys: Tensor,
@@ -103,9 +104,27 @@ def _by_torch(
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
-    to_weight: Tensor | None,
+    biased: bool = True,
+    to_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the operator gives, pair by pair."""
+    """Gradients to targets, keys, values and bias, in the leading shape of the result.
+
+    That of a bias may be empty unless there is one. Where weights themselves have a gradient, which
+    is rare, they are found by operations of torch.
+    """
+    if to_weight is None and engine == "triton":
+        from convnn_geo.gpu import attention
+
+        return attention.attend_backward(
+            q, keys, value, keep, scale, temperature, grad, weight, place, biased
+        )
+    found = None
+    if to_weight is None:
+        found = compiled.attention_backward(
+            kind, q, keys, value, keep, scale, temperature, grad, weight, place
+        )
+    if found is not None:
+        return found
     lead, kept = place.shape[:-2], 1.0 if keep is None else keep
     like, place = (q, keys, value), place.long()
     q, keys, value, grad = (t.to(weight.dtype) for t in (q, keys, value, grad))
@@ -140,47 +159,6 @@ def _by_torch(
         for t, given in zip((to_q, to_keys, to_value), like, strict=True)
     ]
     return grads[0], grads[1], grads[2], scattered(of_distance, m).squeeze(-1)
-
-
-@operator("neighbor_attention_backward")
-def _attend_backward(
-    kind: str,
-    q: Tensor,
-    keys: Tensor,
-    value: Tensor,
-    keep: Tensor | None,
-    scale: float,
-    temperature: float,
-    engine: str,
-    grad: Tensor,
-    weight: Tensor,
-    place: Tensor,
-    biased: bool = True,
-    to_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to targets, keys, values and bias, in the leading shape of the result.
-
-    That of a bias may be empty unless there is one. Where weights themselves have a gradient, which
-    is rare, they are found by operations of torch.
-    """
-    if to_weight is not None:
-        return _by_torch(
-            kind, q, keys, value, keep, scale, temperature, engine, grad, weight, place, to_weight
-        )
-    if engine == "triton":
-        from convnn_geo.gpu import attention
-
-        return attention.attend_backward(
-            q, keys, value, keep, scale, temperature, grad, weight, place, biased
-        )
-    found = compiled.attention_backward(
-        kind, q, keys, value, keep, scale, temperature, grad, weight, place
-    )
-    if found is not None:
-        return found
-    return _by_torch(
-        kind, q, keys, value, keep, scale, temperature, engine, grad, weight, place, None
-    )
 
 
 @_attend_backward.register_fake

@@ -16,6 +16,7 @@ from convnn_geo.metrics.differences import Differences
 from convnn_geo.metrics.distances import Distances
 
 _FORMS: tuple[Any, ...] = (Angular, Biased, BilinearForm, Combination, Differences, Summed)
+# Grids are compared before: their sizes must stay open in what is traced.
 _FIELDS = [tuple(f.name for f in fields(form) if f.name != "grids") for form in _FORMS]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NONE, _NUMBER, _TENSOR, _DTYPE, _LIST, _FORM = map(float, range(6))

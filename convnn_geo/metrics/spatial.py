@@ -73,15 +73,11 @@ class Spatial(Metric):
         if self.scale is not None:  # filled where it is wanted: to copy it would make the host wait
             parts = [q.new_full((1,), factor, dtype=torch.float64) for factor in self.scale]
             scale = torch.cat(parts)
-        pixels = None
-        if target.grid is not None and source.grid is not None:
-            pixels = target.grid, source.grid
-        if target.pos is not None or source.pos is not None:
-            pixels = None
-        factors = None if pixels is None else self.scale or ()
-        return Differences(
-            *(q, k, self.p, not self.squared), scale=scale, factors=factors, grids=pixels
-        )
+        found = Differences(q, k, self.p, not self.squared, scale=scale)
+        if target.pos is None and source.pos is None:  # then positions are those of grids
+            found.factors = self.scale or ()
+            found.grids = target.grid, source.grid  # type: ignore[assignment]
+        return found
 
     def extra_repr(self) -> str:
         extra = [f"p={self.p}"]

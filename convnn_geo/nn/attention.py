@@ -170,7 +170,7 @@ class ConvNNAttention(Settable):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoding = layer_encoding(encoding, embed_dim, axes, **factory)
         self.dropout = check_number("dropout", dropout)
-        self.weighting = _weighting(weighting, self.dropout)
+        self.weighting = self._weighting(weighting)
         self.metric = layer_metric(metric, self.encoding, self.weighting, num_heads, **factory)
         self.order = check_name("order", order, ORDERS)
         self.kernel = check_name("kernel", kernel, KERNELS)
@@ -179,6 +179,17 @@ class ConvNNAttention(Settable):
         self._build_taps(factory)
         self._reset_own_parameters()  # out_proj has drawn its own: one seed, the same as torch's
         self.built = True
+
+    def _weighting(self, weighting: Weighting | str | None) -> Weighting:
+        if weighting is None or weighting == "softmax":
+            return Softmax(dropout=self.dropout)
+        chosen = as_weighting(weighting)
+        if self.dropout and getattr(chosen, "dropout", 0.0) != self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout:g} is that of softmax weights, but the weighting is "
+                f"{chosen}; pass weighting=Softmax(dropout=...), or leave dropout at 0"
+            )
+        return chosen
 
     def settling(self) -> dict[str, Callable[[Any], Any]]:
         """Of dropout, too, which is that of the weighting."""
@@ -476,15 +487,3 @@ class ConvNNAttention(Settable):
     def extra_repr(self) -> str:
         taps = "" if self.kernel == "sum" else f", kernel={self.kernel!r}"
         return f"{self.embed_dim}, {self.num_heads}, k={self.k}, dropout={self.dropout}{taps}"
-
-
-def _weighting(weighting: Weighting | str | None, dropout: float) -> Weighting:
-    if weighting is None or weighting == "softmax":
-        return Softmax(dropout=dropout)
-    chosen = as_weighting(weighting)
-    if dropout and getattr(chosen, "dropout", 0.0) != dropout:
-        raise ValueError(
-            f"dropout={dropout:g} is that of softmax weights, but the weighting is "
-            f"{chosen}; pass weighting=Softmax(dropout=...), or leave dropout at 0"
-        )
-    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ def slots(selection: Selection) -> int | None:
     return getattr(selection, "k", None)
 
 
-class Settable(nn.Module):
+class Settable(nn.Module, ABC):
     """A layer that is told of attributes which are set once it is built.
 
     It says so by ``self.built = True`` at the end of ``__init__``. Modules that take an attribute's
@@ -44,9 +45,9 @@ class Settable(nn.Module):
         """What checks a value that is set, moves the layer's parts, and returns what is stored."""
         return {"k": self._settle_k}
 
+    @abstractmethod
     def has_taps(self) -> bool:
         """Whether parameters are one for each neighbour."""
-        raise NotImplementedError
 
     def _settle_k(self, k: Any) -> int | None:
         if k == self.k:
