@@ -119,6 +119,11 @@ def test_bias_scale_mask_and_the_point_itself(processor):
     is_nearest("points", keys, keys, 7, own=torch.full((40,), -1))
 
 
+def test_a_scale_that_no_float32_holds(processor):
+    x = torch.randint(9, (300, 3)) * torch.rand(300, 1).round(decimals=1)
+    is_nearest("products", x, x, 9, scale=3**-0.5)
+
+
 def test_heads_may_be_strided_shared_and_broadcast(processor):
     packed = torch.randn(2, 30, 4 * 16).unflatten(-1, (4, 16)).transpose(1, 2)
     is_nearest("products", packed, packed, 5)

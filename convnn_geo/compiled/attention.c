@@ -120,8 +120,8 @@ static void add(float *to, const float *from, float factor, int64_t width) {
   for (int64_t c = 0; c < width; c++) to[c] += factor * from[c];
 }
 
-/* One target; pairs without weight have no part. A distance's gradient is own q + other key to the target, and the reverse to the
-   key. */
+/* One target; pairs without weight have no part. A distance's gradient is own q + other key to the
+   target, and the reverse to the key. */
 static void back(const Attention *a, const float *q, const float *keys, const float *value,
                  const float *grad, const float *weight, const float *keep, const int64_t *place,
                  float *slope, float *grad_q, float *grad_keys, float *grad_value,

@@ -34,7 +34,7 @@ class Layout(ctypes.Structure):
         ("mask", _POINTER),
         *((name, _LONG) for name in ("mask_example", "mask_head", "mask_row")),
         ("own", _POINTER),
-        ("scale", ctypes.c_float),
+        ("scale", ctypes.c_double),
         *((name, _POINTER) for name in ("target_start", "source_start", "source_stop")),
     )
 

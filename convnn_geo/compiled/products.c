@@ -168,7 +168,7 @@ static float measure(const Workspace *w, const float *q, int zero, int64_t j) {
     return few ? squared_difference_of_few(q, key, p->d) * half
                : (float)(squared_difference(q, key, p->d) * half);
   }
-  double value = -(double)p->scale * product(q, key, p->d);
+  double value = -p->scale * product(q, key, p->d);
   return (float)(w->add ? value + w->add[j] : value);
 }
 
@@ -294,7 +294,8 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
   const Problem *p = w->problem;
   int64_t left = targets_of(p, example) - start;
   int rows = left < TARGETS ? (int)left : TARGETS;
-  float margin[TARGETS], same[TARGETS], factor = p->kind == POINTS ? 2 : p->kind == ANGLES ? 1 : p->scale;
+  float margin[TARGETS], same[TARGETS];
+  float factor = p->kind == POINTS ? 2 : p->kind == ANGLES ? 1 : p->scale;
   if (w->example != example) {
     enter(w, example);
     if (w->m) pack(w);

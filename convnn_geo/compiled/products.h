@@ -29,7 +29,7 @@ typedef struct {
   const uint8_t *mask; /* where choice is allowed, or NULL; columns are contiguous */
   int64_t mask_example, mask_head, mask_row;
   const int64_t *own; /* (n), a source that each target is not to find, -1 for none; or NULL */
-  float scale;
+  double scale;
   const int64_t *target_start; /* (examples + 1), where each example's targets start; or NULL */
   const int64_t *source_start, *source_stop; /* (examples), its sources; or NULL */
 } Problem;
