@@ -90,7 +90,8 @@ class Operation:
     @once
     def _searched(self) -> Distances:
         """The same for the search, which needs no gradient; one binding does where weights do."""
-        if self.weighting.uses_distance:
+        # Where it is traced nothing may happen inside, and torch can't load regions of nothing.
+        if self.weighting.uses_distance or torch.compiler.is_compiling():
             return self.bound
         with torch.no_grad():
             return self._bind()

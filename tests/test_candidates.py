@@ -372,6 +372,9 @@ def test_random_is_fixed_in_eval_and_follows_the_seed_in_training():
     state = torch.get_rng_state()
     draw(fixed)
     assert torch.equal(torch.get_rng_state(), state)
+    for randomness in ("error", "same", "different"):  # what vmap does with draws
+        mapped = torch.vmap(lambda x: fixed(points, points).index + x, randomness=randomness)
+        assert (mapped(torch.zeros(2, dtype=torch.long)) == torch.tensor(first)).all()
     moving = Random(10, seed=3).train()
     torch.manual_seed(0)
     a, b = draw(moving), draw(moving)

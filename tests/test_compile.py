@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from layer_cases import CASES, RANDOM_CASES, Case
@@ -132,11 +134,21 @@ def test_clouds_of_many_points_keep_the_tree():
     torch.testing.assert_close(compiled(None, pos), layer(None, pos))
 
 
-EXPORTED_DAILY = {"window", "k", "random", "attention", "attention-k", "cloud", "graph"}
+EXPORTED_DAILY = {
+    "window",
+    "k",
+    "euclidean",
+    "random",
+    "attention",
+    "attention-k",
+    "cloud",
+    "graph",
+}
 EXPORTED = {
     "window": (ConvNN2d(3, 4, 3, padding=1), (torch.randn(2, 3, 5, 6),)),
     "window-k": (ConvNN2d(3, 4, 3, padding=1, k=2, metric="cosine"), (torch.randn(2, 3, 5, 6),)),
     "k": (ConvNN2d(3, 4, k=3, metric="cosine"), (torch.randn(2, 3, 5, 6),)),
+    "euclidean": (ConvNN2d(3, 4, k=3, metric="euclidean"), (torch.randn(2, 3, 5, 6),)),
     "mixed": (
         ConvNN2d(3, 4, k=3, metric=metrics.Spatial() + metrics.Feature("euclidean")),
         (torch.randn(2, 3, 5, 6),),
@@ -174,6 +186,15 @@ def test_export(name: str, strict: bool):
     for _ in range(2):  # what draws must draw the same again
         torch.testing.assert_close(module(*inputs), layer(*inputs))
     assert layer(*inputs) is not None  # and exporting left no trace of itself in the caches
+    torch.testing.assert_close(loaded(program)(*inputs), layer(*inputs))
+
+
+def loaded(program: torch.export.ExportedProgram) -> nn.Module:
+    """The same, saved and loaded."""
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file).module()
 
 
 IMAGE_SIZES = {
@@ -377,6 +398,7 @@ def test_search_exports_with_any_number_of_points(strict):
     for n in (8, 50, 77):
         x = torch.randn(n, 3)
         assert torch.equal(program.module()(x), Search()(x))
+        assert torch.equal(loaded(program)(x), Search()(x))
 
 
 def test_search_is_compiled_once_for_all_numbers_of_points():

@@ -120,6 +120,15 @@ def test_jit_is_told_what_to_use(rules):
         torch.jit.trace(model, image())
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_converted_attention_may_be_quantized():
+    Attention = pytest.importorskip("timm.layers").Attention
+    model = nn.Sequential(convert.to_convnn(nn.ModuleList([Attention(8, 2)]))[0])
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(quantized(x), model(x), atol=0.1, rtol=0.1)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own attention
 def test_gradients_of_each_example_by_vmap():
     model = converted()

@@ -11,7 +11,7 @@ from triton_cases import DEVICE, TRITON
 from convnn_geo import gpu
 from convnn_geo.lowering import choose, explain, run
 from convnn_geo.lowering.neighbor_attention import TritonAttention
-from convnn_geo.metrics import interpolate
+from convnn_geo.metrics import Feature, interpolate
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.search import knn
@@ -42,6 +42,14 @@ CLOUDS = {
     "last bits": lambda n, d: torch.randn(1, d) + 1e-6 * torch.randn(n, d),
     "far away": lambda n, d: 1e6 + torch.randint(50, (n, d)).float(),
     "with zeros": lambda n, d: torch.randn(n, d) * (torch.arange(n) % 3 > 0)[:, None],
+}
+METRICS = {
+    "euclidean": "euclidean",
+    "cosine": "cosine",
+    "dot": "dot",
+    "scaled dot": Feature("scaled_dot"),
+    "points in float64": 0.3 * Feature("squared_euclidean") + 0.7 * Feature("cosine"),
+    "products in float64": 0.3 * Feature("squared_euclidean") + 0.7 * Feature("dot"),
 }
 
 
@@ -101,8 +109,9 @@ class TestSearch:
 
     @pytest.mark.parametrize("spare", [0, 2])
     @pytest.mark.parametrize("self_point", ["natural", "first", "excluded"])
-    @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-    @pytest.mark.parametrize("d", [3, 12])
+    @pytest.mark.parametrize(
+        "metric, d", [("euclidean", 3), ("euclidean", 12), ("cosine", 12), ("scaled dot", 3)]
+    )
     def test_unequal_clouds_are_searched_in_one_launch(
         self, d, metric, self_point, spare, monkeypatch
     ):
@@ -116,7 +125,7 @@ class TestSearch:
         batch = torch.arange(4).repeat_interleave(torch.tensor(sizes))
         x, batch = on(torch.randint(9, (257, d)) * torch.rand(257, 1).round(decimals=1), batch)
         k = 7 - (self_point == "excluded") - spare  # the smallest cloud may give all it has
-        options = {"k": k, "batch_x": batch, "metric": metric, "self_point": self_point}
+        options = {"k": k, "batch_x": batch, "metric": METRICS[metric], "self_point": self_point}
         found, wanted = (knn(x, backend=b, **options) for b in ("triton", "dense"))
         assert torch.equal(found.index, wanted.index) and len(asked) == 1
         torch.testing.assert_close(found.distance, wanted.distance)
@@ -205,6 +214,17 @@ class TestSearch:
             assert torch.equal(found.index, wanted.index)
             torch.testing.assert_close(found.distance, wanted.distance)
 
+    def check_without_waiting(self, monkeypatch, x, y, k, metric, self_point):
+        wanted = knn(x, y, k, metric=metric, backend="dense", self_point=self_point)
+        with monkeypatch.context() as patch:
+            for name in WAITING:
+                patch.setattr(torch.Tensor, name, waited)
+            found = knn(
+                x, y, k, metric=metric, backend="triton", self_point=self_point, check=False
+            )
+        assert torch.equal(found.index, wanted.index)
+        torch.testing.assert_close(found.distance, wanted.distance, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
     @pytest.mark.parametrize("d", [3, 20])
     @pytest.mark.parametrize("cloud", CLOUDS)
@@ -213,20 +233,16 @@ class TestSearch:
     ):
         torch.manual_seed(0)
         (x,) = on(torch.stack([CLOUDS[cloud](20, d), torch.randn(20, d)]))
-        for y, k, self_point in (
-            (None, 5, "natural"),
-            (None, 5, "excluded"),
-            (x[:, 15:], 17, "natural"),
-        ):
-            wanted = knn(x, y, k, metric=metric, backend="dense", self_point=self_point)
-            with monkeypatch.context() as patch:
-                for name in WAITING:
-                    patch.setattr(torch.Tensor, name, waited)
-                found = knn(
-                    x, y, k, metric=metric, backend="triton", self_point=self_point, check=False
-                )
-            assert torch.equal(found.index, wanted.index)
-            torch.testing.assert_close(found.distance, wanted.distance, rtol=1e-5, atol=1e-6)
+        self.check_without_waiting(monkeypatch, x, None, 5, metric, "natural")
+        self.check_without_waiting(monkeypatch, x, None, 5, metric, "excluded")
+        self.check_without_waiting(monkeypatch, x, x[:, 15:], 17, metric, "natural")
+
+    @pytest.mark.parametrize("metric", ["dot", "points in float64", "products in float64"])
+    @pytest.mark.parametrize("cloud", CLOUDS)
+    def test_products_and_mixtures_are_settled_without_waiting(self, cloud, metric, monkeypatch):
+        torch.manual_seed(0)
+        (x,) = on(CLOUDS[cloud](24, 5))
+        self.check_without_waiting(monkeypatch, x, None, 3, METRICS[metric], "excluded")
 
 
 def waited(*_):

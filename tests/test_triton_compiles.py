@@ -19,6 +19,7 @@ compiler = pytest.importorskip("triton.compiler")
 
 from convnn_geo import gpu  # noqa: E402
 from convnn_geo.metrics import interpolate  # noqa: E402
+from convnn_geo.search.problem import Problem  # noqa: E402
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 pytestmark = [
@@ -114,18 +115,31 @@ def test_search(launches, tmp_path, d, k, dtype):
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("angles, exact", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(
+    "kind, exact", [("points", True), ("angles", True), ("angles", False), ("products", True)]
+)
 @pytest.mark.parametrize(
     ("d", "k"), [(3, 9), (64, 9), pytest.param(192, 40, marks=pytest.mark.slow)]
 )
-def test_search_engine(launches, tmp_path, d, k, angles, exact, own):
+def test_search_engine(launches, tmp_path, d, k, kind, exact, own):
     from convnn_geo.search.launches import launch
 
     points = torch.randn(2, 1024, d)
     places = torch.arange(1024).repeat(2) if own else None
-    launch(points, points, k, places, angles, exact=exact)
+    launch(Problem(kind, points, points, None, 1.0, torch.float32, None, exact), k, places)
     searches = SEARCHES if k <= 32 else {"_nearest"}
-    check(launches, tmp_path, searches if d <= 8 else searches | CENTERS)
+    centers = set() if d <= 8 or kind == "products" else CENTERS
+    check(launches, tmp_path, searches | centers)
+
+
+@pytest.mark.parametrize("kind", ["points", "products"])
+def test_search_in_doubles(launches, tmp_path, kind):
+    from convnn_geo.search.launches import launch
+
+    points, bias = torch.randn(2, 1024, 48).double(), torch.randn(2, 1024).double()
+    bias = bias if kind == "products" else None
+    launch(Problem(kind, points, points, bias, 0.3, torch.float32), 9)
+    check(launches, tmp_path, SEARCHES | (CENTERS if kind == "points" else set()))
 
 
 def test_clouds_about_their_centers(launches, tmp_path):
@@ -133,7 +147,8 @@ def test_clouds_about_their_centers(launches, tmp_path):
 
     q, keys, starts = torch.randn(90, 64), torch.randn(400, 64), torch.tensor([0, 40, 90])
     batch = torch.arange(2).repeat_interleave(45), torch.arange(2).repeat_interleave(200)
-    launch(q, keys, 9, None, False, Clouds(50, (starts, starts), batch))
+    problem = Problem("points", q, keys, None, 1.0, torch.float32)
+    launch(problem, 9, None, Clouds(50, (starts, starts), batch))
     check(launches, tmp_path, SEARCHES | CENTERS)
 
 

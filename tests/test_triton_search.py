@@ -4,6 +4,8 @@ import pytest
 import torch
 from triton_cases import DEVICE, TRITON
 
+from convnn_geo.search.problem import Problem
+
 pytestmark = TRITON
 
 
@@ -60,31 +62,36 @@ def test_products(both, dtype, n, m, d, k, biased):
     assert missed < 0.1
 
 
-@pytest.mark.parametrize("d", [3, 20])
-@pytest.mark.parametrize("angles", [False, True])
-@pytest.mark.parametrize("own", [False, True])
-def test_points(both, d, angles, own):
+def launch(kind, q, keys, k, own=None, bias=None, scale=1.0):
     from convnn_geo.search.launches import launch
 
+    problem = Problem(kind, q, keys, bias, scale, torch.float32, None, True)
+    return launch(problem, k, own)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("d", [3, 20])
+@pytest.mark.parametrize("kind", ["points", "angles", "products"])
+@pytest.mark.parametrize("own", [False, True])
+def test_points(both, d, kind, own, double):
     torch.manual_seed(0)
-    x = torch.randn(1, 220, d)
-    if angles:
+    x = torch.randn(1, 220, d, dtype=torch.float64 if double else torch.float32)
+    if kind == "angles":
         x = x / x.norm(dim=-1, keepdim=True)
     x[:, 200:] = x[:, :20]
     q = x[:, 190:]
     places = torch.arange(190, 220).to(DEVICE) if own else None
     x, q = x.to(DEVICE), q.to(DEVICE)
-    values, wanted, missed = both(lambda: launch(q, x, 9, places, angles))
+    bias, scale = (x[..., 0].abs(), 0.3) if kind == "products" and own else (None, 0.3)
+    values, wanted, missed = both(lambda: launch(kind, q, x, 9, places, bias, scale))
     torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
     assert missed < 0.1
 
 
 def test_products_are_of_tf32_and_neighbours_of_float32(both):
-    from convnn_geo.search.launches import launch
-
     torch.manual_seed(0)
     x = (100 + torch.randn(1, 1, 16) + 1e-3 * torch.randn(1, 200, 16)).to(DEVICE)
-    _, _, missed = both(lambda: launch(x[:, :20], x, 5))
+    _, _, missed = both(lambda: launch("points", x[:, :20], x, 5))
     assert missed < 1
 
 

@@ -89,5 +89,6 @@ def _noise(seed: int, shape: tuple[int, ...], device: torch.device) -> torch.Ten
 
 @torch.compiler.assume_constant_result
 def _fixed_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    with _disable_current_modes():  # traced, it would go on drawing from the generator
+    # Traced, it would go on drawing from the generator; under vmap it would draw for each example.
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -18,7 +18,10 @@ CONVOLUTIONS: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OURS = (TapLayer, ConvNNAttention, Branching, PixelAttention, PointAttention, NeighborConv)
 _TIMM = ("timm.layers", "timm.models.vision_transformer")
 
-KNOWN = "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, timm's Attention, DynamicEdgeConv"
+KNOWN = (
+    "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, "
+    "timm's Attention (of vision_transformer), DynamicEdgeConv"
+)
 
 
 def kind(layer: nn.Module) -> str | None:

@@ -56,7 +56,8 @@ class PatchPositions(Metric):
             raise ValueError(
                 f"PatchPositions: expected {expected} tokens ({self.prefix} before patches of "
                 f"{' x '.join(map(str, self.size))}), got {tokens}; give images of the "
-                "size that the model was made for, and drop no patches (patch_drop_rate=0)"
+                "size that the model was made for, and drop no patches (patch_drop_rate=0); after "
+                "timm's set_input_size call set_interpolation again"
             )
         return grid
 

@@ -12,7 +12,7 @@ from convnn_geo.convert.known import KNOWN, is_ours, kind, places
 from convnn_geo.convert.placing import place_tokens
 from convnn_geo.convert.rules import Rule
 from convnn_geo.convert.specs import Spec
-from convnn_geo.convert.weights import NotApplicable
+from convnn_geo.convert.weights import NotApplicable, set_mode
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")
 """Beginnings of the attributes where a module has the hooks of its runs."""
@@ -135,6 +135,7 @@ def _become(rule: Rule, name: str, layer: nn.Module) -> nn.Module:
     try:
         new: nn.Module = rule.become(layer)  # type: ignore[operator]
         _share_hooks(layer, new)
+        set_mode(new, layer.modules(), layer.training)
         return new
     except NotApplicable:
         raise

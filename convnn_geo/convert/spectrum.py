@@ -14,7 +14,8 @@ from convnn_geo.convert.attention import TimmAttention
 from convnn_geo.convert.convolution import positional
 from convnn_geo.convert.known import KNOWN, is_ours, places
 from convnn_geo.convert.placing import place_tokens
-from convnn_geo.convert.positions import PatchPositions, token_positions
+from convnn_geo.convert.positions import PatchPositions, UnknownPositions, token_positions
+from convnn_geo.convert.weights import set_mode
 from convnn_geo.metrics import Feature, Interpolation, Metric, Spatial
 from convnn_geo.nn import Branching, ConvNN1d, ConvNN2d, ConvNN3d, ConvNNAttention
 from convnn_geo.nn.branching import PixelAttention
@@ -61,7 +62,8 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
         Names of the layers that moved.
 
     Raises:
-        ValueError: lam outside [0, 1], or no layer that can move.
+        ValueError: lam outside [0, 1], no layer that can move, or patches whose grid is not known
+            (``dynamic_img_size``) anywhere but at 1.
 
     Example:
         >>> from convnn_geo import convert
@@ -80,22 +82,36 @@ def set_interpolation(model: nn.Module, lam: float, learnable: bool = False) -> 
             "with convolutions that are odd, undilated and zero-padded, or with attention; known "
             f"are {KNOWN}{_left(model)}"
         )
+    ends = {name: _ends(model, name, layer) for name, layer in movable.items()}
     for name, layer in movable.items():
+        place = _place(layer, ends[name][0])
+        if isinstance(place, UnknownPositions) and (lam < 1 or learnable):
+            raise ValueError(
+                f"set_interpolation: {name} can't leave lam=1: {place.reason}, so that the grid of "
+                "its patches is unknown; build the model for images of one size"
+            )
+    for name, layer in movable.items():
+        before = [*layer.modules()]
         if not isinstance(layer.metric, Interpolation):
-            layer.metric = Interpolation(*_ends(model, name, layer), lam)
+            layer.metric = Interpolation(*ends[name], lam)
         else:  # it may have been moved outside of its model, or the model given another size
             place_tokens(model, name, layer)
         _set_lam(layer.metric, lam, learnable, next(layer.parameters()))
         if not isinstance(layer, ConvNNAttention):
             _settle(layer)
+        set_mode(layer, before, layer.training)
     return list(movable)
 
 
 def _left(model: nn.Module) -> str:
     """Layers that look like attention and are not known."""
     ours = {id(part) for layer, _ in places(model, is_ours) for part in layer.modules()}
-    names = {type(part).__name__ for part in model.modules() if id(part) not in ours}
-    left = sorted(name for name in names if "Attention" in name or name.endswith("Attn"))
+    kinds = {type(part) for part in model.modules() if id(part) not in ours}
+    left = sorted(
+        f"{kind.__module__}.{kind.__name__}"
+        for kind in kinds
+        if "Attention" in kind.__name__ or kind.__name__.endswith("Attn")
+    )
     return f", not {', '.join(left)}" if left else ""
 
 
@@ -169,6 +185,12 @@ def _ends(model: nn.Module, name: str, layer: Any) -> tuple[Metric, Metric]:
             return place, layer.metric
     near = nearest_in_window(layer.kernel_size or (1,))
     return near, Feature("cosine") if isinstance(layer.metric, Spatial) else layer.metric
+
+
+def _place(layer: Any, found: Metric) -> Metric:
+    """The metric at 0; a layer that is asked for outside of its model keeps what it knows."""
+    known = isinstance(layer.metric, Interpolation) and isinstance(found, Spatial)
+    return layer.metric.first if known else found
 
 
 def _set_lam(metric: Interpolation, lam: float, learnable: bool, like: Tensor) -> None:

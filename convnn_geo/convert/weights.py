@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ def carry(new: nn.Module, name: str, old: nn.Parameter | None) -> None:
         with torch.no_grad():
             fresh.copy_(old.reshape(fresh.shape))
         fresh.requires_grad_(old.requires_grad)
+
+
+def set_mode(layer: nn.Module, known: Iterable[nn.Module], training: bool) -> None:
+    """Let parts of a layer that were not known before train, or not."""
+    known = set(known)
+    for part in layer.modules():
+        if part not in known:
+            part.training = training
 
 
 def check_share(channels: int, ratio: float) -> None:

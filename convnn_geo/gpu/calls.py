@@ -137,7 +137,7 @@ class Found:
             strides=shapes.strides[:6] + shapes.strides[9:14],
             kinds=(
                 *(dtype, torch.int32, device, torch.float32 if biased else None),
-                *(torch.uint8 if masked else None, None),
+                *(torch.uint8 if masked else None, None, dtype),
             ),
             ways=Ways(any_order=True),
             plan=self.plan,

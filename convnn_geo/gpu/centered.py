@@ -41,7 +41,8 @@ def _mean(
         axes = start + tl.arange(0, BLOCK_D)
         there = (rows < first + count)[:, None] & (axes < d)[None, :]
         x = tl.load(point_ptr + rows[:, None] * d + axes[None, :], mask=there, other=0.0)
-        tl.store(center_ptr + example * d + axes, tl.sum(x * (1 / _SAMPLE), 0), mask=axes < d)
+        center = tl.sum(x * (1 / _SAMPLE), 0).to(tl.float32)
+        tl.store(center_ptr + example * d + axes, center, mask=axes < d)
     tl.store(longest_ptr + example, 0)
 
 
@@ -68,8 +69,9 @@ def _center(
         axes = start + tl.arange(0, BLOCK_D)
         there = real[:, None] & (axes < d)[None, :]
         x = tl.load(point_ptr + at + axes[None, :], mask=there, other=0.0)
-        own += tl.sum(x * x, 1)
-        x -= tl.load(center_ptr + of + axes[None, :], mask=there, other=0.0)
+        center = tl.load(center_ptr + of + axes[None, :], mask=there, other=0.0)
+        own += tl.sum(x * x, 1).to(tl.float32)
+        x = (x - center).to(tl.float32)
         square += tl.sum(x * x, 1)
         tl.store(centered_ptr + at + axes[None, :], x, mask=there)
     tl.store(square_ptr + rows, square, mask=real)
@@ -116,7 +118,8 @@ def centered(
     """Points in float32 about the centers of their examples.
 
     Args:
-        q: targets ``(b, n, d)``, or ``(n, d)`` of examples that are not of one size; contiguous.
+        q: targets ``(b, n, d)``, or ``(n, d)`` of examples that are not of one size; contiguous,
+            in float32 or float64.
         keys: sources, likewise.
         alike: whether targets are the sources.
         angles: zero vectors have squared distance 2 from all, others length one.
@@ -124,7 +127,7 @@ def centered(
         batch: ``(n,)`` and ``(m,)``, the example of each point, where they are not of one size.
     """
     d, examples = keys.shape[-1], len(keys) if starts is None else len(starts) - 1
-    center = keys.new_empty(examples, d)
+    center = keys.new_empty(examples, d, dtype=torch.float32)
     longest = torch.empty(examples, dtype=torch.int32, device=keys.device)
     wide = min(64, gpu.next_power_of_2(d))
     plain: dict[str, Any] = {"d": d, "BLOCK_D": wide, "RAGGED": starts is not None}
@@ -132,7 +135,8 @@ def centered(
     launch(_mean, (examples,), (keys, starts, center, longest), (), (size,), **plain)
 
     def about(points: Tensor, example: Tensor | None, sources: bool) -> tuple[Tensor, ...]:
-        moved, square = torch.empty_like(points), points.new_empty(points.shape[:-1])
+        moved = torch.empty_like(points, dtype=torch.float32)
+        square = moved.new_empty(points.shape[:-1])
         bias = torch.empty_like(square) if sources and angles else square
         total = square.numel()
         tensors = (points, center, example, moved, square, bias, longest)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from convnn_geo.gpu.exact import exact_of_pairs, exact_of_tile, rounding
 from convnn_geo.gpu.pairs import WORST, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import (
     HIDDEN,
@@ -17,9 +18,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     ordered,
     products,
-    rounding,
     squared_differences,
-    squared_differences_of_pairs,
 )
 
 _FILLED: tl.constexpr = tl.constexpr(-0x7FFFFFFF - 1)
@@ -69,6 +68,7 @@ def _settled(
     best,
     q,
     key,
+    bias,
     rows,
     wanted,
     own,
@@ -78,21 +78,26 @@ def _settled(
     m,
     k,
     kept,
+    scale,
+    fine,
     d: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ANGLES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     EXACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_OWN: tl.constexpr,
 ):
-    """Rows with neighbours closer to one another than rounding, by differences in float64.
+    """Rows with neighbours closer to one another than rounding, by distances in float64.
 
     Those that were kept are measured again; where one that was not may be nearer, all are. Nobody
     waits for the other rows, nor the host for the device.
 
-    ``EXACT``: the values of all rows are such differences.
+    ``square``: what makes values distances, the same for a whole row.
+    ``EXACT``: the values of all rows are such distances.
     """
     available = tl.zeros_like(rows) + m
     if HAS_OWN:
@@ -113,10 +118,10 @@ def _settled(
         for j in range(0, kept):
             place = place_of(_slot(best, j, K))
             seen = tl.where(j < k, measured, unclear)
-            exact = squared_differences_of_pairs(
-                q, key, rows, place, seen, d, d, d, BLOCK_D, ANGLES
+            exact = exact_of_pairs(
+                q, key, bias, rows, place, seen, scale, fine, d, BLOCK_D, ANGLES, PRODUCTS, HAS_BIAS
             )
-            exact = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
+            exact = tl.where(seen, ordered(exact), PADDING)
             here = (tl.arange(0, K) == j)[None, :]
             code = tl.where(here, exact[:, None], code)
             places = tl.where(here, place[:, None], places)
@@ -129,13 +134,13 @@ def _settled(
             kth = tl.max(every, 1)
             for start in range(0, m, BLOCK_M):
                 columns = start + tl.arange(0, BLOCK_M)
-                exact = squared_differences(
-                    q, key, rows, columns, n, m, d, d, d, tl.float64, ANGLES
+                exact = exact_of_tile(
+                    q, key, bias, rows, columns, n, m, scale, fine, d, ANGLES, PRODUCTS, HAS_BIAS
                 )
                 seen = lost[:, None] & (columns < m)[None, :]
                 if HAS_OWN:
                     seen = seen & (columns[None, :] != own[:, None])
-                tile = tl.where(seen, ordered(exact.to(tl.float32)), PADDING)
+                tile = tl.where(seen, ordered(exact), PADDING)
                 every, where, kth = _keep_nearest(every, where, kth, tile, columns)
             again = tl.where(lost[:, None], _sorted(every, where, k, K), again)
         best = tl.where(measured[:, None], again, best)
@@ -177,6 +182,7 @@ def _nearest(
     mask_head,
     mask_row,
     scale,
+    fine,
     share,
     d: tl.constexpr,
     K: tl.constexpr,
@@ -186,6 +192,7 @@ def _nearest(
     RAGGED: tl.constexpr,
     DIRECT: tl.constexpr,
     ANGLES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     SETTLE: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -196,8 +203,9 @@ def _nearest(
     """One block of targets of one example against all its sources; most tiles hold no neighbour.
 
     ``MISSED``: only of those targets that a bound did not help.
-    ``SETTLE``: whom products do not tell apart, squared differences of the originals do.
-    ``EXACT``: values are such differences.
+    ``SETTLE``: whom products do not tell apart, distances of the originals in float64 do: squared
+    differences, or ``PRODUCTS`` again.
+    ``EXACT``: values are such distances.
     """
     example = (tl.program_id(0) // blocks).to(tl.int64)
     outer, head = example // heads, example % heads
@@ -239,7 +247,9 @@ def _nearest(
             product = products(q, key, rows, columns, n, m, q_row, key_row, d, BLOCK_D)
             value = -scale * product if HAS_BIAS else -product
             if HAS_BIAS:
-                value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+                value += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[
+                    None, :
+                ]
         code = ordered(value)
         if HAS_MASK:
             mask = mask_ptr + outer * mask_example + head * mask_head
@@ -255,10 +265,13 @@ def _nearest(
     value = value_of(pair)
     if SETTLE:
         square = tl.load(square_ptr + first + rows, mask=rows < n, other=0.0)
+        slack = rounding(square, longest_ptr + example, share, PRODUCTS)
+        if PRODUCTS:
+            square = tl.zeros_like(square)
         value, pair = _settled(
-            pair, original_ptr + first * d, original_key_ptr + start * d, rows, wanted, own, square,
-            rounding(square, longest_ptr + example, share), n, m, k, kept, d, K, BLOCK_N, BLOCK_M,
-            BLOCK_D, ANGLES, EXACT, HAS_OWN,
+            pair, original_ptr + first * d, original_key_ptr + start * d, bias, rows, wanted, own,
+            square, slack, n, m, k, kept, scale, fine, d, K, BLOCK_N, BLOCK_M, BLOCK_D, ANGLES,
+            PRODUCTS, EXACT, HAS_BIAS, HAS_OWN,
         )  # fmt: skip
     slot = tl.arange(0, K)
     at = (first + rows)[:, None].to(tl.int64) * k + slot[None, :]

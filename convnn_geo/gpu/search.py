@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.gpu.centered import Centered
 from convnn_geo.gpu.insertion import _nearest
 from convnn_geo.gpu.launching import Launch, prepared
 from convnn_geo.gpu.plans import Plan, multiprocessors, plan
@@ -22,19 +21,28 @@ SPARE = 4
 
 @dataclass(frozen=True)
 class Rounding:
-    """How products stand for squared differences, so that what they can't tell apart is settled.
+    """How products in float32 stand for distances, so that what they can't tell apart is settled.
 
     Args:
-        points: about a center, as products take them.
-        share: of the square of the sum of two lengths, by which differences may be off.
+        near: targets and sources as products take them.
+        square: ``(..., n)``, of each target's length.
+        longest: ``(b,)``, length of each example's longest source.
+        share: by which differences may be off, of the square of the sum of two lengths, or of
+            their product.
         rough: the same where factors are rounded to TF32.
-        exact: whether values are wanted as differences have them; otherwise good to rounding.
+        exact: whether values are wanted as distances are; otherwise good to rounding.
+        products: whether distances are ``bias - scale <q, key>``, not squared differences.
+        fine: what a float32, as kernels take numbers, cannot hold of that scale.
     """
 
-    points: Centered
+    near: tuple[Tensor, Tensor]
+    square: Tensor
+    longest: Tensor
     share: float
     rough: float
     exact: bool
+    products: bool = False
+    fine: float = 0.0
 
 
 @gpu.on_its_device
@@ -58,8 +66,9 @@ def nearest(
     """Values and places ``(n, k)`` of the nearest in each example, in order, ties by place.
 
     Args:
-        q: ``(n, d)``, examples one after the other; float32, bfloat16 or float16. Without starts
-            ``(b, heads, n, d)``, and places of all heads come one after the other.
+        q: ``(n, d)``, examples one after the other; float32, bfloat16 or float16, or, where
+            rounding is told, float64. Without starts ``(b, heads, n, d)``, and places of all heads
+            come one after the other.
         keys: ``(m, d)``, or ``(b, heads, m, d)``.
         k: at most what the smallest example has, and 256.
         starts: ``(b + 1,)`` each, where examples start in ``q`` and in ``keys``, int64; None where
@@ -72,8 +81,8 @@ def nearest(
         direct: by squared differences instead; for few axes.
         own: ``(n,)``, a source that each target is not to find; -1 for none.
         angles: vectors have length one, or zero: these have squared distance 2 from all.
-        rounding: neighbours that products do not tell apart come in the order of their squared
-            differences, summed in float64 and rounded to float32.
+        rounding: neighbours that products do not tell apart come in the order of their distances,
+            summed in float64 and rounded to float32.
         integers: type of the places.
         any_order: the nearest may come in any order.
 
@@ -93,11 +102,13 @@ def nearest(
         strides = (0, 0, d, 0, 0, d, 0, 0)
     strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
     usual = sizes[2] or len(keys) // max(1, sizes[0])
-    chosen = plan(usual, k, d, q.dtype, direct, rounding is not None)
+    near = q.dtype if rounding is None else rounding.near[0].dtype
+    chosen = plan(usual, k, d, near, direct, rounding is not None)
     given = tuple([None if t is None else t.dtype for t in (bias, mask, own)])
-    kinds = (q.dtype, integers, q.device, *given)
-    exact = rounding is not None and rounding.exact
-    ways = Ways(direct, angles, rounding is not None, exact, any_order)
+    kinds = (near, integers, q.device, *given, q.dtype)
+    ways = Ways(direct, angles, any_order=any_order)
+    if rounding is not None:
+        ways = ways._replace(settled=True, products=rounding.products, exact=rounding.exact)
     search = similar(sizes, k, d, longest, heads, strides, kinds, ways, chosen)
     return search(q, keys, starts, bias, scale, mask, own, rounding)
 
@@ -108,14 +119,16 @@ class Ways(NamedTuple):
     Args:
         direct: by differences.
         angles: those of vectors of length one, or zero.
-        settled: by differences where products do not tell.
-        exact: and then values are those of differences.
+        settled: in float64 where products in float32 do not tell.
+        products: and then by products, not by differences.
+        exact: and then values are those in float64.
         any_order: the nearest may come in any order.
     """
 
     direct: bool = False
     angles: bool = False
     settled: bool = False
+    products: bool = False
     exact: bool = False
     any_order: bool = False
 
@@ -131,8 +144,8 @@ class Search:
         longest: targets of the largest example, at most.
         heads: examples that share the mask's first axis.
         strides: of targets, sources, bias and mask, along examples, heads and rows.
-        kinds: dtype of targets and sources, that of places, the device, and dtypes of a bias, a
-            mask, and sources not to be found, or None.
+        kinds: dtype of targets and sources as products take them, that of places, the device,
+            dtypes of a bias, a mask, and sources not to be found, or None, and that of targets.
         ways: in which distances are compared.
         plan: of the search by a bound; None where there is none.
     """
@@ -153,11 +166,12 @@ class Search:
 
     @functools.cached_property
     def _kinds(self) -> dict[str, bool]:
-        (*_, bias, mask, own), ways = self.kinds, self.ways
+        (*_, bias, mask, own, _), ways = self.kinds, self.ways
         return {
             "RAGGED": not self.sizes[1],
             "DIRECT": ways.direct,
             "ANGLES": ways.angles,
+            "PRODUCTS": ways.products,
             "SETTLE": ways.settled,
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
@@ -243,18 +257,18 @@ class Search:
             return values, places
         mask = None if mask is None else mask.view(torch.uint8)
         begin: tuple[Tensor | None, Tensor | None] = starts or (None, None)
-        near, square, longest, share, rough = (q, keys), None, None, 0.0, 0.0
+        near, square, longest, fine, share, rough = (q, keys), None, None, 0.0, 0.0, 0.0
         if rounding is not None:
-            points, share, rough = rounding.points, rounding.share, rounding.rough
-            near, square, longest = (points.q, points.keys), points.square, points.longest
+            near, square, longest = rounding.near, rounding.square, rounding.longest
+            fine, share, rough = rounding.fine, rounding.share, rounding.rough
         given = (*near, bias, mask, own, q, keys, square, longest, *begin, values, places)
         if self.plan is not None:
             launch, programs, room = self._by_bound
             missed = values.new_empty(targets, dtype=torch.uint8)
             lists = missed.new_empty(room, dtype=torch.int32)
-            launch((programs,), (*given, missed, lists), (scale, rough))
+            launch((programs,), (*given, missed, lists), (scale, fine, rough))
         launch, programs = self._by_insertion
-        launch((programs,), (*given, missed), (scale, share))
+        launch((programs,), (*given, missed), (scale, fine, share))
         return values, places
 
 

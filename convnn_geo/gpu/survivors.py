@@ -13,6 +13,7 @@ import triton.language as tl
 
 from convnn_geo import gpu
 from convnn_geo.gpu.choice import above, below, narrowed, sharpness
+from convnn_geo.gpu.exact import exact_of_pairs, rounding
 from convnn_geo.gpu.lists import append, join, narrow
 from convnn_geo.gpu.pairs import WORST, in_any_order, pairs, place_of, value_of
 from convnn_geo.gpu.tiles import (
@@ -20,9 +21,7 @@ from convnn_geo.gpu.tiles import (
     allowed,
     how_many,
     ordered,
-    rounding,
     squared_differences,
-    squared_differences_of_pairs,
 )
 
 _INTERPRETED: tl.constexpr = tl.constexpr(gpu.interpreted())
@@ -108,7 +107,7 @@ def _distances(
                 total = _product(part, other, total, ROUGH)
         value = scale * total if HAS_BIAS else total
     if HAS_BIAS:
-        value += tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+        value += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[None, :]
     if not EVEN:
         value += tl.where(columns < m, 0.0, float("nan"))[None, :]
     if HAS_MASK:
@@ -167,6 +166,7 @@ def _nearest_survivors(
     mask_head,
     mask_row,
     scale,
+    fine,
     share,
     d: tl.constexpr,
     LISTS: tl.constexpr,
@@ -180,6 +180,7 @@ def _nearest_survivors(
     RAGGED: tl.constexpr,
     DIRECT: tl.constexpr,
     ANGLES: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     SETTLE: tl.constexpr,
     ANY_ORDER: tl.constexpr,
     EVEN: tl.constexpr,
@@ -189,7 +190,8 @@ def _nearest_survivors(
 ):
     """Programs take one block of targets after the other, and list survivors in their own memory.
 
-    ``SETTLE``: products only propose, squared differences in float64 decide among survivors.
+    ``SETTLE``: products only propose, distances in float64 decide among survivors: squared
+    differences, or ``PRODUCTS`` again.
     ``ANY_ORDER``: the nearest may come in any order.
     """
     need = k
@@ -242,7 +244,7 @@ def _nearest_survivors(
         most = _bound(least, need)
         if SETTLE:
             square = tl.load(square_ptr + first + rows, mask=real, other=0.0)
-            spare = rounding(square, longest_ptr + example, share)
+            spare = rounding(square, longest_ptr + example, share, PRODUCTS)
             most = tl.where(spare < float("inf"), most + spare, float("nan"))
         most = tl.where(real, most, float("nan"))  # whom nobody satisfies
         most = tl.broadcast_to(most[:, None], [BLOCK_N, BLOCK_M])
@@ -271,11 +273,11 @@ def _nearest_survivors(
             original = original_ptr + first * d
             for j in range(0, tl.minimum(tl.max(length, 0), LISTED)):
                 place = tl.load(place_list_ptr + lines * LINE + j, mask=j < length, other=0)
-                exact = squared_differences_of_pairs(
-                    original, original_key_ptr + start * d, rows, place, j < length, d, d, d,
-                    BLOCK_D if BLOCK_D < 16 else 16, ANGLES,
+                exact = exact_of_pairs(
+                    original, original_key_ptr + start * d, bias, rows, place, j < length, scale,
+                    fine, d, BLOCK_D if BLOCK_D < 16 else 16, ANGLES, PRODUCTS, HAS_BIAS,
                 )  # fmt: skip
-                exact = exact.to(tl.float32).to(tl.int32, bitcast=True)
+                exact = exact.to(tl.int32, bitcast=True)
                 tl.store(list_ptr + lines * LINE + j, exact, mask=j < length)
             tl.debug_barrier()
         listed = slots[None, :] < length[:, None]

@@ -76,7 +76,8 @@ def products(
 
 
 @triton.jit
-def _axis(ptr, rows, n, stride, axis, KIND: tl.constexpr):
+def axis_of(ptr, rows, n, stride, axis, KIND: tl.constexpr):
+    """One axis of rows, as a ``KIND`` of float."""
     return tl.load(ptr + rows.to(tl.int64) * stride + axis, mask=rows < n, other=0.0).to(KIND)
 
 
@@ -102,60 +103,19 @@ def squared_differences(
     q_length, key_length = tl.zeros([rows.shape[0]], KIND), tl.zeros([columns.shape[0]], KIND)
     if d <= 8:
         for axis in tl.static_range(0, d):
-            q = _axis(q_ptr, rows, n, q_row, axis, KIND)
-            key = _axis(key_ptr, columns, m, key_row, axis, KIND)
+            q = axis_of(q_ptr, rows, n, q_row, axis, KIND)
+            key = axis_of(key_ptr, columns, m, key_row, axis, KIND)
             total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
             q_length, key_length = q_length + q * q, key_length + key * key
     else:
         for axis in range(0, d):
-            q = _axis(q_ptr, rows, n, q_row, axis, KIND)
-            key = _axis(key_ptr, columns, m, key_row, axis, KIND)
+            q = axis_of(q_ptr, rows, n, q_row, axis, KIND)
+            key = axis_of(key_ptr, columns, m, key_row, axis, KIND)
             total += (q[:, None] - key[None, :]) * (q[:, None] - key[None, :])
             q_length, key_length = q_length + q * q, key_length + key * key
     if ANGLES:
         total = tl.where((q_length < 0.25)[:, None] | (key_length < 0.25)[None, :], 2.0, total)
     return total
-
-
-@triton.jit
-def squared_differences_of_pairs(
-    q_ptr,
-    key_ptr,
-    rows,
-    places,
-    real,
-    q_row,
-    key_row,
-    d: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ANGLES: tl.constexpr,
-):
-    """The same in float64 of each row and one source."""
-    total = tl.zeros([rows.shape[0]], tl.float64)
-    q_length, key_length = (
-        tl.zeros([rows.shape[0]], tl.float64),
-        tl.zeros([rows.shape[0]], tl.float64),
-    )
-    for start in range(0, d, BLOCK_D):
-        axes = start + tl.arange(0, BLOCK_D)
-        there = real[:, None] & (axes < d)[None, :]
-        at = rows.to(tl.int64)[:, None] * q_row + axes[None, :]
-        q = tl.load(q_ptr + at, mask=there, other=0.0).to(tl.float64)
-        at = places.to(tl.int64)[:, None] * key_row + axes[None, :]
-        key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float64)
-        total += tl.sum((q - key) * (q - key), 1)
-        q_length += tl.sum(q * q, 1)
-        key_length += tl.sum(key * key, 1)
-    if ANGLES:
-        total = tl.where((q_length < 0.25) | (key_length < 0.25), 2.0, total)
-    return total
-
-
-@triton.jit
-def rounding(square, longest_ptr, share):
-    """How far off differences of a row's values may be, by its length and the longest source's."""
-    length = tl.sqrt_rn(square) + tl.load(longest_ptr)  # the other root takes tiny ones for 0
-    return length * length * share
 
 
 @triton.jit

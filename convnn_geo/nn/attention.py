@@ -401,7 +401,7 @@ class ConvNNAttention(Settable):
         return op, grid
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        weight = self.out_proj.weight
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         for name, tensor, channels in (
             ("query", query, self.embed_dim),
             ("key", key, self.kdim),

@@ -19,13 +19,14 @@ from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operators import operator
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search.fused import in_runs, serves_runs
+from convnn_geo.search.launches import serves
 from convnn_geo.search.nearest import implemented, measured
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
 from convnn_geo.search.ragged import check_batch, check_both, filled, too_many, typical
 from convnn_geo.search.registry import ENGINES, fastest
 from convnn_geo.search.rows import Hidden
-from convnn_geo.search.triton import in_clouds, is_plain
+from convnn_geo.search.triton import in_clouds
 
 
 def find_in_clouds(
@@ -101,7 +102,7 @@ def serves_clouds(query: Query, backend: str) -> bool:
 def _serves_launch(query: Query, backend: str) -> bool:
     if backend != "triton" and (backend != "auto" or query.target.device.type != "cuda"):
         return False
-    return is_plain(query.problem) and ENGINES["triton"].refuses(query) is None
+    return serves(query.problem) and ENGINES["triton"].refuses(query) is None
 
 
 def _knows_pairs(metric: Metric) -> bool:

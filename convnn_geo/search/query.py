@@ -50,6 +50,9 @@ class Query:
         """The metric bound to the points."""
         if self.bind is not None:
             return self.bind()
+        # Where it is traced nothing may happen inside, and torch can't load regions of nothing.
+        if torch.compiler.is_compiling():
+            return self.metric.bind(self.target, self.source)
         with torch.no_grad():
             return self.metric.bind(self.target, self.source)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from convnn_geo import gpu
-from convnn_geo.search.launches import Clouds, launch
+from convnn_geo.search.launches import Clouds, launch, serves
 from convnn_geo.search.points import PointEngine
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
@@ -24,7 +26,8 @@ SPARE = 2
 class Triton(PointEngine):
     """Brute force in one kernel, without a matrix of distances; up to 256 neighbours.
 
-    By differences in up to eight dimensions, by products of centred points in more.
+    By differences in up to eight dimensions, by products in more; whom these, in float32, do not
+    tell apart the kernel settles in float64, and nobody waits for the device.
     """
 
     name = "triton"
@@ -39,35 +42,35 @@ class Triton(PointEngine):
         return gpu.LARGEST_K + SPARE
 
     def refuses(self, query: Query) -> str | None:
-        """As every engine for points, of float32 on a GPU."""
+        """As every engine for points, compared in float32 on a GPU."""
         reason = gpu.refuses(query.target.device)
-        if reason is None and query.problem is not None and query.problem.q.dtype != torch.float32:
+        if reason is None and query.dtype != torch.float32:
             return "its distances are float32, and these need float64"
         if reason is None and query.k > gpu.LARGEST_K:
             return f"k={query.k} is over its limit of {gpu.LARGEST_K}"
         return super().refuses(query) if reason is None else reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
-        """At once, order and all, where neighbours are told apart by differences."""
-        spare = problem.keys.shape[-2] - (hidden.own is not None)
-        served = is_plain(problem) and hidden.mask is None and problem.q.numel() > 0
+        """At once, order and all, but where differences are scaled by axes."""
+        q, keys, bias, own = problem.q, problem.keys, problem.bias, hidden.own
+        spare = keys.shape[-2] - (own is not None)
+        served = serves(problem) and hidden.mask is None and q.numel() > 0
         if not served or not 0 < k <= spare:
             return super().nearest(problem, k, hidden, slab)
-        lead = broadcast_shapes(problem.q.shape[:-2], problem.keys.shape[:-2])
-        q, keys = (
-            t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
-            for t in (problem.q, problem.keys)
-        )
-        own = hidden.own
+        lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2])
+        q, keys = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in (q, keys))
+        if bias is not None:
+            bias = bias.expand(*lead, bias.shape[-1]).reshape(-1, bias.shape[-1])
         if own is not None:
             own = own.expand(*lead, own.shape[-1]).reshape(-1)
-        found = launch(q, keys, k, own, problem.kind == "angles", None, problem.exact)
+        found = launch(replace(problem, q=q, keys=keys, bias=bias), k, own)
         values, places = (t.view(*lead, -1, k) for t in found)
         return values, places
 
     def propose(self, prepared: Tensor, q: Tensor, asked: int) -> Tensor:
-        """Of what is no point: by coordinates that stand for it."""
-        return launch(q, prepared, asked)[1].view(*q.shape[:2], asked)
+        """Of what the kernel does not compare itself: by points that stand for it."""
+        points = Problem("points", q, prepared, None, 1.0, torch.float32)
+        return launch(points, asked)[1].view(*q.shape[:2], asked)
 
 
 def in_clouds(
@@ -111,11 +114,5 @@ def in_clouds(
     own = None
     if excluded:
         own = torch.arange(len(batch_y), device=batch_y.device) - starts[0][batch_y]
-    clouds, angles = Clouds(longest, starts, (batch_y, batch_x)), problem.kind == "angles"
-    values, places = launch(problem.q, problem.keys, k, own, angles, clouds, problem.exact)
+    values, places = launch(problem, k, own, Clouds(longest, starts, (batch_y, batch_x)))
     return values, places + starts[1][batch_y].unsqueeze(-1)
-
-
-def is_plain(problem: Problem) -> bool:
-    """Whether distances are those of points, or angles, as the kernels have them."""
-    return problem.kind in ("points", "angles") and problem.axes is None
