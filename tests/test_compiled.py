@@ -51,8 +51,9 @@ def distances(kind, q, keys, bias=None, scale=1.0):
     return (values / 2).masked_fill(zero, 1.0)
 
 
-def expected(kind, q, keys, k, bias=None, scale=1.0, mask=None, own=None):
-    values = distances(kind, q, keys, bias, scale).float()
+def expected(kind, q, keys, k, bias=None, scale=1.0, mask=None, own=None, less=None):
+    values = distances(kind, q, keys, bias, scale)
+    values = (values if less is None else values - less.double()).float()
     if mask is not None:
         values = values.masked_fill(~mask, torch.inf)
     if own is not None:
@@ -184,10 +185,11 @@ def test_dense_gives_the_same_with_and_without(monkeypatch):
 # -- attention ------------------------------------------------------------------------------
 
 
-def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature, engine):
+def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature, *_, less):
     """In float64, with gradient: a softmax over the chosen alone."""
-    place = expected(kind, q, keys, k, bias, scale, mask)[1]
-    score = -distances(kind, q, keys, bias, scale) / temperature
+    place = expected(kind, q, keys, k, bias, scale, mask, less=less)[1]
+    score = -distances(kind, q, keys, bias, scale)
+    score = (score if less is None else score + less) / temperature
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf)
     score = score.gather(-1, place.expand(*score.shape[:-1], k))
@@ -210,6 +212,12 @@ CASES = {
     "bias": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"bias": (2, 1, 29)}),
     "mask": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"mask": (2, 1, 17, 29)}),
     "keep": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"keep": (2, 3, 17, 5)}),
+    "less": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"less": (2, 3, 17, 29)}),
+    "less alike": ((2, 3, 17, 12), (2, 3, 29, 12), (2, 3, 29, 12), {"less": (3, 17, 29)}),
+    "less of keys": (
+        *((2, 3, 17, 8), (2, 3, 29, 8), (2, 3, 29, 8)),
+        {"less": (2, 1, 1, 29), "mask": (17, 29), "keep": (2, 3, 17, 5)},
+    ),
     "one key": ((2, 1, 4, 16), (2, 1, 1, 16), (2, 1, 1, 16), {"k": 1}),
     "all keys": ((1, 2, 9, 12), (1, 2, 11, 12), (1, 2, 11, 12), {"k": 11}),
 }
@@ -223,17 +231,19 @@ def arguments(kind, case):
     if mask is not None:
         mask[..., 0, :] = False
     keep = (torch.rand(options["keep"]) < 0.5) * 2.0 if "keep" in options else None
-    return kind, q, keys, value, bias, mask, keep, options.get("k", 5), 0.4, 0.7, "compiled"
+    less = torch.randn(options["less"]) if "less" in options else None
+    count = options.get("k", 5)
+    return kind, q, keys, value, bias, mask, keep, count, 0.4, 0.7, "compiled", True, less
 
 
 def check_attention(kind, case):
     given_ = arguments(kind, case)
     kind, q, keys, value, bias, *rest = given_
-    leaves = [t for t in (q, keys, value, bias) if t is not None]
+    leaves = [t for t in (q, keys, value, bias, rest[-1]) if t is not None]
     for leaf in leaves:
         leaf.requires_grad_()
     out, weight, _ = torch.ops.convnn_geo.neighbor_attention(*given_)
-    exact = by_hand(*given_)
+    exact = by_hand(*given_[:-1], less=given_[-1])
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     if rest[0] is None:
         assert weight.sum(-1).sub(1).abs().max() < 1e-5
@@ -271,17 +281,19 @@ def test_attention_weights_that_vanish(processor):
     assert weight[..., -1].item() == 0
 
 
-def test_attention_operators_keep_the_rules_of_torch():
-    given_ = arguments("products", "bias")
-    for leaf in given_[1:5]:
-        leaf.requires_grad_()
+@pytest.mark.parametrize("case", ["bias", "less alike"])
+def test_attention_operators_keep_the_rules_of_torch(case):
+    given_ = arguments("products", case)
+    for leaf in (*given_[1:5], given_[-1]):
+        if leaf is not None:
+            leaf.requires_grad_()
     torch.library.opcheck(torch.ops.convnn_geo.neighbor_attention.default, given_)
-    kind, q, keys, value, _, _, keep, _, scale, temperature, engine = given_
+    kind, q, keys, value, _, _, keep, _, scale, temperature, engine, _, _ = given_
     out, weight, place = torch.ops.convnn_geo.neighbor_attention(*given_)
     back = (kind, q, keys, value, keep, scale, temperature, engine)
     back = (*back, torch.ones_like(out), weight, place)
     back = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in back)
-    for more in ((), (True, torch.ones_like(weight).detach())):
+    for more in ((), (True, torch.ones_like(weight).detach()), (False, None, True)):
         torch.library.opcheck(
             torch.ops.convnn_geo.neighbor_attention_backward.default, (*back, *more)
         )
@@ -298,7 +310,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [False, True, "by floats"])
 def test_the_layer_is_the_same_by_gather(options, masked, weighed):
     torch.manual_seed(0)
     layer = ConvNNAttention(48, 3, k=7, **options)
@@ -307,6 +319,11 @@ def test_the_layer_is_the_same_by_gather(options, masked, weighed):
     if masked:
         call["attn_mask"] = torch.rand(33, 33) < 0.5
         call["key_padding_mask"] = torch.arange(33).expand(2, 33) > torch.tensor([[20], [32]])
+    leaves = [x, *layer.parameters()]
+    if masked == "by floats":
+        scores = torch.randn(6, 33, 33).masked_fill(call["attn_mask"], -torch.inf)
+        call["attn_mask"] = scores.requires_grad_()
+        leaves.append(scores)
     found = []
     for backend in ("compiled", "gather"):
         layer.backend = backend
@@ -318,22 +335,27 @@ def test_the_layer_is_the_same_by_gather(options, masked, weighed):
                 explain(layer, x, **call)
             )
             loss, results = loss + weights.square().sum(), [out, weights]
-        found.append([*results, *torch.autograd.grad(loss, [x, *layer.parameters()])])
+        found.append([*results, *torch.autograd.grad(loss, leaves)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_weights_have_gradients_of_any_order():
+@pytest.mark.parametrize("added", [False, True])
+def test_weights_have_gradients_of_any_order(added):
     layer, found = ConvNNAttention(16, 2, k=4), []
     x = torch.randn(1, 9, 16, requires_grad=True)
+    mask = torch.randn(9, 9, requires_grad=True) if added else None
+    leaves = [x] if mask is None else [x, mask]
     for backend in ("compiled", "gather"):
         layer.backend = backend
         for loss in (
             lambda out, weights: weights.square().sum(),  # of weights alone
             lambda out, weights: (out.sum(-1) * weights.sum(-1)).square().sum() + weights.std(),
         ):
-            (slope,) = torch.autograd.grad(loss(*layer(x)), x, create_graph=True)
-            found.append([slope, *torch.autograd.grad(slope.square().sum(), x)])
+            out = layer(x, attn_mask=mask)
+            slopes = torch.autograd.grad(loss(*out), leaves, create_graph=True)
+            again = torch.autograd.grad(sum(s.square().sum() for s in slopes), leaves)
+            found.append([*slopes, *again])
     for one, other in zip(found[:2], found[2:], strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -61,6 +61,7 @@ def attention(
     k: int,
     scale: float,
     temperature: float,
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``sum_j keep_ij w_ij value_j`` over the k nearest, ``w = softmax(-distance / temperature)``.
 
@@ -69,13 +70,15 @@ def attention(
     Args:
         value: ``(..., m, c)``.
         keep: ``(..., n, k)`` or None.
+        less: ``(..., n | 1, m)`` or None, what each pair's distance is less by.
 
     Returns:
         The sum ``(..., n, c)``, weights and places ``(..., n, k)``.
     """
     # Dropout is of ranks; and of differences rounding spares little.
     wanted = "values" if kind != "products" else "set" if keep is None else "order"
-    problem = Described(kind, q, keys, k, bias, scale, mask, wanted=wanted, lead=value.shape[:-2])
+    lead = value.shape[:-2]
+    problem = Described(kind, q, keys, k, bias, scale, mask, None, wanted, lead, less)
     if not problem.served or not build.here(value):
         return None
     layout = _attention(problem, value, keep, temperature)
@@ -105,8 +108,12 @@ def attention_backward(
     grad: Tensor,
     weight: Tensor,
     place: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Gradients of :func:`attention` to targets, keys, values and bias, in the result's shape."""
+    of_pairs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """Gradients of :func:`attention` to targets, keys, values and bias, in the result's shape.
+
+    And, ``of_pairs``, to distances ``(..., n, k)``; otherwise this is empty.
+    """
     lead, k = place.shape[:-2], place.shape[-1]
     problem = Described(kind, q, keys, k, None, scale, lead=lead)
     if not problem.served or not (build.here(value) and build.here(grad)):
@@ -114,12 +121,13 @@ def attention_backward(
     layout = _attention(problem, value, keep, temperature)
     grads = [q.new_zeros(*lead, *t.shape[-2:]) for t in (q, keys, value)]
     grads.append(q.new_zeros(*lead, problem.m))
+    grads.append(weight.new_empty(weight.shape) if of_pairs else q.new_empty(0))
     products = 2 * place.numel() * (problem.d + value.shape[-1])
     if problem.lead.numel() == 1:  # each example is one thread's
         products = 0
     served = build.library().attention_backward(  # type: ignore[union-attr]
         *(ctypes.addressof(layout), build.threads(products)),
         *(problem.flat(t) for t in (grad, weight, place)),
-        *(t.data_ptr() for t in grads),
+        *(t.data_ptr() if t.numel() else None for t in grads),
     )
     return tuple(grads) if served else None  # type: ignore[return-value]

@@ -125,7 +125,7 @@ static void add(float *to, const float *from, float factor, int64_t width) {
 static void back(const Attention *a, const float *q, const float *keys, const float *value,
                  const float *grad, const float *weight, const float *keep, const int64_t *place,
                  float *slope, float *grad_q, float *grad_keys, float *grad_value,
-                 float *grad_bias) {
+                 float *grad_bias, float *grad_pair) {
   const Problem *p = &a->problem;
   float own = p->kind == POINTS ? 2 : p->kind == ANGLES ? 1 : 0;
   float other = p->kind == PRODUCTS ? -p->scale : -own, mean = 0;
@@ -139,11 +139,13 @@ static void back(const Attention *a, const float *q, const float *keys, const fl
     add(grad_value + place[j] * a->width, grad, weight[j] * kept, a->width);
   }
   for (int j = 0; j < p->k; j++) {
+    if (grad_pair) grad_pair[j] = 0;
     if (weight[j] == 0) continue;
     const float *key = keys + place[j] * p->key_row;
     float *grad_key = grad_keys + place[j] * p->d;
     float s = weight[j] * (mean - slope[j]) / a->temperature; /* of the distance */
     grad_bias[place[j]] += s;
+    if (grad_pair) grad_pair[j] = s;
     if (zero || (p->kind == ANGLES && is_zero(key, p->d))) continue;
     for (int64_t c = 0; c < p->d; c++) {
       grad_q[c] += s * (own * q[c] + other * key[c]);
@@ -153,10 +155,11 @@ static void back(const Attention *a, const float *q, const float *keys, const fl
 }
 
 /* grad (examples, n, width), contiguous like the gradients, which are zeros before; examples do not
-   share keys. grad_bias is (examples, m). The order of sums is fixed. */
+   share keys. grad_bias is (examples, m), grad_pair (examples, n, k), of distances, or NULL. The
+   order of sums is fixed. */
 int attention_backward(const Attention *a, int threads, const float *grad, const float *weight,
                        const int64_t *place, float *grad_q, float *grad_keys, float *grad_value,
-                       float *grad_bias) {
+                       float *grad_bias, float *grad_pair) {
   const Problem *p = &a->problem;
   int served = 1;
 #pragma omp parallel num_threads(threads) reduction(&& : served)
@@ -174,7 +177,7 @@ int attention_backward(const Attention *a, int threads, const float *grad, const
         back(a, q + i * p->q_row, keys, values_of(a, example), grad + row * a->width, weight + at,
              a->keep ? a->keep + at : NULL, place + at, slope, grad_q + row * p->d,
              grad_keys + example * p->m * p->d, grad_value + example * p->m * a->width,
-             grad_bias + example * p->m);
+             grad_bias + example * p->m, grad_pair ? grad_pair + at : NULL);
       }
     }
     free(slope);

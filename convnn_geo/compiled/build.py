@@ -36,7 +36,7 @@ _ARGUMENTS = {
     ],
     "gather_taps": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _POINTER],
     "attention_forward": [_POINTER, _INT, *[_POINTER] * 3, *[_LONG] * 3],
-    "attention_backward": [_POINTER, _INT, *[_POINTER] * 7],
+    "attention_backward": [_POINTER, _INT, *[_POINTER] * 8],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],
 }
 _FUSED = ("products.c", "taps.c", "attention.c")

@@ -33,6 +33,8 @@ class Layout(ctypes.Structure):
         *((name, _LONG) for name in ("bias_example", "bias_head")),
         ("mask", _POINTER),
         *((name, _LONG) for name in ("mask_example", "mask_head", "mask_row")),
+        ("less", _POINTER),
+        *((name, _LONG) for name in ("less_example", "less_head", "less_row")),
         ("own", _POINTER),
         ("scale", ctypes.c_double),
         *((name, _POINTER) for name in ("target_start", "source_start", "source_stop")),
@@ -91,6 +93,7 @@ class Described:
         own: ``(n,)`` or None.
         wanted: of :data:`WANTED`.
         lead: leading axes of what else belongs to the result.
+        less: ``(..., n | 1, m)`` or None, what each pair's distance is less by.
         runs: examples of unequal size; ``q`` and ``keys`` then have no leading axes.
     """
 
@@ -106,6 +109,7 @@ class Described:
         own: Tensor | None = None,
         wanted: str = "order",
         lead: tuple[int, ...] = (),
+        less: Tensor | None = None,
         runs: Runs | None = None,
     ) -> None:
         self.lead = broadcast_shapes(
@@ -113,18 +117,19 @@ class Described:
             keys.shape[:-2],
             () if bias is None else bias.shape[:-1],
             () if mask is None else mask.shape[:-2],
+            () if less is None else less.shape[:-2],
             lead,
         )
         self.n, self.m, self.d = q.shape[-2], keys.shape[-2], q.shape[-1]
         self.heads = self.lead[-1] if self.lead else 1
-        self.served = len(self.lead) <= 2 and _served(q, keys, k, bias, mask, own)
+        self.served = len(self.lead) <= 2 and _served(q, keys, k, bias, mask, own, less)
         if not self.served:
             return
         self._kept: list[Tensor] = []
         at_bias, bias_strides = (None, [0, 0]) if bias is None else self.spread(bias, 1)
-        at_mask, mask_strides = (None, [0, 0, 0]) if mask is None else self.spread(mask, 2)
-        if mask is not None and mask.shape[-2] == 1:
-            mask_strides[2] = 0
+        (at_mask, mask_strides), (at_less, less_strides) = (
+            (None, [0, 0, 0]) if pairs is None else self.of_pairs(pairs) for pairs in (mask, less)
+        )
         (at_q, q_strides), (at_keys, key_strides) = self.spread(q, 2), self.spread(keys, 2)
         examples, n, m = self.lead.numel(), self.n, self.m
         starts: list[int | None] = [None] * 3
@@ -138,7 +143,8 @@ class Described:
         self.layout = Layout(
             *(KINDS.index(kind), k, WANTED.index(wanted), examples, self.heads, n, m, self.d),
             *(at_q, at_keys, at_bias, *q_strides, *key_strides, *bias_strides),
-            *(at_mask, *mask_strides, None if own is None else self.flat(own), scale, *starts),
+            *(at_mask, *mask_strides, at_less, *less_strides),
+            *(None if own is None else self.flat(own), scale, *starts),
         )
 
     @property
@@ -159,6 +165,11 @@ class Described:
         wide = tensor.expand(*self.lead, *tensor.shape[-axes:])
         return tensor.data_ptr(), [*[0] * (2 - len(self.lead)), *wide.stride()[:-1]]
 
+    def of_pairs(self, tensor: Tensor) -> tuple[int, list[int]]:
+        """The same of what may be shared by all targets."""
+        at, strides = self.spread(tensor, 2)
+        return at, [*strides[:2], 0 if tensor.shape[-2] == 1 else strides[2]]
+
     def flat(self, tensor: Tensor) -> int:
         """Where a tensor lies, contiguous."""
         self._kept.append(tensor.contiguous())
@@ -166,14 +177,21 @@ class Described:
 
 
 def _served(
-    q: Tensor, keys: Tensor, k: int, bias: Tensor | None, mask: Tensor | None, own: Tensor | None
+    q: Tensor,
+    keys: Tensor,
+    k: int,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    own: Tensor | None,
+    less: Tensor | None,
 ) -> bool:
-    floats = [t for t in (q, keys, bias) if t is not None]
+    floats = [t for t in (q, keys, bias, less) if t is not None]
     here = all(build.here(t) for t in floats)
     here = here and (mask is None or mask.dtype == torch.bool)
-    some = q.numel() > 0 and 0 < k <= min(LARGEST_K, keys.shape[-2])
-    fits = mask is None or (mask.shape[-1] == keys.shape[-2] and mask.shape[-2] in (1, q.shape[-2]))
-    fits = fits and (bias is None or bias.shape[-1] == keys.shape[-2])
-    fits = fits and q.shape[-1] == keys.shape[-1] and (own is None or len(own) == q.shape[-2])
-    plain = fits and keys.shape[-2] <= LONGEST_ROW and (own is None or own.ndim == 1)
+    n, m = q.shape[-2], keys.shape[-2]
+    some = q.numel() > 0 and 0 < k <= min(LARGEST_K, m)
+    fits = all(t is None or (t.shape[-1] == m and t.shape[-2] in (1, n)) for t in (mask, less))
+    fits = fits and (bias is None or bias.shape[-1] == m)
+    fits = fits and q.shape[-1] == keys.shape[-1] and (own is None or len(own) == n)
+    plain = fits and m <= LONGEST_ROW and (own is None or own.ndim == 1)
     return here and some and plain and build.library() is not None

@@ -3,8 +3,8 @@
    Products in single precision tell who may be among the k nearest: all that lie no farther beyond
    the k-th than rounding can reach. Where rounding can't change their order either, that is all.
    Elsewhere these few are measured in double precision (in single, where there are few axes), and
-   the result, rounded to single, decides; ties go to the lowest index. So the choice does not depend on how a product is summed, and no row
-   is ever sorted.
+   the result, rounded to single, decides; ties go to the lowest index. So the choice does not
+   depend on how a product is summed, and no row is ever sorted.
 
    Sources are packed into panels once an example. A block of rows of products stays in cache. */
 
@@ -37,6 +37,7 @@ struct Workspace {
   int32_t *listed;                /* (wide) */
   float longest, largest_bias;    /* of the sources as packed */
   const float *key, *query, *add; /* of the example: rows of sources and targets, bias */
+  const float *less;              /* and of pairs */
   const int64_t *own;
 };
 
@@ -69,6 +70,7 @@ static void enter(Workspace *w, int64_t example) {
   w->key = p->keys + outer * p->key_example + head * p->key_head;
   w->query = p->q + outer * p->q_example + head * p->q_head;
   w->add = p->bias ? p->bias + outer * p->bias_example + head * p->bias_head : NULL;
+  w->less = p->less ? p->less + outer * p->less_example + head * p->less_head : NULL;
   w->own = p->own, w->m = p->m;
   if (p->target_start) {
     int64_t target = p->target_start[example], source = p->source_start[example];
@@ -157,8 +159,7 @@ static double product(const float *q, const float *key, int64_t d) {
   return total;
 }
 
-/* The distance that decides. */
-static float measure(const Workspace *w, const float *q, int zero, int64_t j) {
+static double distance(const Workspace *w, const float *q, int zero, int64_t j) {
   const Problem *p = w->problem;
   const float *key = w->key + j * p->key_row;
   if (p->kind != PRODUCTS) {
@@ -166,10 +167,17 @@ static float measure(const Workspace *w, const float *q, int zero, int64_t j) {
     if (p->kind == ANGLES && (zero || is_zero(key, p->d))) return 1;
     float half = p->kind == ANGLES ? 0.5f : 1;
     return few ? squared_difference_of_few(q, key, p->d) * half
-               : (float)(squared_difference(q, key, p->d) * half);
+               : squared_difference(q, key, p->d) * half;
   }
   double value = -p->scale * product(q, key, p->d);
-  return (float)(w->add ? value + w->add[j] : value);
+  return w->add ? value + w->add[j] : value;
+}
+
+/* The distance that decides. */
+static float measure(const Workspace *w, const float *q, int zero, int64_t i, int64_t j) {
+  const Problem *p = w->problem;
+  double value = distance(w, q, zero, j);
+  return (float)(w->less ? value - w->less[i * p->less_row + j] : value);
 }
 
 /* Values up to a limit, and their places, in order of place. */
@@ -279,7 +287,7 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
   if (!sure) {
     const float *q = w->query + i * p->q_row;
     int zero = p->kind == ANGLES && is_zero(q, p->d);
-    for (int64_t j = 0; j < count; j++) w->value[j] = measure(w, q, zero, w->listed[j]);
+    for (int64_t j = 0; j < count; j++) w->value[j] = measure(w, q, zero, i, w->listed[j]);
     sort(w, count, found, some, order);
     memcpy(values, some, (size_t)found * sizeof *some);
     memcpy(places, order, (size_t)found * sizeof *order);
@@ -315,11 +323,20 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     if (p->d <= FEW_AXES) margin[i] += FLT_EPSILON * (d + 4) * (reach + w->largest_bias + size);
     margin[i] += (d + 12) * FLT_MIN;
     same[i] = p->kind == POINTS ? size : p->kind == ANGLES ? 1 : 0;
+    if (w->less) { /* whose length is no less than the largest of them */
+      const float *less = w->less + (start + (i < rows ? i : rows - 1)) * p->less_row;
+      reach += sqrtf(dot(less, less, w->m));
+      margin[i] += 4 * FLT_EPSILON * (reach + size);
+    }
     if (!(reach + size < FLT_MAX / 16)) return 0;
   }
   multiply(w);
   for (int i = 0; i < rows; i++) {
     float *row = w->row + i * w->wide;
+    if (w->less) {
+      const float *less = w->less + (start + i) * p->less_row;
+      for (int64_t j = 0; j < w->m; j++) row[j] -= less[j];
+    }
     if (p->mask) {
       const uint8_t *mask = p->mask + example / p->heads * p->mask_example +
                             example % p->heads * p->mask_head + (start + i) * p->mask_row;

@@ -28,6 +28,8 @@ typedef struct {
   int64_t q_example, q_head, q_row, key_example, key_head, key_row, bias_example, bias_head;
   const uint8_t *mask; /* where choice is allowed, or NULL; columns are contiguous */
   int64_t mask_example, mask_head, mask_row;
+  const float *less; /* what each pair's distance is less by, or NULL; likewise */
+  int64_t less_example, less_head, less_row;
   const int64_t *own; /* (n), a source that each target is not to find, -1 for none; or NULL */
   double scale;
   const int64_t *target_start; /* (examples + 1), where each example's targets start; or NULL */

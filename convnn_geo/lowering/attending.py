@@ -10,12 +10,12 @@ from torch import Tensor
 
 from convnn_geo import compiled
 from convnn_geo.gpu.layout import empty_result, leading
-from convnn_geo.metrics import full_precision
+from convnn_geo.metrics import Biased, full_precision
 from convnn_geo.operators import is_traced, operator
 from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import by_rows
 from convnn_geo.search.problem import Problem
-from convnn_geo.search.rows import Hidden
+from convnn_geo.search.rows import Hidden, smallest_in_rows
 from convnn_geo.shapes import broadcast_shapes
 
 _SLAB = 2**23
@@ -36,21 +36,27 @@ def attend(
     temperature: float,
     engine: str,
     wanted: bool = True,
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``.
 
-    Weights and places are for backward: Triton leaves them empty unless they are ``wanted``.
+    Weights and places are for backward: Triton leaves them empty unless they are ``wanted``. What
+    pairs' distances are ``less`` by is ``(..., n | 1, m)``, and not for Triton.
     """
     if engine == "triton":
         from convnn_geo.gpu import attention
 
         return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature, wanted)
-    found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature)
+    found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature, less)
     if found is not None:
         return found
     problem = Problem(kind, q, keys, bias, scale, torch.float32, exact=True)
     with full_precision(q.device):
-        values, place = by_rows(problem, k, Hidden(mask), _SLAB)
+        if less is None:
+            values, place = by_rows(problem, k, Hidden(mask), _SLAB)
+        else:
+            rows = Biased(problem.bound(), less).ordering()
+            values, place = smallest_in_rows(rows, k, Hidden(mask), _SLAB, torch.float32)
     lead = broadcast_shapes(place.shape[:-2], value.shape[:-2])
     place = place.expand(*lead, *place.shape[-2:]).contiguous()
     score = (-values / temperature).expand(place.shape)
@@ -83,8 +89,10 @@ def _(
     temperature: float,
     engine: str,
     wanted: bool = True,
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead, triton = leading(q, keys, value, bias, mask), engine == "triton"
+    lead = lead if less is None else broadcast_shapes(lead, less.shape[:-2])
     shape = (*lead, q.shape[-2], k) if wanted or not triton else (0,)
     weight = q.new_empty(shape, dtype=torch.float32)
     out = empty_result(value, lead, q.shape[-2])
@@ -106,22 +114,25 @@ def _attend_backward(
     place: Tensor,
     biased: bool = True,
     to_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_pairs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to targets, keys, values and bias, in the leading shape of the result.
 
-    That of a bias may be empty unless there is one. Where weights themselves have a gradient, which
-    is rare, they are found by operations of torch.
+    And to distances ``(..., n, k)``, empty unless those ``of_pairs`` are asked for. That of a bias
+    may be empty unless there is one. Where weights themselves have a gradient, which is rare, all
+    are found by operations of torch.
     """
     if to_weight is None and engine == "triton":
         from convnn_geo.gpu import attention
 
-        return attention.attend_backward(
+        by_triton = attention.attend_backward(
             q, keys, value, keep, scale, temperature, grad, weight, place, biased
         )
+        return *by_triton, weight.new_empty(0)
     found = None
     if to_weight is None:
         found = compiled.attention_backward(
-            kind, q, keys, value, keep, scale, temperature, grad, weight, place
+            kind, q, keys, value, keep, scale, temperature, grad, weight, place, of_pairs
         )
     if found is not None:
         return found
@@ -158,7 +169,8 @@ def _attend_backward(
         t.to(given.dtype) if engine == "triton" and given.shape[:-2] == lead else t
         for t, given in zip((to_q, to_keys, to_value), like, strict=True)
     ]
-    return grads[0], grads[1], grads[2], scattered(of_distance, m).squeeze(-1)
+    to_bias, of_distance = scattered(of_distance, m).squeeze(-1), of_distance.squeeze(-1)
+    return grads[0], grads[1], grads[2], to_bias, of_distance if of_pairs else q.new_empty(0)
 
 
 @_attend_backward.register_fake
@@ -176,7 +188,8 @@ def _(
     place: Tensor,
     biased: bool = True,
     to_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_pairs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lead, m = place.shape[:-2], keys.shape[-2]
     own = [engine == "triton" and t.shape[:-2] == lead for t in (q, keys, value)]
     grads = [
@@ -184,7 +197,8 @@ def _(
         for t, whole in zip((q, keys, value), own, strict=True)
     ]
     to_bias = weight.new_empty((*lead, m) if biased or engine != "triton" else 0)
-    return grads[0], grads[1], grads[2], to_bias
+    to_pairs = weight.new_empty(place.shape if of_pairs else 0)
+    return grads[0], grads[1], grads[2], to_bias, to_pairs
 
 
 def _plain(
@@ -198,6 +212,7 @@ def _plain(
     place: Tensor,
     scale: float,
     temperature: float,
+    less: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The sum over pairs that are chosen already, by operations with gradients of any order.
 
@@ -214,6 +229,9 @@ def _plain(
     if kind == "angles":
         zero = (here.norm(dim=-1) < 0.5) | (there.norm(dim=-1) < 0.5)
         distance = (distance / 2).masked_fill(zero, 1.0)
+    if less is not None:
+        pairs = less.expand(*place.shape[:-1], less.shape[-1])
+        distance = distance - pairs.gather(-1, place)
     seen = weight > 0  # what is hidden, or too far to weigh, has no gradient
     score = (-distance / temperature).masked_fill(~seen, -torch.inf)
     score = score.masked_fill(~seen.any(-1, keepdim=True), 0.0)
@@ -223,32 +241,35 @@ def _plain(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine, _ = inputs
+    kind, q, keys, value, bias, _, keep, _, scale, temperature, engine, _, less = inputs
     ctx.kind, ctx.rest = kind, (scale, temperature, engine)
-    ctx.save_for_backward(q, keys, value, bias, keep, *output[1:])
+    ctx.save_for_backward(q, keys, value, bias, keep, less, *output[1:])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)  # or backward gets zeros as large as these
 
 
 def _backward(ctx, grad, to_weight, _):  # type: ignore[no-untyped-def]
     if grad is None and to_weight is None:
-        return (None,) * 12
-    q, keys, value, bias, keep, weight, place = ctx.saved_tensors
+        return (None,) * 13
+    q, keys, value, bias, keep, less, weight, place = ctx.saved_tensors
     if grad is None:
         grad = value.new_zeros(*place.shape[:-1], value.shape[-1])
     if torch.is_grad_enabled() and not is_traced():  # to be differentiated again
-        inputs = [t for t in (q, keys, value, bias) if t is not None]
-        wanted = [t for t in inputs if t.requires_grad]
-        found = _plain(ctx.kind, q, keys, value, bias, keep, weight, place, *ctx.rest[:2])
+        inputs = (q, keys, value, bias, less)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        scale, temperature, _ = ctx.rest
+        found = _plain(
+            ctx.kind, q, keys, value, bias, keep, weight, place, scale, temperature, less
+        )
         given = (grad,) if to_weight is None else (grad, to_weight)
         options = {"create_graph": True, "allow_unused": True}
         left = iter(torch.autograd.grad(found[: len(given)], wanted, given, **options))
-        grads = [
-            None if t is None or not t.requires_grad else next(left) for t in (q, keys, value, bias)
-        ]
-        return (None, *grads, *[None] * 7)
-    to_q, to_keys, to_value, to_bias = _attend_backward(
-        ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place, bias is not None, to_weight
+        *grads, to_less = (None if t is None or not t.requires_grad else next(left) for t in inputs)
+        return (None, *grads, *[None] * 7, to_less)
+    learns = less is not None and ctx.needs_input_grad[12]
+    to_q, to_keys, to_value, to_bias, to_pairs = _attend_backward(
+        *(ctx.kind, q, keys, value, keep, *ctx.rest, grad, weight, place),
+        *(bias is not None, to_weight, learns),
     )
     return (
         None,
@@ -257,7 +278,21 @@ def _backward(ctx, grad, to_weight, _):  # type: ignore[no-untyped-def]
         to_value.sum_to_size(value.shape).to(value.dtype),
         None if bias is None else to_bias.sum_to_size(bias.shape),
         *[None] * 7,
+        _by_pairs(-to_pairs, place, less.shape) if learns else None,
     )
+
+
+def _by_pairs(grad: Tensor, place: Tensor, shape: torch.Size) -> Tensor:
+    """Numbers of chosen pairs ``(..., n, k)`` summed where they belong in ``(..., n | 1, m)``.
+
+    Axes that the shape does not have are summed at once, not filled and summed.
+    """
+    lead = (1,) * (grad.ndim - len(shape)) + tuple(shape[:-1])
+    shared = [axis for axis, size in enumerate(lead) if size == 1]
+    order = [axis for axis in range(grad.ndim - 1) if axis not in shared]
+    kept = [lead[axis] for axis in order]
+    grad, place = (t.permute(*order, *shared, -1).reshape(*kept, -1) for t in (grad, place.long()))
+    return grad.new_zeros(*kept, shape[-1]).scatter_add(-1, place, grad).view(shape)
 
 
 attend.register_autograd(_backward, setup_context=_setup)

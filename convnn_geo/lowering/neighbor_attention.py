@@ -22,6 +22,7 @@ from convnn_geo.lowering.attention import by_mask, by_rows_of_distances, simply_
 from convnn_geo.lowering.rules import Again, Rule
 from convnn_geo.metrics import (
     Angular,
+    Biased,
     BilinearForm,
     Differences,
     Feature,
@@ -79,16 +80,16 @@ class NeighborAttention(_OneOperator):
             return reason
         if op.value.device.type != "cpu":
             return f"the points are on {op.value.device}, not on the CPU"
-        if not _is_one_form(op.bound):
+        if not _is_one_form(_unbiased(op)):
             return "the metric is neither a dot product, nor cosine, nor squared distances"
-        if not op.value.dtype == op.bound.dtype == torch.float32:
+        if not op.value.dtype == _unbiased(op).dtype == torch.float32:
             return f"values are {op.value.dtype}, not torch.float32"
         if not torch.compiler.is_compiling() and compiled.library() is None:
             return "there is no C compiler, or CONVNN_GEO_COMPILE is 0"
         return _over(op, compiled.LARGEST_K)
 
     def _attended(self, op: Operation) -> _Attended:
-        problem = Problem.of(op.bound, torch.float32)
+        problem = Problem.of(_unbiased(op), torch.float32)
         if problem is None:
             raise TypeError("neighbor_attention needs points or products")
         points = (problem.kind, problem.q, problem.keys)
@@ -113,6 +114,8 @@ class TritonAttention(_OneOperator):
         reason = _refuses(op) or gpu.refuses(op.value.device)
         if reason is not None:
             return reason
+        if op.bias is not None:
+            return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
         form = _form(op)
         if form is None:
             return "the metric is not bilinear"
@@ -167,16 +170,16 @@ def _run(
     k = _filled(op)
     keep, mask = None, op.subset.mask
     if weighting.training and weighting.dropout:  # of weights in the shape that gather has them
-        lead = broadcast_shapes(
-            *(q.shape[:-2], keys.shape[:-2]), () if mask is None else mask.shape[:-2]
-        )
+        pairs = [t.shape[:-2] for t in (q, keys, mask, op.bias) if t is not None]
+        lead = broadcast_shapes(*pairs)
         ones = op.value.new_ones(*lead, q.shape[-2], k, dtype=torch.float32)
         keep = F.dropout(ones, weighting.dropout)
-    inputs = [t for t in (q, keys, op.value, bias) if t is not None]
+    less = None if op.bias is None else op.bias.to(torch.float32)
+    inputs = [t for t in (q, keys, op.value, bias, less) if t is not None]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     out, weight, place = attend(
         *(kind, q, keys, op.value, bias, mask, keep, k),
-        *(float(scale), float(weighting.temperature), engine, trains or op.with_weights),
+        *(float(scale), float(weighting.temperature), engine, trains or op.with_weights, less),
     )
     # Of queries that are not finite the operators make NaN by themselves; in Triton unless a mask
     # hides all keys from them, and where the metric looks at the features.
@@ -190,7 +193,8 @@ def _again(
 ) -> Again | None:
     """:meth:`Rule.again` where products of features, and softmax of these, are all there is."""
     weighting: Softmax = op.weighting  # type: ignore[assignment]
-    plain = q is op.target.x and keys is op.source.x and bias is None and op.subset.mask is None
+    plain = q is op.target.x and keys is op.source.x and op.subset.mask is None
+    plain = plain and bias is None and op.bias is None
     positions = op.target.pos is not None or op.source.pos is not None
     if not plain or positions or weighting.dropout:
         return None
@@ -202,7 +206,7 @@ def _again(
         trains = learns and torch.is_grad_enabled()
         if alone is not None and not trains:
             return directly(alone, q, keys, value, k, *options[:2])
-        return attend("products", q, keys, value, None, None, None, k, *options, trains)[0]
+        return attend("products", q, keys, value, *[None] * 3, k, *options, trains, None)[0]
 
     return run
 
@@ -237,13 +241,16 @@ def _refuses(op: Operation) -> str | None:
         return f"candidates of {type(op.candidates).__name__} are no mask over all sources"
     if not by_rows_of_distances(op):
         return f"search={op.search!r} was asked for"
-    if op.bias is not None:
-        return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
     if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
     if chosen.short != "pad" and chosen.k > chosen.spare(op.subset, op.source.num_points):
         return f"k={chosen.k} is over the number of candidates"
     return None
+
+
+def _unbiased(op: Operation) -> Any:
+    """Distances, without what is added to scores."""
+    return op.bound.inner if isinstance(op.bound, Biased) else op.bound
 
 
 def _is_one_form(bound: Any) -> bool:
