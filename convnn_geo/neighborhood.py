@@ -84,6 +84,14 @@ class Neighborhood:
         index = torch.cat([self.index, nearest.expand(*nearest.shape[:-1], missing)], -1)
         return replace(self, index=index, distance=distance, mask=mask)
 
+    def trimmed(self) -> Neighborhood:
+        """The same without slots at the end that are empty for all; on a GPU the host waits."""
+        if self.mask is None or not self.mask.numel():
+            return self
+        used = self.mask.flatten(0, -2).any(0).nonzero()
+        slots = int(used.max()) + 1 if len(used) else 0
+        return self if slots == self.k else self.apply(lambda t: t[..., :slots])
+
     def within(self, distance: float) -> Neighborhood:
         """The same with slots empty whose neighbour is farther; a NaN stays, so that it shows."""
         if self.distance is None:

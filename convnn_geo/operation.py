@@ -15,14 +15,15 @@ from torch import Tensor
 
 from convnn_geo.caching import once
 from convnn_geo.candidates import Candidates, Subset, Window
-from convnn_geo.kernels import Kernel, Sum
+from convnn_geo.kernels import Kernel
 from convnn_geo.metrics import Biased, BilinearForm, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.operators import is_watched
 from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search import Query
 from convnn_geo.selection import Every, KNearest, Selection
-from convnn_geo.weighting import Softmax, Weighting
+from convnn_geo.weighting import Ones, Softmax, Weighting
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,13 @@ class Operation:
         """Candidates, then selection, then order; by another search engine than its own."""
         selection = Every() if self.whole else self.selection
         found = selection(self.query(), self.own(), search or self.search)
-        m = self.source.num_points
-        if isinstance(selection, KNearest) and found.k > m and self._sums_shares:
-            found = found.apply(lambda t: t[..., :m])  # the rest is empty
+        if found.mask is not None and not (found.complete or self._counts_slots):
+            m = self.source.num_points
+            if found.k > m:
+                found = found.apply(lambda t: t[..., :m])  # the rest is empty
+            draws = self.weighting.training and getattr(self.weighting, "dropout", 0.0) > 0
+            if found.index.device.type == "cpu" and not draws and not is_watched():
+                found = found.trimmed()
         if self.target.mask is not None:  # what only fills a batch up hears nobody
             real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
             found = replace(found, mask=real if found.mask is None else found.mask & real)
@@ -137,9 +142,9 @@ class Operation:
         return found.raster(None if shared else among)
 
     @property
-    def _sums_shares(self) -> bool:
-        """Whether empty slots are as good as none."""
-        return isinstance(self.kernel, Sum) and type(self.weighting) is Softmax
+    def _counts_slots(self) -> bool:
+        """Whether slots that are empty for all are anything else than none."""
+        return self.kernel.counts_slots or type(self.weighting) not in (Ones, Softmax)
 
     def pairs(self, neighborhood: Neighborhood | None = None) -> Pairs:
         """The chosen pairs."""

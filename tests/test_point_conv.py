@@ -12,6 +12,7 @@ from convnn_geo.encodings import Coordinates
 from convnn_geo.kernels import EdgeMLP
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import PointConvNN
+from convnn_geo.points import Points
 from convnn_geo.search import knn
 from convnn_geo.selection import Given, KNearest, Radius
 from convnn_geo.weighting import Weighting
@@ -68,6 +69,61 @@ def test_a_ragged_batch_is_its_clouds_one_by_one(backend, metric, weighting):
         strict=True,
     ):
         equal(a, b)
+
+
+MIXTURE = 0.5 * metrics.Spatial() + 0.5 * metrics.Feature("cosine")
+CHOSEN = {
+    "mixture": {"k": K, "metric": MIXTURE},
+    "custom": {"k": K, "metric": metrics.Custom(lambda i, j: (i.pos - j.pos).abs().amax(-1))},
+    "dilated": {"selection": KNearest(K, dilation=2, short="pad")},
+    "dilated excluded": {"selection": KNearest(2, dilation=2, self_point="excluded")},
+    "radius": {"selection": Radius(0.4, 6)},
+    "radius mean": {"selection": Radius(0.4, 6), "kernel": "mean"},
+    "radius softmax": {"selection": Radius(0.9, 50), "kernel": "sum", "weighting": "softmax"},
+    "radius max": {"selection": Radius(0.3, 300), "kernel": "max", "metric": "squared_spatial"},
+}
+
+
+@pytest.mark.parametrize("options", CHOSEN.values(), ids=CHOSEN)
+def test_uneven_clouds_are_searched_by_themselves(monkeypatch, options):
+    """A cloud far larger than the rest: nothing is filled up to its size."""
+    out = C if options.get("kernel") in ("sum", "mean", "max") else D
+    layer = PointConvNN(C, out, **options).double()
+    sizes = [5, 600, *[6] * 10, 7]
+    x, pos = random(672, C).requires_grad_(), random(672, 3, seed=1).requires_grad_()
+    batch = torch.arange(13).repeat_interleave(torch.tensor(sizes))
+    apart = [layer(a, b) for a, b in zip(x.split(sizes), pos.split(sizes), strict=True)]
+    monkeypatch.setattr(Points, "from_batch", None)
+    together = layer(x, pos, batch)
+    equal(together, torch.cat(apart))
+    grads = [
+        torch.autograd.grad(loss.square().sum(), (x, pos), allow_unused=True)
+        for loss in (together, torch.cat(apart))
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        equal(a if a is not None else x[:0], b if b is not None else x[:0])
+
+
+def test_slots_that_are_empty_for_all_are_none():
+    x, pos = random(30, C), random(30, 3, seed=1)
+    layer = PointConvNN(C, D, selection=Radius(1.0, 25), kernel=EdgeMLP(nn.Linear(2 * C, D)))
+    layer.double()
+    found = layer.operation(x, pos).neighborhood()
+    assert found.k == (torch.cdist(pos, pos) <= 1.0).sum(1).max() < 25
+    wide = PointConvNN(C, D, selection=Radius(1.0, 25)).double()  # each tap has its slot
+    assert wide.operation(x, pos).neighborhood().k == 25
+
+
+@pytest.mark.parametrize("encoding", [None, "coordinates"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_targets_have_features_of_another_width_or_none(encoding, batched):
+    layer = PointConvNN(C, D, K, encoding=encoding).double()
+    x, pos, at = random(40, C), random(40, 3, seed=1), random(10, 3, seed=2)
+    batch = (torch.arange(40) // 20, torch.arange(10) // 5) if batched else None
+    other = None if encoding else random(10, C + 3, seed=3)  # as on the way up in a U-Net
+    alike = random(10, C, seed=4)
+    equal(layer((x, other), (pos, at), batch), layer((x, alike), (pos, at), batch))
 
 
 def test_gaps_in_the_batch_vector_are_empty_clouds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -77,11 +78,14 @@ def test_distances_learn_and_the_radius_itself_is_within():
 def test_no_more_slots_than_sources():
     x, batch = torch.rand(60, 3), torch.arange(60) // 20
     for most in (10**12, None):
-        found = radius(x, None, 0.5, batch, max_num_neighbors=most)
-        assert found.index.shape == (60, 20)
         edges = radius_graph(x, math.inf, batch, loop=True, max_num_neighbors=most)
         assert edges.shape == (2, 3 * 20 * 20)
-    assert radius(x, x[:2], 0.5, max_num_neighbors=None).index.shape == (2, 60)
+    found = radius(x, None, 0.5, batch, max_num_neighbors=10**12)
+    assert found.index.shape == (60, 20)
+    fullest = int(found.mask.sum(-1).max())
+    assert radius(x, None, 0.5, batch, max_num_neighbors=None).index.shape == (60, fullest)
+    assert radius(x, x[:2], math.inf, max_num_neighbors=None).index.shape == (2, 60)
+    assert radius(x, x[:2] + 9, 0.5, max_num_neighbors=None).index.shape == (2, 0)
     assert knn(x, k=3, max_distance=math.inf).mask.all()
 
 
@@ -112,3 +116,19 @@ def test_few_points_and_none():
 def test_bad_input(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("most", [40, 500, None])
+def test_slots_grow_with_the_fullest_target(most):
+    """Few lie among many others, most do not: no n x n slots are made for them."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.rand(300, 3) * 0.01, torch.rand(700, 3) + 1.0])
+    asked, distance = [], torch.cdist(x.double(), x.double())
+    module = importlib.import_module("convnn_geo.search.radius")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "knn", lambda *a, **kw: asked.append(a[2]) or knn(*a, **kw))
+        edges = radius_graph(x, 0.1, max_num_neighbors=most)
+    count = ((distance <= 0.1).sum(1) - 1).clamp_max(most or 1000)
+    assert torch.equal(edges[1].bincount(minlength=1000), count)
+    assert asked == {40: [32, 40], 500: [32, 128, 500], None: [32, 128, 512]}[most]
+    assert (distance[edges[0], edges[1]] <= 0.1 + 1e-6).all()

@@ -51,6 +51,8 @@ class Kernel(ABC):
     """Whether messages look at the target's features."""
     needs_offset = False
     """Whether messages look at relative positions."""
+    counts_slots = True
+    """Whether slots that are empty for all targets are anything else than none."""
 
     def project(self, value: Tensor) -> Tensor:
         """What is done to each source's value once, before it is sent: ``(..., m, c)``."""
@@ -112,6 +114,8 @@ class Join(Kernel):
 class Sum(Kernel):
     """Sum of weighted values."""
 
+    counts_slots = False
+
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Sum over neighbours."""
         return (messages if mask is None else messages * mask.unsqueeze(-1)).sum(-2)
@@ -142,7 +146,7 @@ class Mean(Kernel):
     """
 
     def __init__(self, count_empty: bool = False) -> None:
-        self.count_empty = count_empty
+        self.count_empty = self.counts_slots = count_empty
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Mean over neighbours; 0 where there are none."""
@@ -165,6 +169,8 @@ class Mean(Kernel):
 
 class Max(Kernel):
     """Maximum of weighted values, channel by channel; 0 where there are no neighbours."""
+
+    counts_slots = False
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Maximum over neighbours."""

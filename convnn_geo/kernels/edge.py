@@ -28,6 +28,8 @@ class EdgeMLP(nn.Module, Kernel):
         reduce: ``"max"``, ``"mean"`` or ``"sum"``.
     """
 
+    counts_slots = False
+
     def __init__(
         self,
         mlp: nn.Module,
@@ -73,6 +75,7 @@ class MaxRelative(nn.Module, Kernel):
     """
 
     needs_target = True
+    counts_slots = False
 
     def __init__(self, update: nn.Module) -> None:
         super().__init__()
@@ -108,6 +111,7 @@ class VectorAttention(nn.Module, Kernel):
 
     needs_target = True
     needs_offset = True
+    counts_slots = False
 
     def __init__(
         self,
@@ -154,6 +158,7 @@ class GravNet(nn.Module, Kernel):
     """
 
     needs_target = True
+    counts_slots = False
 
     def __init__(self, value: nn.Module, own: nn.Module, update: nn.Module) -> None:
         super().__init__()

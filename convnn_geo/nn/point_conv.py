@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
 from convnn_geo.operation import Operation
 from convnn_geo.points import Points
-from convnn_geo.search import ENGINES, check_batch, knn
-from convnn_geo.selection import Given, KNearest, Selection
+from convnn_geo.search import ENGINES, check_batch, knn, knows_pairs, radius
+from convnn_geo.selection import Given, KNearest, Radius, Selection
 from convnn_geo.typing import BACKENDS, ORDERS
 from convnn_geo.weighting import Weighting, as_weighting
 
@@ -175,7 +175,7 @@ class PointConvNN(TapLayer):
                     "edge_index="
                 )
         source = self._encoded(source, batch[0])
-        target = source if alone else self._encoded(target, batch[1])
+        target = source if alone else self._encoded(target, batch[1], kernel.needs_target)
         selection = self.selection
         if edge_index is None and self._by_cloud(*batch):
             selection = Given(self._searched(source, target, *batch), "search.knn, cloud by cloud")
@@ -231,12 +231,13 @@ class PointConvNN(TapLayer):
     @property
     def _sees_features(self) -> bool:
         """Whether the metric looks at features, as far as its class tells."""
-        parts = [part for part in self.metric.modules() if isinstance(part, Metric)]
-        return self.encoding is None and any(type(part) is Feature for part in parts)
+        return self.encoding is None and _looks_at_features(self.metric)
 
-    def _encoded(self, points: Points, batch: Tensor | None) -> Points:
+    def _encoded(self, points: Points, batch: Tensor | None, needed: bool = True) -> Points:
         if self.encoding is None or self.encoding.on == "metric":
             return points
+        if points.x is None and not needed and not _looks_at_features(self.metric):
+            return points  # of targets nobody looks at more than where they are
         if batch is None:
             return encode(self.encoding, points)
         check_batch("batch", batch, points)
@@ -298,27 +299,40 @@ class PointConvNN(TapLayer):
         """Whether clouds of a batch can be searched as rows, instead of filled up to one size."""
         if batch_source is None or batch is None or not batch.numel():
             return False
-        selection = self.selection
-        plain = isinstance(selection, KNearest) and selection.dilation == 1
-        return plain and type(self.candidates) is All and type(self.metric) in (Feature, Spatial)
+        if type(self.candidates) is not All:
+            return False
+        selection, known = self.selection, type(self.metric) in (Feature, Spatial)
+        if torch.compiler.is_compiling():  # which has no sizes of clouds to fill up to
+            return known and isinstance(selection, KNearest) and selection.dilation == 1
+        return isinstance(selection, (KNearest, Radius)) and knows_pairs(self.metric)
 
     def _searched(
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
     ) -> Neighborhood:
         """Each cloud's neighbours, counted as rows."""
-        selection: KNearest = self.selection  # type: ignore[assignment]
+        selection: Any = self.selection
         alone = target is source
         if not torch.compiler.is_compiling():
             self._check_clouds(source, target, batch_source, batch)
+        if type(self.metric) is Spatial and source.pos is not None:  # features may be of any width
+            places = Points(pos=source.pos), Points(pos=target.pos)
+            source, target = places[0], places[0] if alone else places[1]
+        points = (source, None if alone else target)
+        batches = (batch_source, None if alone else batch)
+        options: dict[str, Any] = {
+            "metric": self.metric,
+            "backend": self.search,
+            "check": False,
+        }
+        if isinstance(selection, Radius):
+            found = radius(*points, selection.r, *batches, selection.max_k, **options)
+            return found.padded(selection.max_k)
         return knn(
-            *(source, None if alone else target, selection.k),
-            *(batch_source, None if alone else batch),
-            metric=self.metric,
-            backend=self.search,
+            *(*points, selection.k * selection.dilation, *batches),
             self_point=selection.self_point,
             short=selection.short,
-            check=False,
-        )
+            **options,
+        ).apply(lambda t: t[..., :: selection.dilation])
 
     def _check_clouds(
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None
@@ -347,6 +361,10 @@ class PointConvNN(TapLayer):
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}", *self.kernel_repr()]
         return ", ".join(parts if self.order == "rank" else [*parts, f"order={self.order!r}"])
+
+
+def _looks_at_features(metric: Metric) -> bool:
+    return any(type(part) is Feature for part in metric.modules())
 
 
 def _pair(value: Pair) -> tuple[Tensor | None, Tensor | None]:

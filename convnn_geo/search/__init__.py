@@ -1,7 +1,9 @@
 """Who finds the k nearest, and how fast: one call, many engines, one order of ties."""
 
+from convnn_geo.search.clouds import knows_pairs
 from convnn_geo.search.dense import Dense
 from convnn_geo.search.grid import GridSearch
+from convnn_geo.search.growing import within_reach
 from convnn_geo.search.knn import explain_search, knn
 from convnn_geo.search.knn_graph import knn_graph
 from convnn_geo.search.pyg_lib import PygLib
@@ -27,7 +29,9 @@ __all__ = [
     "k_smallest",
     "knn",
     "knn_graph",
+    "knows_pairs",
     "radius",
     "radius_graph",
     "with_self_first",
+    "within_reach",
 ]

@@ -92,7 +92,7 @@ def find_in_clouds(
 
 def serves_clouds(query: Query, backend: str) -> bool:
     """Whether clouds of unequal size may be searched at once: in C, or in one launch on a GPU."""
-    if not _knows_pairs(query.metric) or query.problem is None:
+    if not knows_pairs(query.metric) or query.problem is None:
         return False
     if query.target.device.type == "cpu" and backend in ("auto", "dense"):
         return serves_runs(query.problem, query.k, query.slab)
@@ -105,7 +105,7 @@ def _serves_launch(query: Query, backend: str) -> bool:
     return serves(query.problem) and ENGINES["triton"].refuses(query) is None
 
 
-def _knows_pairs(metric: Metric) -> bool:
+def knows_pairs(metric: Metric) -> bool:
     """Whether distances surely depend on pairs alone, so that all clouds may be measured at once.
 
     Of a metric of the user's own that is not known.

@@ -8,6 +8,7 @@ from torch_geometric import EdgeIndex
 
 from convnn_geo.checks import check_floating, check_name, check_tensor
 from convnn_geo.metrics import Metric, as_metric
+from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
 from convnn_geo.search.knn import knn
 from convnn_geo.search.ragged import part_of
@@ -64,16 +65,7 @@ def knn_graph(
         >>> edge_index.tolist(), edge_index.sort_order, distance.tolist()
         ([[1, 0, 1], [0, 1, 2]], 'col', [1.0, 1.0, 2.0])
     """
-    check_name("flow", flow, FLOWS)
-    if not isinstance(loop, (bool, int)):
-        hint = "; batch comes third" if isinstance(loop, Tensor) else ""
-        raise TypeError(f"loop: expected True or False, got {type(loop).__name__}{hint}")
-    metric = as_metric(metric)
-    if isinstance(x, Points):
-        points = x
-    else:
-        check_floating("x", check_tensor("x", x))
-        points = Points(x, x)
+    points, metric = graph_points(x, loop, flow), as_metric(metric)
     found = knn(
         points,
         None,
@@ -88,6 +80,30 @@ def knn_graph(
         memory=memory,
         check=check,
     )
+    return graph(found, points, batch, metric, flow, return_distance)
+
+
+def graph_points(x: Tensor | Points, loop: bool, flow: str) -> Points:
+    """The points of a graph, whose options are sound."""
+    check_name("flow", flow, FLOWS)
+    if not isinstance(loop, (bool, int)):
+        hint = "; batch comes third" if isinstance(loop, Tensor) else ""
+        raise TypeError(f"loop: expected True or False, got {type(loop).__name__}{hint}")
+    if isinstance(x, Points):
+        return x
+    check_floating("x", check_tensor("x", x))
+    return Points(x, x)
+
+
+def graph(
+    found: Neighborhood,
+    points: Points,
+    batch: Tensor | None,
+    metric: Metric,
+    flow: str,
+    return_distance: bool,
+) -> EdgeIndex | tuple[EdgeIndex, Tensor]:
+    """What has been found as the edges of a graph."""
     if found.index.ndim != 2:
         raise ValueError(
             f"knn_graph: expected rows (n, c) and a batch vector, got neighbours of shape "

@@ -7,11 +7,12 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 
 from convnn_geo.checks import check_int, check_limit
-from convnn_geo.metrics import Metric
+from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.points import Points
+from convnn_geo.search.growing import within_reach
 from convnn_geo.search.knn import knn
-from convnn_geo.search.knn_graph import knn_graph
+from convnn_geo.search.knn_graph import graph, graph_points
 
 
 def radius(
@@ -38,7 +39,7 @@ def radius(
         r: the largest distance, itself included; in the metric's unit, squared for a squared one.
         batch_x: ``(m,)``, sorted example numbers of the rows of ``x``, as in PyG.
         batch_y: ``(n,)``, likewise.
-        max_num_neighbors: slots of a target, at most; None for as many as the largest example has.
+        max_num_neighbors: slots of a target, at most; None for no limit.
         metric: a metric or its name. A tensor serves as both features and positions.
         backend: an engine of :func:`engines`, or ``"auto"``.
         self_point: of a set searched in itself: ``"natural"``, ``"first"`` or ``"excluded"``.
@@ -48,8 +49,9 @@ def radius(
     Returns:
         A :class:`Neighborhood` with ``index`` and ``distance`` ``(n, slots)`` or ``(b, n, slots)``,
         nearest first, and a ``mask`` of the slots that are filled. There are ``max_num_neighbors``
-        slots, or as many as the largest example has sources; where a program is traced, which
-        knows no sizes of clouds, as many as there are sources in all.
+        slots, or as many as the largest example has sources; without a limit as many as the
+        fullest target needs. Where a program is traced, which knows neither, there are as many as
+        the limit, or the sources in all.
 
     Raises:
         ValueError, TypeError: as :func:`knn`.
@@ -63,14 +65,22 @@ def radius(
         ([[True, True], [False, False]], [0, 1])
     """
     check_limit("r", r, 0.0)
-    return knn(
-        *(x, y, _slots(x, batch_x, max_num_neighbors), batch_x, batch_y, metric, backend),
-        self_point=self_point,
-        max_distance=r,
-        short="pad",
-        memory=memory,
-        check=check,
-    )
+    most = _slots(x, batch_x, max_num_neighbors)
+
+    def ask(k: int) -> Neighborhood:
+        return knn(
+            *(x, y, k, batch_x, batch_y, metric, backend),
+            self_point=self_point,
+            max_distance=r,
+            short="pad",
+            memory=memory,
+            check=check,
+        )
+
+    if torch.compiler.is_compiling():
+        return ask(most)
+    found = within_reach(ask, most)
+    return found if max_num_neighbors is None else found.padded(most)
 
 
 def radius_graph(
@@ -117,15 +127,21 @@ def radius_graph(
         [[1, 0, 2, 1], [0, 1, 1, 2]]
     """
     check_limit("r", r, 0.0)
-    return knn_graph(
-        *(x, _slots(x, batch, max_num_neighbors), batch, loop, flow, metric),
-        backend=backend,
-        max_distance=r,
-        short="pad",
-        return_distance=return_distance,
-        memory=memory,
-        check=check,
-    )
+    points, metric = graph_points(x, loop, flow), as_metric(metric)
+    most = _slots(x, batch, max_num_neighbors)
+
+    def ask(k: int) -> Neighborhood:
+        return knn(
+            *(points, None, k, batch, None, metric, backend),
+            self_point="natural" if loop else "excluded",
+            max_distance=r,
+            short="pad",
+            memory=memory,
+            check=check,
+        )
+
+    found = ask(most) if torch.compiler.is_compiling() else within_reach(ask, most)
+    return graph(found, points, batch, metric, flow, return_distance)
 
 
 def _slots(x: Tensor | Points, batch: Tensor | None, most: int | None) -> int:

@@ -15,6 +15,8 @@ from convnn_geo.points import Points
 
 LARGE = 256
 """Points a cloud from which on clouds are worth a search each."""
+SEARCH = 2**15
+"""Pairs that are looked at in the time in which a search begins and ends."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Ragged:
         clouds, sources, targets = self.sizes
         if self.level:
             return self._level(search, k, clouds)
-        if self.target.num_points < LARGE * max(clouds, 1) and backend in ("auto", "dense"):
+        small = self.target.num_points < LARGE * max(clouds, 1)
+        if small and backend in ("auto", "dense") and not self.uneven:
             return self._together(search, k, clouds, sources)
         return self._apart(search, k, sources.tolist(), targets.tolist())
 
@@ -60,6 +63,14 @@ class Ragged:
         """Whether all clouds are of one size."""
         clouds, sources, targets = self.sizes
         return clouds > 0 and bool((sources == sources[0]).all() & (targets == targets[0]).all())
+
+    @once
+    def uneven(self) -> bool:
+        """Whether to fill all up to the largest takes far more than a search each."""
+        clouds, sources, targets = self.sizes
+        pairs = int((sources * targets).sum())
+        filled = clouds * int(sources.max()) * int(targets.max()) if clouds else 0
+        return filled > 4 * pairs + clouds * SEARCH
 
     def typical(self) -> tuple[Points, Points]:
         """Sources and targets: all, if of one size, or a cloud about as large as a target's."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from convnn_geo.candidates import Subset
 from convnn_geo.checks import check_int, check_name, check_number
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.search import Query, find, with_self_first
+from convnn_geo.search import Query, find, with_self_first, within_reach
 from convnn_geo.shapes import broadcast_shapes
 from convnn_geo.typing import SELF_POINTS
 
@@ -143,11 +143,20 @@ class Radius(Selection):
 
     def forward(self, query: Query, own: Tensor | None, search: str = "auto") -> Neighborhood:
         """The nearest ``max_k``, masked beyond the radius."""
-        return find(self.asked(query, own), search).padded(self.max_k).within(self.r)
+
+        def ask(k: int) -> Neighborhood:
+            return find(self._nearest(k, query, own), search).within(self.r)
+
+        waits = torch.compiler.is_compiling() or query.target.device.type != "cpu"
+        found = ask(self.max_k) if waits else within_reach(ask, self.max_k)
+        return found.padded(self.max_k)
 
     def asked(self, query: Query, own: Tensor | None) -> Query:
         """The nearest, whose distances decide."""
-        return KNearest(self.max_k, short="pad").asked(replace(query, exact=True), own)
+        return self._nearest(self.max_k, query, own)
+
+    def _nearest(self, k: int, query: Query, own: Tensor | None) -> Query:
+        return KNearest(k, short="pad").asked(replace(query, exact=True), own)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, max_k={self.max_k}"
