@@ -133,6 +133,11 @@ def casts(device: torch.device) -> bool:
 
 def check_edges(edge_index: Any, device: torch.device) -> None:
     """Raise unless ``edge_index`` is int64 of shape ``(2, E)`` on ``device``."""
+    if isinstance(edge_index, Tensor) and edge_index.layout != torch.strided:
+        raise TypeError(
+            f"edge_index: expected edges of shape (2, E), got a matrix of {edge_index.layout}; "
+            "torch_geometric.utils.to_edge_index makes edges of it, a row for each source"
+        )
     check_tensor("edge_index", edge_index)
     if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.long:
         raise ValueError(
@@ -185,6 +190,8 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         how = "; float(...) reads it" if isinstance(value, Tensor) and value.numel() == 1 else ""
+        if isinstance(value, torch.nn.Parameter):
+            how = "; it is fixed, and what is to learn needs a part of your own"
         raise TypeError(
             f"{name}: expected a number, got {value!r} of type {type(value).__name__}{how}"
         )

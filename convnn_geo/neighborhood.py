@@ -164,19 +164,14 @@ class Neighborhood:
                     f"from_edge_index: expected a {name} for each of {edge_index.shape[1]} edges, "
                     f"got shape {tuple(values.shape)}"
                 )
-        for name, ends, count in zip(
-            ("sources", "targets"), edge_index, (num_sources, num_targets), strict=True
-        ):
-            if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < count:
-                raise ValueError(
-                    f"from_edge_index: {name} are numbered from {int(ends.min())} to "
-                    f"{int(ends.max())}, but there are {count}"
-                )
+        traced = torch.compiler.is_compiling()  # where there are no values to look at
+        if not traced:
+            _check_ends(edge_index, (num_sources, num_targets))
         if rank is None:
             rank = edge_rank(edge_index, distance)
         if k is None:
             k = int(rank.max()) + 1 if rank.numel() else 0
-        elif rank.numel() and int(rank.max()) >= check_int("k", k):
+        elif not traced and rank.numel() and int(rank.max()) >= check_int("k", k):
             raise ValueError(
                 f"from_edge_index: a target has rank {int(rank.max())}, but there are only {k} "
                 "slots; raise k or drop edges"
@@ -185,7 +180,7 @@ class Neighborhood:
         slot = target * k + rank
         full = torch.zeros(num_targets * k, dtype=torch.bool, device=slot.device)
         full[slot] = True
-        if int(full.sum()) != slot.numel():
+        if not traced and int(full.sum()) != slot.numel():
             raise ValueError(
                 "from_edge_index: two edges of one target have the same rank; give each its own"
             )
@@ -199,8 +194,18 @@ class Neighborhood:
             index.view(num_targets, k),
             num_sources,
             distance,
-            None if bool(mask.all()) else mask,
+            None if not traced and bool(mask.all()) else mask,
         )
+
+
+def _check_ends(edge_index: Tensor, counts: tuple[int, int]) -> None:
+    """Raise where an edge leaves the graph."""
+    for name, ends, count in zip(("sources", "targets"), edge_index, counts, strict=True):
+        if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < count:
+            raise ValueError(
+                f"from_edge_index: {name} are numbered from {int(ends.min())} to "
+                f"{int(ends.max())}, but there are {count}"
+            )
 
 
 def _place(index: Tensor, among: Tensor) -> Tensor:

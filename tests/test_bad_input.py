@@ -1184,6 +1184,48 @@ TABLE: list[Row] = [
         V,
         "k: expected an integer of at least 1, got 0",
     ),
+    (
+        "recipe-plane",
+        lambda: recipes.point_transformer(8, 8, k=4)(torch.zeros(9, 8), torch.zeros(9, 2)),
+        V,
+        "takes 3 channels, but offset has 2; .*axes=",
+    ),
+    (
+        "recipe-plane-edges",
+        lambda: recipes.set_abstraction(8, 8, r=1.0)(torch.zeros(9, 8), torch.zeros(9, 2)),
+        V,
+        r"takes 11 channels, but source \+ offset has 10",
+    ),
+    (
+        "recipe-lazy",
+        lambda: recipes.point_transformer(-1, 8),
+        V,
+        "in_channels: expected an integer of at least 1, got -1",
+    ),
+    (
+        "recipe-pair",
+        lambda: recipes.dynamic_edge_conv((8, 3), 8, k=3),
+        T,
+        "in_channels: expected an integer",
+    ),
+    (
+        "temperature-parameter",
+        lambda: weighting.Softmax(nn.Parameter(torch.ones(()))),
+        T,
+        "it is fixed, and what is to learn needs a part of your own",
+    ),
+    (
+        "metric-parameter",
+        lambda: nn.Parameter(torch.ones(())) * metrics.Spatial(),
+        T,
+        "weights of a sum of metrics are numbers, and fixed; one that learns is that of",
+    ),
+    (
+        "graph-matrix",
+        lambda: graph(None, torch.eye(3).to_sparse()),
+        T,
+        r"expected edges of shape \(2, E\), got a matrix of torch.sparse_coo",
+    ),
 ]
 
 

@@ -126,6 +126,19 @@ def test_others(layer: nn.Module, inputs: tuple[Tensor, ...]):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("weighting", ["ones", "softmax"])
+def test_one_program_serves_graphs_of_any_size(weighting: str):
+    layer = NeighborConv(3, 4, k=2, weighting=weighting)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    for n in (9, 12, 20):
+        edges, distance = search.knn_graph(torch.randn(n, 3), 2, return_distance=True)
+        x, edges, rank = torch.randn(n, 3), edges.as_tensor(), torch.arange(2).repeat(n)
+        for given in ({"distance": distance}, {"distance": distance, "rank": rank}):
+            torch.testing.assert_close(compiled(x, edges, **given), layer(x, edges, **given))
+        if weighting == "ones":
+            torch.testing.assert_close(compiled(x, edges, rank=rank), layer(x, edges, rank=rank))
+
+
 def test_clouds_of_many_points_keep_the_tree():
     """Its search is one operator, so that a compiled layer calls the tree, too."""
     pos = torch.rand(1500, 3)

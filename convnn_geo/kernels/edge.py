@@ -56,7 +56,9 @@ class EdgeMLP(nn.Module, Kernel):
                 x_i = _there(pairs.x_i)
                 part = x_i if name == "target" else x_j - x_i
                 parts.append(part.expand(*x_j.shape[:-1], -1))
-        return on_rows(self.mlp, torch.cat(parts, -1), pairs)
+        inputs = torch.cat(parts, -1)
+        _check_width("EdgeMLP", self.mlp, inputs.shape[-1], " + ".join(self.inputs))
+        return on_rows(self.mlp, inputs, pairs)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """As named."""
@@ -133,7 +135,9 @@ class VectorAttention(nn.Module, Kernel):
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """Scores and values side by side, ``2 d`` channels."""
         key, value = pairs.x_j.chunk(2, -1)
-        delta = on_rows(self.position, -_there(pairs.offset).to(key.dtype), pairs)
+        offset = _there(pairs.offset)
+        _check_width("VectorAttention", self.position, offset.shape[-1], "offset")
+        delta = on_rows(self.position, -offset.to(key.dtype), pairs)
         score = on_rows(self.attention, self.query(_there(pairs.x_i)) - key + delta, pairs)
         return torch.cat([score, value + delta], -1)
 
@@ -191,6 +195,16 @@ def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None
     out = module(rows[filled])
     every = out.new_zeros(rows.shape[0], out.shape[-1]).masked_scatter(filled.unsqueeze(-1), out)
     return every.unflatten(0, x.shape[:-1])
+
+
+def _check_width(name: str, module: nn.Module, width: int, inputs: str) -> None:
+    """Raise where a network that begins with a linear layer takes other inputs than there are."""
+    first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
+    if isinstance(first, nn.Linear) and first.in_features != width:
+        raise ValueError(
+            f"{name}: its network takes {first.in_features} channels, but {inputs} has {width}; of "
+            "other than three axes of positions recipes are told by axes="
+        )
 
 
 def _there(tensor: Tensor | None) -> Tensor:

@@ -111,6 +111,11 @@ class Metric(nn.Module, ABC):
         return Sum([m for _, m in terms], [w for w, _ in terms])
 
     def __mul__(self, weight: object) -> Metric:
+        if isinstance(weight, Tensor):
+            raise TypeError(
+                "weights of a sum of metrics are numbers, and fixed; one that learns is that of "
+                "interpolate(first, second, lam, learnable=True)"
+            )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             return NotImplemented
         weight = check_number("weight of a metric", weight)

@@ -225,7 +225,8 @@ class NeighborConv(MessagePassing):
         self, edges: Tensor, rank: Tensor, distance: Tensor, n: int, m: int, source: Tensor
     ) -> Tensor | None:
         """The weighting on distances of edges, ``(E,)``."""
-        hood = Neighborhood.from_edge_index(edges, n, m, rank, distance)
+        k = self.k if self.by_rank else None
+        hood = Neighborhood.from_edge_index(edges, n, m, rank, distance, k)
         weight = self.weighting(_Slots(hood, source))
         return None if weight is None else weight[edges[1], rank]
 
@@ -257,7 +258,7 @@ class NeighborConv(MessagePassing):
             if rows is None and name != "x":
                 continue
             check_floating(name, check_tensor(name, rows, 2))
-            if wanted not in (-1, rows.shape[-1]):
+            if wanted != -1 and rows.shape[-1] != wanted:  # which may be symbols: no set of both
                 raise ValueError(
                     f"{name}: expected {wanted} channels, got shape {tuple(rows.shape)}"
                 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from convnn_geo.checks import check_int
 from convnn_geo.kernels import EdgeMLP, GravNet, MaxRelative, VectorAttention
 from convnn_geo.metrics import Feature
 from convnn_geo.nn import ConvNN2d, PointConvNN
@@ -62,6 +63,7 @@ def edge_conv(
         mlp: from ``2 in_channels``, (x_i, x_j - x_i), to ``out_channels``.
         **kwargs: of :class:`~convnn_geo.nn.PointConvNN`.
     """
+    check_int("in_channels", in_channels)
     kernel = EdgeMLP(_mlp(2 * in_channels, out_channels) if mlp is None else mlp)
     options = {"metric": "spatial", **kwargs}
     return PointConvNN(in_channels, out_channels, k, kernel=kernel, **options)
@@ -96,6 +98,7 @@ def point_transformer(
         axes: of positions.
         **kwargs: of :class:`~convnn_geo.nn.PointConvNN`.
     """
+    check_int("in_channels", in_channels)
 
     def linear() -> nn.Linear:
         return nn.Linear(in_channels, out_channels, bias=False)
@@ -126,6 +129,7 @@ def set_abstraction(
         axes: of positions.
         **kwargs: of :class:`~convnn_geo.nn.PointConvNN`.
     """
+    check_int("in_channels", in_channels)
     network = _mlp(in_channels + axes, out_channels) if mlp is None else mlp
     kernel = EdgeMLP(network, inputs=("source", "offset"))
     ball = Radius(r, max_k)
@@ -152,6 +156,7 @@ def grav_net(
         k: neighbours.
         **kwargs: of :class:`~convnn_geo.nn.PointConvNN`.
     """
+    check_int("in_channels", in_channels)
     space = nn.Linear(in_channels, space_dimensions)
     kernel = GravNet(
         nn.Linear(in_channels, propagate_dimensions),
