@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 _PLAIN = (Tensor, nn.Parameter)
 _TAGGED = "tags" in inspect.signature(torch.library.custom_op).parameters
@@ -40,6 +41,20 @@ class Operator:
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Shapes and dtypes of the results, for tensors without values."""
         self.registered.register_fake(function)
+        return function
+
+    def register_flops(self, function: Callable[..., int]) -> Callable[..., int]:
+        """What torch's ``FlopCounterMode`` adds up for a call: two a multiply-add.
+
+        Args:
+            function: of the operator's arguments, those by default perhaps left out.
+        """
+
+        def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            return function(*args, **kwargs)
+
+        packet = getattr(torch.ops.convnn_geo, self.name)
+        register_flop_formula(packet, get_raw=True)(counted)
         return function
 
     def register_autograd(

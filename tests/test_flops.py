@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_geo import convert, recipes
-from convnn_geo.convert.flops import looks_at_features
+from convnn_geo.candidates import All
+from convnn_geo.convert.flops import counted, looks_at_features
 from convnn_geo.encodings import Conditional
 from convnn_geo.kernels import EdgeMLP, Kernel
 from convnn_geo.metrics import (
@@ -21,6 +23,7 @@ from convnn_geo.metrics import (
     interpolate,
 )
 from convnn_geo.nn import ConvNN2d, ConvNNAttention, PointConvNN
+from convnn_geo.search import knn
 from convnn_geo.selection import Every, Given, KNearest, Radius
 from convnn_geo.typing import BACKENDS
 from convnn_geo.weighting import PositionMLP
@@ -245,13 +248,17 @@ def test_point_conv_sums_weighted_values():
     assert found == {network + 2 * 12 * 3 * CHANNELS}
 
 
+class Everywhere(All):
+    """Candidates of the user's own, which may look at a cloud as a whole."""
+
+
 @pytest.mark.parametrize("as_rows", [True, False])  # or filled up to one size
 @pytest.mark.parametrize("sizes", [(5, 7), (250, 300)])
 def test_clouds_of_a_batch(sizes, as_rows):
     x, batch = torch.randn(sum(sizes), CHANNELS), torch.repeat_interleave(torch.tensor(sizes))
     pairs, chosen = sum(size * size for size in sizes), 3 * sum(sizes)
-    metric = Feature() if as_rows else 1.0 * Feature()
-    layer = PointConvNN(CHANNELS, OUT, k=3, metric=metric, weighting="softmax")
+    options = {} if as_rows else {"candidates": Everywhere()}
+    layer = PointConvNN(CHANNELS, OUT, 3, "euclidean", weighting="softmax", **options)
     by_hand = 2 * pairs * CHANNELS + chosen * CHANNELS * (1 + 2 * OUT)
     assert isinstance(layer.operation(x, None, batch).selection, Given) == as_rows
     assert flops(layer, x, None, batch) == by_hand
@@ -320,3 +327,36 @@ def test_vit_tiny():
     x = torch.randn(1, 3, 224, 224)
     assert convert.report(model, x).flops == by_hand == 2_507_366_400
     assert convert.report(convert.to_convnn(model), x).flops == by_hand
+
+
+LIKE_TORCH = {
+    "feature": (ConvNN2d(6, 8, k=5, metric="cosine"), (2, 6, 7, 9)),
+    "depthwise": (ConvNN2d(6, 6, k=5, metric="dot", kernel="depthwise"), (2, 6, 7, 9)),
+    "interpolated": (recipes.interpolated_conv2d(6, 8, 3, lam=0.8), (2, 6, 7, 9)),
+    "attention": (ConvNNAttention(8, 2, k=3), (2, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_TORCH)
+def test_torchs_counter_sees_what_operators_do(name):
+    layer, shape = LIKE_TORCH[name]
+    x = torch.randn(shape)
+    with FlopCounterMode(display=False) as counter:
+        layer(x, **({"need_weights": False} if name == "attention" else {}))
+    assert counter.get_total_flops() == counted(layer, x)[1]
+
+
+def test_torchs_counter_sees_backward_and_clouds():
+    layer, x = ConvNNAttention(8, 2, k=3), torch.randn(2, 9, 8)
+    with FlopCounterMode(display=False) as counter:
+        layer(x, need_weights=False)[0].sum().backward()
+    (back,) = [
+        count
+        for operator, count in counter.get_flop_counts()["Global"].items()
+        if "neighbor_attention_backward" in str(operator)
+    ]
+    assert back == 2 * 2 * (2 * 2 * 9) * 3 * (4 + 4)  # pairs of 2 examples, 2 heads; 2 products
+    points, batch = torch.randn(30, 5), torch.arange(3).repeat_interleave(torch.tensor([5, 10, 15]))
+    with FlopCounterMode(display=False) as counter:
+        knn(points, k=4, batch_x=batch)
+    assert counter.get_total_flops() == 2 * 5 * (5 * 5 + 10 * 10 + 15 * 15)

@@ -6,6 +6,7 @@ In C on the CPU, in Triton on a GPU where it is asked for, by torch tap by tap e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,11 @@ def _(
     return rows.new_empty(index.shape[1], taps.shape[1])
 
 
+@_gather_taps.register_flops
+def _flops(rows: Tensor, index: Tensor, rho: Tensor | None, taps: Tensor, *_: Any) -> int:
+    return 2 * index.shape[1] * taps.numel()
+
+
 @operator("gather_taps_backward")
 def _triton_backward(
     rows: Tensor,
@@ -134,6 +140,19 @@ def _(
         rows.new_empty(0) if to_rho is None else to_rho.new_empty(to_rho.shape),
         taps.new_empty(taps.shape if needed[1] else 0),
     )
+
+
+@_triton_backward.register_flops
+def _flops_back(
+    rows: Tensor,
+    index: Tensor,
+    rho: Tensor | None,
+    taps: Tensor,
+    grad: Tensor,
+    groups: int,
+    needed: Sequence[bool],
+) -> int:
+    return sum(needed) * _flops(rows, index, rho, taps)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

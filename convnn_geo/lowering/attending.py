@@ -5,6 +5,8 @@ Backward goes over the chosen pairs alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,6 +99,22 @@ def _(
     weight = q.new_empty(shape, dtype=torch.float32)
     out = empty_result(value, lead, q.shape[-2])
     return out, weight, torch.empty_like(weight, dtype=torch.int32 if triton else torch.long)
+
+
+@attend.register_flops
+def _flops(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    k: int,
+    *_: Any,
+) -> int:
+    lead, n = leading(q, keys, value, bias, mask).numel(), q.shape[-2]
+    return 2 * lead * n * (keys.shape[-2] * q.shape[-1] + k * value.shape[-1])
 
 
 @operator("neighbor_attention_backward")
@@ -199,6 +217,12 @@ def _(
     to_bias = weight.new_empty((*lead, m) if biased or engine != "triton" else 0)
     to_pairs = weight.new_empty(place.shape if of_pairs else 0)
     return grads[0], grads[1], grads[2], to_bias, to_pairs
+
+
+@_attend_backward.register_flops
+def _flops_back(kind: str, q: Tensor, keys: Tensor, value: Tensor, *rest: Any) -> int:
+    place: Tensor = rest[6]
+    return 4 * place.numel() * (q.shape[-1] + value.shape[-1])
 
 
 def _plain(

@@ -218,3 +218,26 @@ def _shapes(
 ) -> tuple[Tensor, Tensor]:
     values = q.new_empty(q.shape[0], k, dtype=torch.float64 if double else torch.float32)
     return values, values.new_empty(q.shape[0], k, dtype=torch.long)
+
+
+@_nearest_in_clouds.register_flops
+def _flops(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    axes: Tensor | None,
+    scale: float,
+    double: bool,
+    exact: bool,
+    k: int,
+    batch_x: Tensor | None,
+    batch_y: Tensor | None,
+    *_: Any,
+) -> int:
+    pairs = len(q) * len(keys)
+    if batch_x is not None and batch_y is not None and pairs:
+        clouds = 1 + int(torch.maximum(batch_x[-1], batch_y[-1]))
+        counts = (batch.bincount(minlength=clouds) for batch in (batch_x, batch_y))
+        pairs = int(torch.mul(*counts).sum())
+    return 2 * pairs * q.shape[-1]

@@ -89,6 +89,12 @@ def _shapes(
     return values, values.new_empty(shape, dtype=torch.long)
 
 
+@_nearest.register_flops
+def _flops(kind: str, q: Tensor, keys: Tensor, *_: Any) -> int:
+    lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2])
+    return 2 * lead.numel() * q.shape[-2] * keys.shape[-2] * q.shape[-1]
+
+
 def by_rows(
     problem: Problem, k: int, hidden: Hidden, slab: int, any_order: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from convnn_geo.points import Grid, Points
 from convnn_geo.search.dense import Dense, measured_again
 from convnn_geo.search.offsets import lists_all, offsets
 from convnn_geo.search.query import Engine, Query
+from convnn_geo.search.rows import flops_of_rows
 
 LARGEST_K = 64
 """Neighbours, at most, that a thread of a GPU keeps."""
@@ -257,3 +258,6 @@ def _shapes(
     shape = (*unpack(numbers, tensors).shape[:-1], k)
     index = tensors[0].new_empty(shape, dtype=torch.long)
     return index, torch.empty_like(index, dtype=torch.float32)
+
+
+_on_image.register_flops(flops_of_rows)  # as if all pairs were looked at

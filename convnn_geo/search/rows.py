@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,6 +218,13 @@ def _shapes(
     dtype = torch.float64 if double else torch.float32
     values = tensors[0].new_empty((*shape[:-1], k), dtype=dtype)
     return values, torch.empty_like(values, dtype=torch.long)
+
+
+@_smallest_in_rows.register_flops
+def flops_of_rows(numbers: Sequence[float], tensors: Sequence[Tensor], *_: Any) -> int:
+    """Of all distances, two a number that a pair looks at."""
+    distances = unpack(numbers, tensors)
+    return 2 * distances.width * math.prod(distances.shape)
 
 
 @operator("distances_of_pairs")
