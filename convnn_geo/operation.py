@@ -137,9 +137,11 @@ class Operation:
             found = replace(found, mask=real if found.mask is None else found.mask & real)
         if self.order == "rank" or self.whole:
             return found
-        among = self.subset.index
-        shared = among is None or among.shape[-2] != found.num_targets
-        return found.raster(None if shared else among)
+        among, window = self.subset.index, self.candidates
+        alike = among is None or among.shape[-2] != found.num_targets
+        if isinstance(window, Window) and window.ascends:
+            alike = True
+        return found.raster(None if alike else among)
 
     @property
     def _counts_slots(self) -> bool:

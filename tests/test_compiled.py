@@ -204,6 +204,69 @@ def by_hand(kind, q, keys, value, bias, mask, keep, k, scale, temperature, *_, l
     return (weight.unsqueeze(-1) * near).sum(-2)
 
 
+def windows(n, m, width):
+    """Candidates of each target, none twice, in any order, and a mask that leaves some none."""
+    index = torch.stack([torch.randperm(m)[:width] for _ in range(n)])
+    mask = torch.rand(n, width) < 0.7
+    mask[0] = False
+    return index, mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "d, width, k", [(3, 20, 5), (33, 20, 5), (16, 200, 9), (24, 9, 9), (9, 140, 128)]
+)
+@pytest.mark.parametrize("near", [False, True])
+def test_the_nearest_of_ones_own_candidates(processor, kind, masked, d, width, k, near):
+    torch.manual_seed(0)
+    m = max(50, width)
+    q, keys = points(kind, 2, 30, d), points(kind, 2, m, d)
+    if near:  # told apart by the last bits alone, or not at all
+        keys = keys[:, :1] * (1 + 1e-7 * torch.randint(-2, 3, keys.shape))
+    bias = torch.randn(2, m) if kind == "products" and not near else None
+    index, mask = windows(30, m, width)
+    mask, own = (mask, index[:, 1].clone()) if masked else (None, None)
+    open_ = torch.zeros(30, m, dtype=torch.bool)
+    open_.scatter_(1, index, True if mask is None else mask)
+    best, place = expected(kind, q, keys, k, bias, 0.3, open_, own)
+    found = compiled.windows_nearest(kind, q, keys, k, index, mask, bias, 0.3, own)
+    values, places, kept = found
+    assert torch.equal(kept, best < torch.inf)
+    assert torch.equal(places[kept], place[kept])
+    torch.testing.assert_close(values, best, rtol=1e-5, atol=1e-5)
+    nearest = places[..., :1].where(kept[..., :1], 0)
+    assert (places == nearest).masked_fill(kept, True).all()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot", "spatial"])
+@pytest.mark.parametrize("options", [{}, {"self_point": "excluded"}, {"order": "rank"}])
+def test_layers_choose_in_their_windows_without_a_compiler_too(monkeypatch, mode, metric, options):
+    layer = ConvNN2d(12, 5, 3, padding=1, k=4, metric=metric, padding_mode=mode, **options)
+    x = torch.randint(3, (2, 12, 7, 9)).float().requires_grad_()
+    found = []
+    for compile_ in (True, False):
+        if not compile_:
+            monkeypatch.setattr(build, "library", lambda: None)
+        out = layer(x)
+        (grad,) = torch.autograd.grad(out.square().sum(), x)
+        found.append((layer.operation(x).neighborhood(), out, grad))
+    (one, *results), (other, *wanted) = found
+    masks = [torch.ones_like(h.index).bool() if h.mask is None else h.mask for h in (one, other)]
+    assert torch.equal(*masks)
+    assert torch.equal(one.index[masks[0]], other.index[masks[0]])
+    for a, b in zip(results, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operator_for_windows_keeps_the_rules_of_torch():
+    x, (index, mask) = torch.randn(2, 30, 12), windows(30, 30, 9)
+    for own in (None, torch.arange(30)):
+        given_ = ("points", x, x, None, None, 1.0, False, False, 4, index, mask, own, 2**20)
+        torch.library.opcheck(torch.ops.convnn_geo.nearest_in_windows.default, given_)
+
+
 CASES = {
     "heads": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {}),
     "wide values": ((1, 2, 9, 8), (1, 2, 40, 8), (1, 2, 40, 70), {}),

@@ -82,6 +82,11 @@ class Window(Candidates):
         """Padding before and after, for each axis."""
         return _pads(self.kernel_size, self.stride, self.padding, self.dilation, axes)
 
+    @property
+    def ascends(self) -> bool:
+        """Whether the places inside the image stand in the order of their sources."""
+        return self.border == "pad" and self.padding_mode == "zeros"
+
     def size(self, size: Axes) -> Axes:
         """Points an axis of the output for an image of that size; an error where none fit."""
         return _size(size, *self._options)

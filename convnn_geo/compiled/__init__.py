@@ -10,6 +10,7 @@ from convnn_geo.compiled.search import (
     k_smallest,
     products_nearest,
     squared_differences,
+    windows_nearest,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "products_nearest",
     "rings_nearest",
     "squared_differences",
+    "windows_nearest",
 ]

@@ -38,8 +38,9 @@ _ARGUMENTS = {
     "attention_forward": [_POINTER, _INT, *[_POINTER] * 3, *[_LONG] * 3],
     "attention_backward": [_POINTER, _INT, *[_POINTER] * 8],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],
+    "windows_nearest": [_POINTER, _POINTER, _POINTER, _LONG, _INT, *[_POINTER] * 3],
 }
-_FUSED = ("products.c", "taps.c", "attention.c")
+_FUSED = ("products.c", "taps.c", "attention.c", "windows.c")
 """Whose sums may fuse a product into its addition; elsewhere they round as torch's do."""
 
 

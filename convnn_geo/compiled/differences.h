@@ -1,5 +1,7 @@
 /* Of one pair of points: what differences.c gives to others. */
 
+#pragma once
+
 #include <stdint.h>
 
 /* Squared Euclidean distance, summed in double precision. */

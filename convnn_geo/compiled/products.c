@@ -15,15 +15,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "differences.h"
+#include "measure.h"
 #include "select.h"
-#include "vectors.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-enum { WIDE = 16, FEW = 64, SPARE = 8, DOUBLES = 16 };
+enum { WIDE = 16, FEW = 64, SPARE = 8 };
 
 typedef float Floats __attribute__((vector_size(4 * WIDE), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
@@ -148,35 +147,10 @@ static void multiply(Workspace *w) {
   }
 }
 
-static double product(const float *q, const float *key, int64_t d) {
-  double sum[DOUBLES] = {0}, total = 0;
-  int64_t axis = 0;
-  for (; axis + DOUBLES <= d; axis += DOUBLES)
-    for (int lane = 0; lane < DOUBLES; lane++)
-      sum[lane] += (double)q[axis + lane] * key[axis + lane];
-  for (; axis < d; axis++) total += (double)q[axis] * key[axis];
-  for (int lane = 0; lane < DOUBLES; lane++) total += sum[lane];
-  return total;
-}
-
-static double distance(const Workspace *w, const float *q, int zero, int64_t j) {
-  const Problem *p = w->problem;
-  const float *key = w->key + j * p->key_row;
-  if (p->kind != PRODUCTS) {
-    int few = p->d <= FEW_AXES;
-    if (p->kind == ANGLES && (zero || is_zero(key, p->d))) return 1;
-    float half = p->kind == ANGLES ? 0.5f : 1;
-    return few ? squared_difference_of_few(q, key, p->d) * half
-               : squared_difference(q, key, p->d) * half;
-  }
-  double value = -p->scale * product(q, key, p->d);
-  return w->add ? value + w->add[j] : value;
-}
-
 /* The distance that decides. */
 static float measure(const Workspace *w, const float *q, int zero, int64_t i, int64_t j) {
   const Problem *p = w->problem;
-  double value = distance(w, q, zero, j);
+  double value = distance_of(p, q, zero, w->key + j * p->key_row, w->add ? w->add[j] : 0);
   return (float)(w->less ? value - w->less[i * p->less_row + j] : value);
 }
 

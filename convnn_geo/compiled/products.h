@@ -1,5 +1,7 @@
 /* The k nearest of a block of targets, by products: what products.c gives to others. */
 
+#pragma once
+
 #include <stdint.h>
 
 #include "tile.h"

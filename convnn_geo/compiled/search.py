@@ -100,6 +100,43 @@ def products_nearest(
     return (values, places) if served else None
 
 
+def windows_nearest(
+    kind: str,
+    q: Tensor,
+    keys: Tensor,
+    k: int,
+    index: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Of each target's own candidates the nearest: values, places, and which are there.
+
+    ``(..., n, k)`` each, in order of (value, source); what a target lacks of ``k`` is infinite.
+    None where that is not served; see :func:`products_nearest`, whose arguments these are.
+
+    Args:
+        index: candidates ``(n, w)``, none of them twice.
+        mask: ``(n, w)``, True where choice is allowed.
+    """
+    (n, width), like = index.shape, mask is None or (mask.ndim == 2 and mask.dtype == torch.bool)
+    problem = Described(kind, q, keys, k, bias, scale, own=own)
+    like = like and n == problem.n and (mask is None or mask.shape == index.shape)
+    if not (problem.served and like and index.device.type == "cpu"):
+        return None
+    values = q.new_empty(*problem.lead, n, k)
+    places = torch.empty_like(values, dtype=torch.long)
+    kept = torch.empty_like(values, dtype=torch.bool)
+    products = problem.lead.numel() * index.numel() * (problem.d + 16)
+    served = build.library().windows_nearest(  # type: ignore[union-attr]
+        *(problem.address, problem.flat(index), None if mask is None else problem.flat(mask)),
+        *(width, build.threads(products)),
+        *(t.data_ptr() for t in (values, places, kept)),
+    )
+    return (values, places, kept) if served else None
+
+
 def squared_differences(q: Tensor, keys: Tensor, index: Tensor) -> Tensor | None:
     """``sum (q - keys[index])^2``, ``(..., n, k)`` in float64, of float32 points.
 

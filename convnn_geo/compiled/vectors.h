@@ -1,13 +1,19 @@
 /* Sums over the axes of one or two vectors, in single precision. */
 
+#pragma once
+
 #include <stdint.h>
+#include <string.h>
 
 #include "tile.h"
 
+/* Half to half, so that few additions wait for one another. */
 static inline float across(Vector sum) {
-  float total = 0;
-  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-  return total;
+  float part[LANES];
+  memcpy(part, &sum, sizeof sum);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int lane = 0; lane < width; lane++) part[lane] += part[lane + width];
+  return part[0];
 }
 
 static inline float dot(const float *x, const float *y, int64_t d) {

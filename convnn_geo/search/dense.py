@@ -9,9 +9,9 @@ from convnn_geo.metrics import Distances
 from convnn_geo.search.nearest import measured, nearest, referee
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Engine, Query
-from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
-from convnn_geo.search.smallest import k_smallest, order_by_value_then_place
-from convnn_geo.shapes import broadcast_shapes
+from convnn_geo.search.rows import Hidden, smallest_in_rows
+from convnn_geo.search.smallest import order_by_value_then_place
+from convnn_geo.search.windows import in_windows
 
 
 class Dense(Engine):
@@ -31,7 +31,7 @@ class Dense(Engine):
         """Search slab by slab."""
         shared = query.subset.index
         if shared is not None and shared.shape[-2] != 1:
-            return _windowed(query, shared)
+            return in_windows(query, shared)
         bound = query.bound if shared is None else query.bound.select(shared)
         hidden = Hidden(query.subset.mask, _own_place(query))
         problem = query.problem if shared is None else Problem.of(bound, query.dtype, query.exact)
@@ -69,21 +69,3 @@ def _own_place(query: Query) -> Tensor | None:
         return own
     same = shared == own[:, None]
     return torch.where(same.any(-1), same.to(torch.uint8).argmax(-1), -1)
-
-
-def _windowed(query: Query, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The k nearest among each target's own candidates ``(..., n, w)``."""
-    bound, mask = query.bound.sharp(), query.subset.mask
-    index, order = index.sort(dim=-1, stable=True)  # so that ties go to the lowest source
-    if mask is not None:
-        lead = broadcast_shapes(mask.shape[:-2], order.shape[:-2])
-        shape = (*lead, *order.shape[-2:])
-        mask = mask.expand(shape).gather(-1, order.expand(shape))
-    if query.excluded is not None:
-        other = index != query.excluded[:, None]
-        mask = other if mask is None else mask & other
-    hidden = Hidden(mask)
-    values = in_slabs(bound, index, query.slab, query.dtype)
-    _, place = k_smallest(hidden.put_behind(values, 0, index.shape[-2]), query.k)
-    chosen = index.expand(*place.shape[:-1], index.shape[-1]).gather(-1, place)
-    return chosen, query.bound.at(chosen), hidden.kept(place)
