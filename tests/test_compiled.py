@@ -107,6 +107,32 @@ def test_far_from_the_origin_and_close_together(processor):
     is_nearest("points", near, near, 9)
 
 
+@pytest.mark.parametrize("kind", ["points", "products"])
+@pytest.mark.parametrize("factor", [5.0, 100.0, 1e4, 1e8])
+@pytest.mark.parametrize("d, k", [(3, 5), (20, 5), (20, 120)])
+def test_a_few_far_longer_than_the_rest(processor, kind, factor, d, k):
+    """Whom all but a few look past, or, of products, many choose."""
+    x = torch.randn(2, 260, d)
+    x[:, [3, 70]] *= factor  # one of them twice, but for its last bits
+    x[:, 71] = x[:, 70] * (1 + 1e-7 * torch.randint(-2, 3, (2, d)))
+    x[1, 200] = x[1, 3]
+    bias = torch.randn(2, 260) if kind == "products" else None
+    mask = torch.rand(2, 260, 260) < 0.7
+    is_nearest(kind, x, x, k, bias=bias, scale=0.3)
+    is_nearest(kind, x[:, :50], x, k, bias=bias, scale=0.3, mask=mask[:, :50])
+    is_nearest(kind, x, x, k, bias=bias, scale=0.3, own=torch.arange(260))
+    spread = x * torch.rand(2, 260, 1) ** -4  # no few, but ever fewer
+    is_nearest(kind, spread, spread, k, bias=bias, scale=0.3)
+
+
+def test_keys_far_longer_than_the_rest_are_attended_to(processor):
+    q, keys, value = torch.randn(3, 2, 3, 130, 16).unbind(0)
+    keys[:, :, [0, 64]] *= 30
+    given_ = ("products", q, keys, value, None, None, None, 9, 0.25, 1.0, "compiled", True, None)
+    out, *_ = torch.ops.convnn_geo.neighbor_attention(*given_)
+    torch.testing.assert_close(out.double(), by_hand(*given_[:-1], less=None), rtol=1e-5, atol=1e-5)
+
+
 def test_bias_scale_mask_and_the_point_itself(processor):
     q, keys, bias = torch.randn(3, 20, 12), torch.randn(3, 40, 12), torch.randn(3, 40)
     is_nearest("products", q, keys, 6, bias=bias, scale=0.3)

@@ -6,7 +6,10 @@
    the result, rounded to single, decides; ties go to the lowest index. So the choice does not
    depend on how a product is summed, and no row is ever sorted.
 
-   Sources are packed into panels once an example. A block of rows of products stays in cache. */
+   Sources are packed into panels once an example. A block of rows of products stays in cache.
+
+   A few sources far longer than the rest would make rounding reach far for all: these are measured
+   one by one, and the rest are taken from a mean without them. */
 
 #include "products.h"
 
@@ -23,6 +26,7 @@
 #endif
 
 enum { WIDE = 16, FEW = 64, SPARE = 8 };
+enum { FAR_SHARE = 64, FAR = 4 }; /* one in so many, at most, so many times as long as the mean */
 
 typedef float Floats __attribute__((vector_size(4 * WIDE), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
@@ -34,6 +38,9 @@ struct Workspace {
   float *center, *target;         /* (d), (d, TARGETS) */
   float *row, *value;             /* (TARGETS, wide), (wide) */
   int32_t *listed;                /* (wide) */
+  int32_t *far;                   /* (m / FAR_SHARE + 1), and how many there are */
+  int64_t strangers;
+  float *length; /* (wide) */
   float longest, largest_bias;    /* of the sources as packed */
   const float *key, *query, *add; /* of the example: rows of sources and targets, bias */
   const float *less;              /* and of pairs */
@@ -52,14 +59,19 @@ Workspace *workspace_new(const Problem *problem) {
   w->row = malloc(wide * TARGETS * sizeof *w->row);
   w->value = malloc((wide + PANEL + WIDE) * sizeof *w->value);
   w->listed = malloc((wide + PANEL + WIDE) * sizeof *w->listed);
-  if (w->panel && w->bias && w->center && w->target && w->row && w->value && w->listed) return w;
+  w->far = malloc(((size_t)problem->m / FAR_SHARE + 1) * sizeof *w->far);
+  w->length = malloc(wide * sizeof *w->length);
+  if (w->panel && w->bias && w->center && w->target && w->row && w->value && w->listed && w->far &&
+      w->length)
+    return w;
   workspace_free(w);
   return NULL;
 }
 
 void workspace_free(Workspace *w) {
   if (!w) return;
-  void *parts[] = {w->panel, w->bias, w->center, w->target, w->row, w->value, w->listed, w};
+  void *parts[] = {w->panel, w->bias,   w->center, w->target, w->row,
+                   w->value, w->listed, w->far,    w->length, w};
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
 }
 
@@ -86,11 +98,16 @@ static void enter(Workspace *w, int64_t example) {
 /* Products are as exact as their factors are short, so points are taken from their mean. */
 static void find_center(Workspace *w) {
   const Problem *p = w->problem;
-  float part = 1 / (float)w->m;
+  float part = 1 / (float)(w->m - w->strangers);
   for (int64_t axis = 0; axis < p->d; axis++) w->center[axis] = 0;
-  for (int64_t j = 0; j < w->m; j++)
+  for (int64_t j = 0, f = 0; j < w->m; j++) {
+    if (f < w->strangers && w->far[f] == j) {
+      f++;
+      continue;
+    }
     for (int64_t axis = 0; axis < p->d; axis++)
       w->center[axis] += part * w->key[j * p->key_row + axis];
+  }
 }
 
 /* A row becomes a column. Left to itself, the compiler scatters, which is slow. */
@@ -101,6 +118,21 @@ static void stand(const float *row, const float *center, float factor, int64_t d
                   int64_t stride) {
   for (int64_t axis = 0; axis < d; axis++)
     column[axis * stride] = factor * (row[axis] - center[axis]);
+}
+
+/* Sources far longer than the rest, if they are few. */
+static void find_strangers(Workspace *w) {
+  float mean = 0;
+  for (int64_t j = 0; j < w->m; j++) mean += w->length[j] / (float)w->m;
+  w->strangers = 0;
+  for (int64_t j = 0; j < w->m; j++) {
+    if (w->length[j] <= FAR * mean) continue; /* so are all, where one is NaN or infinite */
+    if (w->strangers >= w->m / FAR_SHARE) {
+      w->strangers = 0;
+      return;
+    }
+    w->far[w->strangers++] = (int32_t)j;
+  }
 }
 
 static void pack(Workspace *w) {
@@ -118,12 +150,28 @@ static void pack(Workspace *w) {
     for (int j = 0; j < PANEL; j++) {
       float add = p->kind == POINTS ? size[j] : 0;
       if (w->add) add = w->add[start + j < w->m ? start + j : w->m - 1];
-      longest = size[j] > longest || isnan(size[j]) ? size[j] : longest;
-      largest = fabsf(add) > largest || isnan(add) ? fabsf(add) : largest;
+      w->length[start + j] = sqrtf(size[j]);
       w->bias[start + j] = start + j < w->m ? add : INFINITY;
     }
   }
-  w->longest = sqrtf(longest), w->largest_bias = largest;
+  for (int64_t j = 0, f = 0; j < w->m; j++) {
+    float length = w->length[j], add = w->add ? fabsf(w->add[j]) : 0;
+    largest = add > largest || isnan(add) ? add : largest;
+    if (f < w->strangers && w->far[f] == j)
+      f++;
+    else
+      longest = length > longest || isnan(length) ? length : longest;
+  }
+  w->longest = longest, w->largest_bias = p->kind == POINTS ? longest * longest : largest;
+}
+
+/* Packed anew where there are strangers, who had drawn the mean towards them. */
+static void prepare(Workspace *w) {
+  w->strangers = 0;
+  pack(w);
+  if (w->problem->kind == ANGLES) return;
+  find_strangers(w);
+  if (w->strangers) pack(w);
 }
 
 /* Rows of bias + <target, key>: a tile of TARGETS x PANEL stays in registers. */
@@ -246,7 +294,12 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
                            float *values, int64_t *places) {
   const Problem *p = w->problem;
   int k = p->k < w->m ? p->k : (int)w->m, one_more = k < w->m && k < GROUPS;
-  float some[GROUPS + 1], limit = bound(row, w->m, k) + margin;
+  float some[GROUPS + 1], nearest = bound(row, w->m, k), limit = nearest + margin, size = 0;
+  for (int64_t f = 0; f < w->strangers; f++) {
+    float value = row[w->far[f]]; /* rounded once, by a share of itself */
+    if (value <= limit) size = fmaxf(size, fmaxf(fabsf(value), fabsf(limit)));
+  }
+  if (size > 0) margin += 4 * FLT_EPSILON * (size + fabsf(same)), limit = nearest + margin;
   int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
   int sure = 0, few = count <= FEW || count <= 2 * k; /* so many more are tied, and never apart */
@@ -280,7 +333,7 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
   float factor = p->kind == POINTS ? 2 : p->kind == ANGLES ? 1 : p->scale;
   if (w->example != example) {
     enter(w, example);
-    if (w->m) pack(w);
+    if (w->m) prepare(w);
   }
   if (!w->m) { /* nobody to choose */
     for (int64_t i = 0; i < (int64_t)rows * p->k; i++) values[i] = INFINITY, places[i] = -1;
@@ -310,6 +363,12 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     if (w->less) {
       const float *less = w->less + (start + i) * p->less_row;
       for (int64_t j = 0; j < w->m; j++) row[j] -= less[j];
+    }
+    if (w->strangers) {
+      const float *q = w->query + (start + i) * p->q_row;
+      int zero = p->kind == ANGLES && is_zero(q, p->d);
+      for (int64_t f = 0; f < w->strangers; f++)
+        row[w->far[f]] = measure(w, q, zero, start + i, w->far[f]) - same[i];
     }
     if (p->mask) {
       const uint8_t *mask = p->mask + example / p->heads * p->mask_example +
