@@ -312,6 +312,30 @@ def test_timm_attention_equals_itself(options):
     close(new(x, is_causal=True), layer(x, is_causal=True))
 
 
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("options", TIMM.values(), ids=TIMM)
+def test_what_was_converted_goes_back_to_timm(options, moved):
+    pytest.importorskip("timm")
+    from timm.layers import Attention
+
+    def model():
+        return nn.Sequential(nn.Conv1d(6, 6, 1), Attention(8, 2, **options)).eval()
+
+    converted, x = convert.to_convnn(model()), torch.randn(3, 6, 8)
+    if moved:  # and back: the place is no parameter
+        convert.set_interpolation(converted, 0.5)
+    for parameter in converted.parameters():
+        nn.init.normal_(parameter)
+    state = convert.original_state_dict(converted)
+    plain = model()
+    plain.load_state_dict(state)  # no more and no less
+    if moved:
+        convert.set_interpolation(converted, 1.0)
+    close(converted(x), plain(x))
+    assert convert.original_state_dict(plain).keys() == plain.state_dict().keys()
+    assert state.keys() == plain.state_dict().keys()
+
+
 def test_timm_attention_becomes_others_and_refuses_what_it_has_no_place_for():
     pytest.importorskip("timm")
     from timm.layers import Attention

@@ -13,7 +13,7 @@ Example:
     ['0', '2']
 """
 
-from convnn_geo.convert.attention import TimmAttention
+from convnn_geo.convert.attention import TimmAttention, original_state_dict
 from convnn_geo.convert.edge import DynamicEdgeConvNN
 from convnn_geo.convert.patches import PatchCandidates, PatchConv
 from convnn_geo.convert.positions import PatchPositions
@@ -39,6 +39,7 @@ __all__ = [
     "TimmAttention",
     "TimmTokens",
     "interpolation",
+    "original_state_dict",
     "report",
     "set_interpolation",
     "spec",

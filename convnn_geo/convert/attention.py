@@ -75,13 +75,13 @@ class TimmAttention(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         for part in ("weight", "bias"):
-            for timms, ours in self._names():
+            for timms, ours in self.names():
                 key = f"{prefix}{timms}{part}"
                 if key in state_dict:
                     state_dict[f"{prefix}attention.{ours}{part}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _names(self) -> list[tuple[str, str]]:
+    def names(self) -> list[tuple[str, str]]:
         """What timm calls the parts, and what they are called here."""
         names = [("qkv.", "in_proj_"), ("proj.", "out_proj.")]
         for where, part in self.attention.named_modules():
@@ -96,6 +96,34 @@ class TimmAttention(nn.Module):
         b, n = x.shape[:2]
         mask = ~mask if mask.dtype == torch.bool else mask
         return mask.expand(b, self.attention.num_heads, n, n).flatten(0, 1)
+
+
+def original_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a converted model by the names that it had before: what timm loads.
+
+    Other layers than timm's ``Attention`` keep their names when they are converted.
+
+    Args:
+        model: converted, or any other.
+
+    Returns:
+        Names and tensors, which are those of ``model.state_dict()``. Parameters that the model did
+        not have before, such as a place between positions and features that learns, stay in it.
+
+    Example:
+        >>> from convnn_geo import convert
+        >>> model = nn.ModuleDict({"attn": TimmAttention(recipes.kvt(8, 2, 3), nn.Identity())})
+        >>> sorted(convert.original_state_dict(model))
+        ['attn.proj.bias', 'attn.proj.weight', 'attn.qkv.bias', 'attn.qkv.weight']
+    """
+    renamed = {}
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, TimmAttention):
+            start = f"{prefix}." if prefix else ""
+            for timms, ours in layer.names():
+                for part in ("weight", "bias"):
+                    renamed[f"{start}attention.{ours}{part}"] = f"{start}{timms}{part}"
+    return {renamed.get(name, name): value for name, value in model.state_dict().items()}
 
 
 def by_recipe(recipe: Callable[..., ConvNNAttention], **defaults: Any) -> Callable[..., nn.Module]:
