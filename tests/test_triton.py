@@ -275,7 +275,7 @@ class TestAttention:
             ((1, 1, 3, 16), 40, 16, 1),
         ],
     )
-    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("masked", [False, True, "by floats"])
     def test_values_and_gradients(self, monkeypatch, row, shape, m, c, k, masked):
         from convnn_geo.gpu import rows
 
@@ -289,8 +289,14 @@ class TestAttention:
             mask[..., 0, :] = False
         parts = [t.requires_grad_() for t in on(q, keys, value)]
         mask = None if mask is None else mask.to(DEVICE)
-        out = knn_attention(*parts, k, attn_mask=mask, backend="triton")
-        exact = plain_attention(*(t.double() for t in parts), k, mask)
+        given, less = mask, None
+        if masked == "by floats":
+            less = torch.randn(*lead[:1], 1, *mask.shape[-2:], device=DEVICE).requires_grad_()
+            given = less.masked_fill(~mask, -torch.inf)
+            parts.append(less)
+        out = knn_attention(*parts[:3], k, attn_mask=given, backend="triton")
+        bias = None if less is None else less.double()
+        exact = plain_attention(*(t.double() for t in parts[:3]), k, mask, bias)
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
         grad = torch.randn_like(out)
         wanted = torch.autograd.grad(exact, parts, grad.double())
@@ -302,6 +308,20 @@ class TestAttention:
                 torch.use_deterministic_algorithms(False)
             for a, b in zip(found, wanted, strict=True):
                 torch.testing.assert_close(a.double(), b.double(), rtol=1e-3, atol=1e-5)
+
+    @pytest.mark.parametrize("row", [512, 8])
+    @pytest.mark.parametrize("shape", [(20, 20), (1, 20), (2, 1, 1, 20), (1, 3, 20, 20)])
+    def test_scores_that_are_added_broadcast(self, monkeypatch, row, shape):
+        from convnn_geo.gpu import rows
+
+        monkeypatch.setattr(rows, "LONGEST", row)
+        q, k, v = (t.bfloat16() for t in on(*torch.randn(3, 2, 3, 20, 16)))
+        less = torch.randn(shape, device=DEVICE).bfloat16().requires_grad_()
+        out = knn_attention(q, k, v, 6, attn_mask=less, backend="triton")
+        exact = plain_attention(*(t.double() for t in (q, k, v)), 6, bias=less.double())
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+        grads = [torch.autograd.grad(t.sum(), less)[0].double() for t in (out, exact)]
+        torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
 
     @pytest.mark.parametrize("dtype", HALVES[1:])
     @pytest.mark.parametrize("row", [512, 8])

@@ -58,7 +58,14 @@ def backward(q, keys, value, grad, weight, place, keep=None, scale=0.5, temperat
         t.to(DEVICE) for t in (q, keys, value, grad, weight, place)
     )
     keep = None if keep is None else keep.to(DEVICE)
-    found = attend_backward(q, keys, value, keep, scale, temperature, grad, weight, place, **how)
+    rest = (keep, scale, temperature, grad, weight, place)
+    *found, pairs = attend_backward(q, keys, value, *rest, of_pairs=True, **how)
+    if found[3].numel():  # what a bias gets is what its pairs get
+        summed = torch.zeros(*place.shape[:-2], keys.shape[-2], device=DEVICE)
+        summed.scatter_add_(-1, place.flatten(-2).long(), pairs.flatten(-2))
+        torch.testing.assert_close(found[3], summed, rtol=1e-4, atol=1e-5, equal_nan=True)
+    *same, none = attend_backward(q, keys, value, *rest, **how)
+    assert not none.numel() and len(same) == 4
     return [t.cpu() for t in found]
 
 

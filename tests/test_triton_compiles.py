@@ -215,6 +215,23 @@ def test_attention(launches, tmp_path, n, k, dtype, deterministic):
 
 
 @pytest.mark.parametrize(
+    ("n", "k", "dtype"),
+    [
+        (197, 9, torch.bfloat16),
+        (1024, 32, torch.bfloat16),
+        pytest.param(197, 9, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_attention_by_scores_that_are_added(launches, tmp_path, n, k, dtype):
+    from convnn_geo.gpu import attention
+
+    q, less = torch.randn(1, 3, n, 64, dtype=dtype), torch.randn(3, n, n)
+    attention.attend(q, q, q, None, None, None, k, 0.125, 1.0, True, less)
+    searched = {"_nearest_survivors", "_nearest", "_combine"}
+    check(launches, tmp_path, searched if n > attention.SHORT else {"_attend_rows"})
+
+
+@pytest.mark.parametrize(
     ("channels", "groups", "dtype"),
     [
         (64, 1, torch.bfloat16),

@@ -50,14 +50,24 @@ def search(*args, **kwargs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "n, m, d, k, biased",
-    [(70, 300, 16, 9, True), (5, 256, 80, 32, False), (5, 200, 20, 1, False)],
+    "n, m, d, k, biased, lessened",
+    [
+        (70, 300, 16, 9, True, False),
+        (5, 256, 80, 32, False, False),
+        (5, 200, 20, 1, False, False),
+        (70, 210, 16, 9, True, True),
+    ],
 )
-def test_products(both, dtype, n, m, d, k, biased):
+def test_products(both, dtype, n, m, d, k, biased, lessened):
     torch.manual_seed(0)
     q, keys = torch.randn(1, 2, n, d).to(dtype), torch.randn(1, 2, m, d).to(dtype)
     bias = torch.randn(1, 2, m) if biased else None
-    values, wanted, missed = both(lambda: search(q, keys, k, None, n, bias, 2.0))
+    less = torch.randn(1, 1, n, m).expand(1, 2, n, m).to(DEVICE) if lessened else None
+    values, wanted, missed = both(lambda: search(q, keys, k, None, n, bias, 2.0, less=less))
+    if lessened:
+        scores = bias.unsqueeze(-2) - 2 * q.float() @ keys.float().mT - less.cpu()
+        best = scores.sort(dim=-1).values[..., :k].reshape(-1, k).to(DEVICE)
+        torch.testing.assert_close(values, best, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values, wanted)
     assert missed < 0.1
 

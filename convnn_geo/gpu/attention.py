@@ -43,6 +43,7 @@ def attend(
     scale: float,
     temperature: float,
     wanted: bool = True,
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum ``(..., n, c)``, weights and places ``(..., n, k)`` in float32 and int32.
 
@@ -57,33 +58,39 @@ def attend(
         scale: distances are ``bias - scale <q, key>``.
         temperature: weights are ``softmax(-distance / temperature)``.
         wanted: whether weights and places are; otherwise they are empty.
+        less: ``(..., n | 1, m)``, what distances are less by, or None.
     """
-    if bias is None and mask is None and keep is None and scale > 0:
+    if bias is None and mask is None and less is None and keep is None and scale > 0:
         call = _plain(seen(q), seen(keys), seen(value), k, wanted)
         if call is not None:
             out = call.shapes.result(value)
-            found = call((q, keys, value, None, None, None), out, scale, temperature)
+            found = call((q, keys, value, None, None, None, None), out, scale, temperature)
             return _results(out, found, wanted)
-    lead = leading(q, keys, value, bias, mask)
+    lead = leading(q, keys, value, bias, mask, less)
     (n, d), (m, c) = q.shape[-2:], value.shape[-2:]
     out, shape = empty_result(value, lead, n), (*lead, n, k)
     if not out.numel():
         weight = value.new_zeros(shape, dtype=torch.float32)
         return out, weight, weight.to(torch.int32)
     (q, q_at), (keys, keys_at), (value, value_at) = (laid_out(t, lead, 2) for t in (q, keys, value))
-    if bias is None and scale <= 0:  # nearness is the product itself, where it may
+    # Nearness is the product itself, where it may.
+    if bias is None and (scale <= 0 or less is not None):
         bias = keys.new_zeros(m)
     bias, bias_at = laid_out(None if bias is None else bias.float(), lead, 1)
     mask, mask_at = laid_out(None if mask is None else mask.view(torch.uint8), lead, 2)
-    if mask is not None and mask.shape[-2] != n:
-        mask = mask.expand(*mask.shape[:2], n, m)
-        mask_at = mask.stride()[:-1]
+    less, less_at = laid_out(None if less is None else less.float(), lead, 2)
+    mask_at, less_at = (
+        (*at[:2], 0) if pairs is not None and pairs.shape[-2] == 1 else at
+        for pairs, at in ((mask, mask_at), (less, less_at))
+    )
     keep = None if keep is None else keep.float().expand(shape).contiguous()
-    steps = (*q_at, *keys_at, *value_at, *bias_at, *mask_at, *laid_out(out, lead, 2)[1])
+    steps = (*q_at, *keys_at, *value_at, *bias_at, *mask_at, *less_at)
+    steps += laid_out(out, lead, 2)[1]
     kinds = (q.dtype, keys.dtype, value.dtype, q.device)
-    given = (bias is not None, mask is not None, keep is not None)
+    given = (bias is not None, mask is not None, less is not None, keep is not None)
     call = _call(Shapes(lead, n, m, k, d, c, steps, kinds, given), wanted)
-    return _results(out, call((q, keys, value, bias, mask, keep), out, scale, temperature), wanted)
+    found = call((q, keys, value, bias, mask, less, keep), out, scale, temperature)
+    return _results(out, found, wanted)
 
 
 @gpu.on_its_device
@@ -95,7 +102,7 @@ def alone(
     if call is None:
         return attend(q, keys, value, None, None, None, k, scale, temperature, False)[0]
     out = call.shapes.result(value)
-    call((q, keys, value, None, None, None), out, scale, temperature)
+    call((q, keys, value, None, None, None, None), out, scale, temperature)
     return out
 
 
@@ -120,10 +127,10 @@ def _plain(q: Seen, keys: Seen, value: Seen, k: int, wanted: bool) -> Rows | Fou
         return None
     b, heads = split(lead)
     result = strides((b, heads, n, c), result_strides((b, heads), n, c), torch.Size((b, heads)))
-    nothing = (0,) * 5  # of a bias and a mask
+    nothing = (0,) * 8  # of a bias, a mask, and what is less
     steps = (*found[0], *found[1], *found[2], *nothing, *result)  # type: ignore[misc]
     kinds = (q[2], keys[2], value[2], q[3])
-    return _call(Shapes(lead, n, m, k, d, c, steps, kinds, (False,) * 3), wanted)
+    return _call(Shapes(lead, n, m, k, d, c, steps, kinds, (False,) * 4), wanted)
 
 
 @functools.lru_cache(1024)
@@ -137,7 +144,7 @@ def _call(shapes: Shapes, wanted: bool) -> Rows | Found:
     searched = plan(m, k, d, dtype, False)
     # Tensor cores multiply what is alike.
     if (m <= SHORT or searched is None) and dtype in (torch.float32, value_dtype):
-        room, masked = gpu.shared_memory(device), shapes.given[1]
+        room, masked = gpu.shared_memory(device), shapes.given[1] or shapes.given[2]
         fitting = tile(n, m, d, c, dtype, room, wanted, masked)
         if fitting is not None:
             return Rows(shapes, fitting, wanted or dtype == torch.float32)

@@ -29,9 +29,10 @@ class Shapes:
         k: chosen by each query.
         d: channels of queries and keys.
         c: channels of values.
-        strides: of queries, keys, values, bias, mask and result, along examples, heads and rows.
+        strides: of queries, keys, values, bias, mask, what distances are less by, and result,
+            along examples, heads and rows.
         kinds: dtypes of queries, keys and values, and the device.
-        given: whether there are a bias, a mask, and kept weights.
+        given: whether there are a bias, a mask, something less, and kept weights.
     """
 
     lead: torch.Size
@@ -42,7 +43,7 @@ class Shapes:
     c: int
     strides: tuple[int, ...]
     kinds: tuple[torch.dtype, torch.dtype, torch.dtype, torch.device]
-    given: tuple[bool, bool, bool]
+    given: tuple[bool, bool, bool, bool]
 
     @functools.cached_property
     def _result(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -74,7 +75,7 @@ class Rows:
     @functools.cached_property
     def _launch(self) -> Launch:
         shapes, tile = self.shapes, self.tile
-        biased, masked, kept = shapes.given
+        biased, masked, lessened, kept = shapes.given
         return prepared(
             _attend_rows,
             shapes.kinds,
@@ -87,6 +88,7 @@ class Rows:
             BLOCK_C=tile.channels,
             HAS_BIAS=biased,
             HAS_MASK=masked,
+            HAS_LESS=lessened,
             HAS_KEEP=kept,
             STORES=self.stores,
             GATHERS=shapes.kinds[0] == torch.float32,  # not for tensor cores
@@ -100,7 +102,7 @@ class Rows:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Fill the result; weights and places where they are kept.
 
-        ``tensors`` are queries, keys, values, bias, mask and kept weights.
+        ``tensors`` are queries, keys, values, bias, mask, what is less, and kept weights.
         """
         weight = place = None
         if self.stores:
@@ -126,7 +128,7 @@ class Found:
     @functools.cached_property
     def _search(self) -> Search:
         shapes = self.shapes
-        (biased, masked, _), (dtype, *_, device) = shapes.given, shapes.kinds
+        (biased, masked, lessened, _), (dtype, *_, device) = shapes.given, shapes.kinds
         examples = math.prod(shapes.lead)
         return Search(
             sizes=(examples, shapes.n, shapes.m),
@@ -134,10 +136,11 @@ class Found:
             d=shapes.d,
             longest=shapes.n,
             heads=split(shapes.lead)[1],
-            strides=shapes.strides[:6] + shapes.strides[9:14],
+            strides=shapes.strides[:6] + shapes.strides[9:17],
             kinds=(
                 *(dtype, torch.int32, device, torch.float32 if biased else None),
-                *(torch.uint8 if masked else None, None, dtype),
+                *(torch.uint8 if masked else None, torch.float32 if lessened else None),
+                *(None, dtype),
             ),
             ways=Ways(any_order=True),
             plan=self.plan,
@@ -150,7 +153,7 @@ class Found:
     @functools.cached_property
     def _launch(self) -> Launch:
         shapes = self.shapes
-        steps = shapes.strides[6:9] + shapes.strides[14:]
+        steps = shapes.strides[6:9] + shapes.strides[17:]
         return prepared(
             _combine,
             shapes.kinds,
@@ -159,17 +162,17 @@ class Found:
             K=max(2, gpu.next_power_of_2(shapes.k)),
             BLOCK_N=16,
             BLOCK_C=max(16, min(256, gpu.next_power_of_2(shapes.c))),
-            HAS_KEEP=shapes.given[2],
+            HAS_KEEP=shapes.given[3],
         )
 
     def __call__(
         self, tensors: tuple[Tensor | None, ...], out: Tensor, scale: float, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Fill the result; weights and places. ``tensors`` as :class:`Rows` takes them."""
-        q, keys, value, bias, mask, keep = tensors
+        q, keys, value, bias, mask, less, keep = tensors
         if bias is None:  # what is found are products
             temperature /= scale
-        found, place = self._search(q, keys, None, bias, scale, mask, None, None)  # type: ignore[arg-type]
+        found, place = self._search(q, keys, None, bias, scale, mask, None, None, less)  # type: ignore[arg-type]
         self._launch(self._grid, (found, value, keep, out, found, place), (temperature,))
         shape = (*self.shapes.lead, self.shapes.n, self.shapes.k)
         return found.view(shape), place.view(shape)

@@ -130,11 +130,13 @@ class Gradients:
         place: Tensor,
         scale: float,
         temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        of_pairs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients; ``tensors`` are queries, keys, values and the result's gradient."""
         q, keys, value, grad = tensors
         new = weight.new_empty if grad.numel() else weight.new_zeros
         to_q, to_keys, to_value, to_bias = [new(size, dtype=kind) for size, kind in self._results]
+        to_pairs = weight.new_zeros(weight.shape if of_pairs else 0)
         if grad.numel():
             n, _, m, *_ = self.sizes
             lists = Lists.of(weight, place, self._examples, m, self.fixed)
@@ -145,7 +147,10 @@ class Gradients:
             launch(grid, (*given, to_q, slope, mean, sent), (scale, temperature))
             launch, grid = self._of_sources
             launch(grid, (sent, lists.start, q, grad, to_keys, to_value, to_bias), (scale,))
-        return to_q, to_keys, to_value, to_bias
+            if of_pairs:
+                mean = mean.view(*weight.shape[:-1], 1)
+                to_pairs = weight * (mean - slope).masked_fill(weight == 0, 0.0) / temperature
+        return to_q, to_keys, to_value, to_bias, to_pairs
 
 
 @gpu.on_its_device
@@ -160,8 +165,11 @@ def attend_backward(
     weight: Tensor,
     place: Tensor,
     biased: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_pairs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to queries, keys, values and bias in the result's leading shape.
+
+    And to distances of pairs ``(..., n, k)``, empty unless those ``of_pairs`` are asked for.
 
     They have their tensors' types; float32, to be summed, where leading axes were broadcast. That
     of a bias is in float32, and empty unless ``biased``. Under
@@ -177,7 +185,7 @@ def attend_backward(
         call = _call(*_common(all_seen, pairs), sum(steps, ()), *which)
     weight, place = weight.float().contiguous(), place.int().contiguous()
     keep = None if keep is None else keep.float().expand(weight.shape).contiguous()
-    return call(tensors, keep, weight, place, scale, temperature)
+    return call(tensors, keep, weight, place, scale, temperature, of_pairs)
 
 
 _call = functools.lru_cache(1024)(Gradients)

@@ -16,6 +16,7 @@ from convnn_geo.gpu.tiles import (
     HIDDEN,
     PADDING,
     allowed,
+    nearer_by,
     ordered,
     products,
     squared_differences,
@@ -154,6 +155,7 @@ def _nearest(
     key_ptr,
     bias_ptr,
     mask_ptr,
+    less_ptr,
     own_ptr,
     original_ptr,
     original_key_ptr,
@@ -181,6 +183,9 @@ def _nearest(
     mask_example,
     mask_head,
     mask_row,
+    less_example,
+    less_head,
+    less_row,
     scale,
     fine,
     share,
@@ -197,6 +202,7 @@ def _nearest(
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LESS: tl.constexpr,
     HAS_OWN: tl.constexpr,
     MISSED: tl.constexpr,
 ):
@@ -250,6 +256,9 @@ def _nearest(
                 value += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[
                     None, :
                 ]
+        if HAS_LESS:
+            less = less_ptr + outer * less_example + head * less_head
+            value -= nearer_by(less, rows, columns, n, m, less_row)
         code = ordered(value)
         if HAS_MASK:
             mask = mask_ptr + outer * mask_example + head * mask_head

@@ -21,13 +21,17 @@ def seen(tensor: Tensor) -> Seen:
 
 
 def leading(
-    q: Tensor, keys: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
+    q: Tensor,
+    keys: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    less: Tensor | None = None,
 ) -> torch.Size:
     """Leading axes of the result."""
     return broadcast_shapes(
-        *(t.shape[:-2] for t in (q, keys, value)),
+        *(t.shape[:-2] for t in (q, keys, value, mask, less) if t is not None),
         () if bias is None else bias.shape[:-1],
-        () if mask is None else mask.shape[:-2],
     )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from convnn_geo import gpu
 from convnn_geo.gpu.choice import bound, last_tie, threshold
-from convnn_geo.gpu.tiles import HIDDEN, PADDING, allowed, ordered, products
+from convnn_geo.gpu.tiles import HIDDEN, PADDING, allowed, nearer_by, ordered, products
 from convnn_geo.gpu.values import gathered, weighted
 
 LONGEST = 1024
@@ -26,6 +26,7 @@ def _attend_rows(
     value_ptr,
     bias_ptr,
     mask_ptr,
+    less_ptr,
     keep_ptr,
     out_ptr,
     weight_ptr,
@@ -48,6 +49,9 @@ def _attend_rows(
     mask_example,
     mask_head,
     mask_row,
+    less_example,
+    less_head,
+    less_row,
     out_example,
     out_head,
     out_row,
@@ -61,6 +65,7 @@ def _attend_rows(
     BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LESS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     STORES: tl.constexpr,
     GATHERS: tl.constexpr,
@@ -81,6 +86,9 @@ def _attend_rows(
     if HAS_BIAS:
         bias = bias_ptr + outer * bias_example + head * bias_head
         near = scale * product - tl.load(bias + columns, mask=columns < m, other=0.0)[None, :]
+    if HAS_LESS:
+        less = less_ptr + outer * less_example + head * less_head
+        near += nearer_by(less, rows, columns, n, m, less_row)
     if HAS_MASK:
         mask = mask_ptr + outer * mask_example + head * mask_head
         near = tl.where(allowed(mask, rows, columns, n, m, mask_row), near, float("-inf"))

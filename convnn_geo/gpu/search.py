@@ -62,6 +62,7 @@ def nearest(
     rounding: Rounding | None = None,
     integers: torch.dtype = torch.int32,
     any_order: bool = False,
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values and places ``(n, k)`` of the nearest in each example, in order, ties by place.
 
@@ -85,6 +86,8 @@ def nearest(
             summed in float64 and rounded to float32.
         integers: type of the places.
         any_order: the nearest may come in any order.
+        less: ``(b, heads, n, m)`` for examples of equal size, what distances are less by; not with
+            rounding.
 
     Returns:
         Values in float32, and places; these count within the example. What is hidden has value
@@ -101,16 +104,17 @@ def nearest(
         longest = gpu.cdiv(longest, 32) * 32  # whose clouds vary meet the same searches again
         strides = (0, 0, d, 0, 0, d, 0, 0)
     strides += (0, 0, 0) if mask is None else mask.stride()[:-1]
+    strides += (0, 0, 0) if less is None else less.stride()[:-1]
     usual = sizes[2] or len(keys) // max(1, sizes[0])
     near = q.dtype if rounding is None else rounding.near[0].dtype
     chosen = plan(usual, k, d, near, direct, rounding is not None)
-    given = tuple([None if t is None else t.dtype for t in (bias, mask, own)])
+    given = tuple([None if t is None else t.dtype for t in (bias, mask, less, own)])
     kinds = (near, integers, q.device, *given, q.dtype)
     ways = Ways(direct, angles, any_order=any_order)
     if rounding is not None:
         ways = ways._replace(settled=True, products=rounding.products, exact=rounding.exact)
     search = similar(sizes, k, d, longest, heads, strides, kinds, ways, chosen)
-    return search(q, keys, starts, bias, scale, mask, own, rounding)
+    return search(q, keys, starts, bias, scale, mask, own, rounding, less)
 
 
 class Ways(NamedTuple):
@@ -143,9 +147,11 @@ class Search:
         d: axes.
         longest: targets of the largest example, at most.
         heads: examples that share the mask's first axis.
-        strides: of targets, sources, bias and mask, along examples, heads and rows.
+        strides: of targets, sources, bias, mask and what distances are less by, along examples,
+            heads and rows.
         kinds: dtype of targets and sources as products take them, that of places, the device,
-            dtypes of a bias, a mask, and sources not to be found, or None, and that of targets.
+            dtypes of a bias, a mask, what distances are less by, and sources not to be found, or
+            None, and that of targets.
         ways: in which distances are compared.
         plan: of the search by a bound; None where there is none.
     """
@@ -166,7 +172,7 @@ class Search:
 
     @functools.cached_property
     def _kinds(self) -> dict[str, bool]:
-        (*_, bias, mask, own, _), ways = self.kinds, self.ways
+        (*_, bias, mask, less, own, _), ways = self.kinds, self.ways
         return {
             "RAGGED": not self.sizes[1],
             "DIRECT": ways.direct,
@@ -175,6 +181,7 @@ class Search:
             "SETTLE": ways.settled,
             "HAS_BIAS": bias is not None,
             "HAS_MASK": mask is not None,
+            "HAS_LESS": less is not None,
             "HAS_OWN": own is not None,
         }
 
@@ -215,7 +222,7 @@ class Search:
             if kept > gpu.LARGEST_K:
                 kept = self.k + SPARE
             if n:  # of clouds each keeps what it can
-                kept = min(kept, m - (self.kinds[5] is not None))
+                kept = min(kept, m - (self.kinds[6] is not None))
         width = max(16, gpu.next_power_of_2(kept))
         wide = width > (32 if settled else 64)  # so that registers hold what is kept
         block = 16 if wide else 32
@@ -248,6 +255,7 @@ class Search:
         mask: Tensor | None,
         own: Tensor | None,
         rounding: Rounding | None,
+        less: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Values and places."""
         targets = self.sizes[0] * self.sizes[1] if starts is None else len(q)
@@ -261,7 +269,7 @@ class Search:
         if rounding is not None:
             near, square, longest = rounding.near, rounding.square, rounding.longest
             fine, share, rough = rounding.fine, rounding.share, rounding.rough
-        given = (*near, bias, mask, own, q, keys, square, longest, *begin, values, places)
+        given = (*near, bias, mask, less, own, q, keys, square, longest, *begin, values, places)
         if self.plan is not None:
             launch, programs, room = self._by_bound
             missed = values.new_empty(targets, dtype=torch.uint8)

@@ -20,6 +20,7 @@ from convnn_geo.gpu.tiles import (
     PADDING,
     allowed,
     how_many,
+    nearer_by,
     ordered,
     squared_differences,
 )
@@ -68,6 +69,7 @@ def _distances(
     key,
     bias,
     mask,
+    less,
     rows,
     columns,
     n,
@@ -75,6 +77,7 @@ def _distances(
     q_row,
     key_row,
     mask_row,
+    less_row,
     scale,
     d: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,6 +87,7 @@ def _distances(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LESS: tl.constexpr,
 ):
     """Of a tile; NaN, which no comparison lets through, of what there is not or may not be found.
 
@@ -108,6 +112,8 @@ def _distances(
         value = scale * total if HAS_BIAS else total
     if HAS_BIAS:
         value += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[None, :]
+    if HAS_LESS:
+        value -= nearer_by(less, rows, columns, n, m, less_row)
     if not EVEN:
         value += tl.where(columns < m, 0.0, float("nan"))[None, :]
     if HAS_MASK:
@@ -137,6 +143,7 @@ def _nearest_survivors(
     key_ptr,
     bias_ptr,
     mask_ptr,
+    less_ptr,
     own_ptr,
     original_ptr,
     original_key_ptr,
@@ -165,6 +172,9 @@ def _nearest_survivors(
     mask_example,
     mask_head,
     mask_row,
+    less_example,
+    less_head,
+    less_row,
     scale,
     fine,
     share,
@@ -186,6 +196,7 @@ def _nearest_survivors(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_LESS: tl.constexpr,
     HAS_OWN: tl.constexpr,
 ):
     """Programs take one block of targets after the other, and list survivors in their own memory.
@@ -214,12 +225,14 @@ def _nearest_survivors(
         survivors = lines[:, None] * LINE + slots[None, :]
         q, key = q_ptr + outer * q_example + head * q_head, key_ptr + outer * key_example
         key += head * key_head
-        bias, mask, first, start = bias_ptr, mask_ptr, example * n, example * m
+        bias, mask, less, first, start = bias_ptr, mask_ptr, less_ptr, example * n, example * m
         targets, sources = n, m
         if HAS_BIAS:
             bias += outer * bias_example + head * bias_head
         if HAS_MASK:
             mask += outer * mask_example + head * mask_head
+        if HAS_LESS:
+            less += outer * less_example + head * less_head
         if RAGGED:
             first, start = tl.load(q_start_ptr + example), tl.load(key_start_ptr + example)
             targets = (tl.load(q_start_ptr + example + 1) - first).to(tl.int32)
@@ -237,8 +250,9 @@ def _nearest_survivors(
         for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
             columns = tile * BLOCK_M + ((tl.arange(0, BLOCK_M) + tile * _TURN) & (BLOCK_M - 1))
             value = _distances(
-                q_part, q, key, bias, mask, rows, columns, targets, sources, q_row, key_row,
-                mask_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS, HAS_MASK,
+                q_part, q, key, bias, mask, less, rows, columns, targets, sources, q_row, key_row,
+                mask_row, less_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS,
+                HAS_MASK, HAS_LESS,
             )  # fmt: skip
             least = tl.minimum(least, value)
         most = _bound(least, need)
@@ -255,8 +269,9 @@ def _nearest_survivors(
         for tile in tl.range(0, tl.cdiv(sources, BLOCK_M), num_stages=STAGES):
             columns = tile * BLOCK_M + tl.arange(0, BLOCK_M)
             value = _distances(
-                q_part, q, key, bias, mask, rows, columns, targets, sources, q_row, key_row,
-                mask_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS, HAS_MASK,
+                q_part, q, key, bias, mask, less, rows, columns, targets, sources, q_row, key_row,
+                mask_row, less_row, scale, d, BLOCK_D, DIRECT, ANGLES, SETTLE, EVEN, HAS_BIAS,
+                HAS_MASK, HAS_LESS,
             )  # fmt: skip
             if DIRECT:
                 end = append(end, last, value, tile * BLOCK_M, 1, most, ROOM)

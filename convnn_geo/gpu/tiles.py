@@ -130,6 +130,17 @@ def allowed(mask_ptr, rows, columns, n, m, mask_row):
 
 
 @triton.jit
+def nearer_by(less_ptr, rows, columns, n, m, less_row):
+    """What distances of the pairs of a tile are less by."""
+    less = tl.load(
+        less_ptr + rows[:, None].to(tl.int64) * less_row + columns[None, :],
+        mask=(rows < n)[:, None] & (columns < m)[None, :],
+        other=0.0,
+    )
+    return less.to(tl.float32)
+
+
+@triton.jit
 def how_many(chosen):
     """Of each row: in floats, as sums of bits would be packed bit by bit."""
     return tl.sum(tl.where(chosen, 1.0, 0.0), 1)

@@ -43,12 +43,13 @@ def attend(
     """The sum ``(..., n, c)``, weights before dropout and places ``(..., n, k)``.
 
     Weights and places are for backward: Triton leaves them empty unless they are ``wanted``. What
-    pairs' distances are ``less`` by is ``(..., n | 1, m)``, and not for Triton.
+    pairs' distances are ``less`` by is ``(..., n | 1, m)``.
     """
     if engine == "triton":
         from convnn_geo.gpu import attention
 
-        return attention.attend(q, keys, value, bias, mask, keep, k, scale, temperature, wanted)
+        rest = (k, scale, temperature, wanted, less)
+        return attention.attend(q, keys, value, bias, mask, keep, *rest)
     found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature, less)
     if found is not None:
         return found
@@ -93,8 +94,7 @@ def _(
     wanted: bool = True,
     less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lead, triton = leading(q, keys, value, bias, mask), engine == "triton"
-    lead = lead if less is None else broadcast_shapes(lead, less.shape[:-2])
+    lead, triton = leading(q, keys, value, bias, mask, less), engine == "triton"
     shape = (*lead, q.shape[-2], k) if wanted or not triton else (0,)
     weight = q.new_empty(shape, dtype=torch.float32)
     out = empty_result(value, lead, q.shape[-2])
@@ -143,10 +143,9 @@ def _attend_backward(
     if to_weight is None and engine == "triton":
         from convnn_geo.gpu import attention
 
-        by_triton = attention.attend_backward(
-            q, keys, value, keep, scale, temperature, grad, weight, place, biased
+        return attention.attend_backward(
+            q, keys, value, keep, scale, temperature, grad, weight, place, biased, of_pairs
         )
-        return *by_triton, weight.new_empty(0)
     found = None
     if to_weight is None:
         found = compiled.attention_backward(

@@ -114,8 +114,6 @@ class TritonAttention(_OneOperator):
         reason = _refuses(op) or gpu.refuses(op.value.device)
         if reason is not None:
             return reason
-        if op.bias is not None:
-            return "scores are added to: a mask of floats, or a bias; a boolean mask can be served"
         form = _form(op)
         if form is None:
             return "the metric is not bilinear"
