@@ -131,7 +131,8 @@ class Operation:
                 found = found.apply(lambda t: t[..., :m])  # the rest is empty
             draws = self.weighting.training and getattr(self.weighting, "dropout", 0.0) > 0
             if found.index.device.type == "cpu" and not draws and not is_watched():
-                found = found.trimmed()
+                some = found.trimmed()
+                found = some if some.k else found
         if self.target.mask is not None:  # what only fills a batch up hears nobody
             real = self.target.mask.unsqueeze(-1).expand(*self.target.mask.shape, found.k)
             found = replace(found, mask=real if found.mask is None else found.mask & real)

@@ -14,6 +14,7 @@ from convnn_geo import compiled
 from convnn_geo.compiled import build
 from convnn_geo.lowering import choose, explain, run
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
+from convnn_geo.nn.functional import knn_attention
 from convnn_geo.search import knn
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
@@ -123,6 +124,41 @@ def test_a_few_far_longer_than_the_rest(processor, kind, factor, d, k):
     is_nearest(kind, x, x, k, bias=bias, scale=0.3, own=torch.arange(260))
     spread = x * torch.rand(2, 260, 1) ** -4  # no few, but ever fewer
     is_nearest(kind, spread, spread, k, bias=bias, scale=0.3)
+
+
+def test_products_of_what_has_no_square(processor):
+    torch.manual_seed(0)
+    for _ in range(20):  # nearly orthogonal: rounding is all there is
+        q, keys = torch.randn(1, 16) * 1e-24, torch.randn(12, 16)
+        direction = q.double() / q.double().norm()
+        keys = (keys.double() - (keys.double() @ direction.T) * direction).float() * 1e18
+        is_nearest("products", q, keys, 4)
+        index = torch.arange(12)[None]
+        _, places, _ = compiled.windows_nearest("products", q, keys, 4, index)
+        assert torch.equal(places, expected("products", q, keys, 4)[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather"])
+def test_masks_of_floats_at_their_ends(backend):
+    q, k, v = torch.randn(3, 1, 5, 16)
+    plain = knn_attention(q, k, v, 3, backend=backend)
+    for value, where in ((torch.nan, slice(None)), (torch.inf, slice(None)), (torch.inf, 2)):
+        mask = torch.zeros(5, 5)
+        mask[1, where] = value
+        out = knn_attention(q, k, v, 3, mask, backend=backend)
+        assert out[0, 1].isnan().all()
+        torch.testing.assert_close(out[0, [0, 2, 3, 4]], plain[0, [0, 2, 3, 4]])
+    closed = torch.rand(5, 5) < 0.4
+    wanted = knn_attention(q, k, v, 3, torch.zeros(5, 5).masked_fill(closed, -torch.inf))
+    few = closed.sum(-1) <= 2  # elsewhere less is left open than is asked for
+    for value in (-1e4, -1e9):
+        out = knn_attention(q, k, v, 3, torch.zeros(5, 5).masked_fill(closed, value))
+        torch.testing.assert_close(out[0, few], wanted[0, few])
+    q, k, less = torch.zeros(1, 1, 9), torch.eye(9)[None], torch.arange(9.0)[None] * 1e-9
+    found = knn_attention(
+        q, k, torch.arange(9.0).view(1, 9, 1), 1, less, metric="cosine", backend=backend
+    )
+    assert found.item() == 0  # as far as float32 tells, all are as far
 
 
 def test_keys_far_longer_than_the_rest_are_attended_to(processor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnn_geo import convert, recipes
@@ -360,3 +361,10 @@ def test_torchs_counter_sees_backward_and_clouds():
     with FlopCounterMode(display=False) as counter:
         knn(points, k=4, batch_x=batch)
     assert counter.get_total_flops() == 2 * 5 * (5 * 5 + 10 * 10 + 15 * 15)
+    with FakeTensorMode() as mode, FlopCounterMode(display=False) as counter:
+        given = [mode.from_tensor(t) for t in (points, batch)]
+        torch.ops.convnn_geo.nearest_in_clouds(
+            *("points", given[0], given[0], None, None, 1.0, False, False, 4),
+            *(given[1], given[1], False, False, 2**20, "dense"),
+        )
+    assert counter.get_total_flops() == 2 * 5 * 30 * 30  # sizes of clouds are values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convnn_geo import kernels, metrics
 from convnn_geo.candidates import Random
@@ -13,7 +14,7 @@ from convnn_geo.kernels import EdgeMLP
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import PointConvNN
 from convnn_geo.points import Points
-from convnn_geo.search import knn
+from convnn_geo.search import knn, radius
 from convnn_geo.selection import Given, KNearest, Radius
 from convnn_geo.weighting import Weighting
 
@@ -103,6 +104,51 @@ def test_uneven_clouds_are_searched_by_themselves(monkeypatch, options):
     for a, b in zip(*grads, strict=True):
         assert (a is None) == (b is None)
         equal(a if a is not None else x[:0], b if b is not None else x[:0])
+
+
+class Half(Radius):
+    """A selection of the user's own, that is also one of ours."""
+
+    def forward(self, query, own, search="auto"):
+        return super().forward(query, own, search).within(self.r / 2)
+
+
+def test_a_selection_of_ones_own_is_asked_in_batches_too():
+    layer = PointConvNN(C, C, selection=Half(0.8, 8), kernel="sum").double()
+    x, pos = random(30, C), random(30, 3, seed=1)
+    apart = [layer(a, b) for a, b in zip(x.split(15), pos.split(15), strict=True)]
+    equal(layer(x, pos, torch.arange(30) // 15), torch.cat(apart))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", ["max", "sum", "mean", EdgeMLP(nn.Linear(C, C), ("source",))])
+@pytest.mark.parametrize("weighting", ["ones", "softmax"])
+def test_balls_that_are_empty_for_all(backend, kernel, weighting):
+    options = {"kernel": kernel, "weighting": weighting, "backend": backend}
+    layer = PointConvNN(C, C, selection=Radius(0.1, 8), **options)
+    x, pos, far = torch.randn(6, C), torch.rand(6, 3), torch.rand(2, 3) + 9
+    batch = torch.zeros(6, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    for given in (None, batch):
+        assert not layer((x, None), (pos, far), given).any()
+
+
+def test_balls_where_there_are_no_values_to_look_at():
+    layer = PointConvNN(C, C, selection=Radius(0.9, 40), kernel="sum")
+    x, pos = torch.randn(50, C), torch.randn(3, 50, 3)
+    mapped = torch.func.vmap(lambda p: layer(x, p))(pos)
+    torch.testing.assert_close(mapped, torch.stack([layer(x, p) for p in pos]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.randn(9, C), torch.randn(9, 3)).shape == (9, C)
+    found = radius(torch.randn(9, 3, device="meta"), None, 0.5, max_num_neighbors=8)
+    assert found.index.shape == (9, 8)
+
+
+def test_a_source_that_is_no_number_shows_in_balls_with_room_for_it():
+    layer = PointConvNN(C, C, selection=Radius(0.2, 60), kernel="sum")
+    x, pos = torch.randn(60, C), torch.rand(60, 3)
+    pos[7] = torch.nan
+    x[7] = torch.nan
+    assert layer(x, pos).isnan().all()
 
 
 def test_slots_that_are_empty_for_all_are_none():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from convnn_geo.metrics import Feature
 from convnn_geo.search import knn, knn_graph, radius, radius_graph
 
 
@@ -132,3 +133,10 @@ def test_slots_grow_with_the_fullest_target(most):
     assert torch.equal(edges[1].bincount(minlength=1000), count)
     assert asked == {40: [32, 40], 500: [32, 128, 500], None: [32, 128, 512]}[most]
     assert (distance[edges[0], edges[1]] <= 0.1 + 1e-6).all()
+
+
+def test_a_metric_that_learns_is_asked_once():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    metric = Feature("euclidean", query=net, key=net)
+    radius(torch.randn(200, 3), None, 10.0, max_num_neighbors=None, metric=metric)
+    assert net[1].num_batches_tracked == 1

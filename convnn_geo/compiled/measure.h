@@ -8,6 +8,7 @@
 #include "vectors.h"
 
 enum { DOUBLES = 16 };
+static const float TINY = 1.1e-19f; /* what is less has no square in single precision */
 
 static inline double product(const float *q, const float *key, int64_t d) {
   double sum[DOUBLES] = {0}, total = 0;

@@ -294,13 +294,21 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
                            float *values, int64_t *places) {
   const Problem *p = w->problem;
   int k = p->k < w->m ? p->k : (int)w->m, one_more = k < w->m && k < GROUPS;
-  float some[GROUPS + 1], nearest = bound(row, w->m, k), limit = nearest + margin, size = 0;
+  float some[GROUPS + 1], nearest = bound(row, w->m, k), size = 0;
+  /* What pairs are less by is rounded, too, by a share of what comes out and of what it came from;
+     who is far less near than the limit may be off by more. */
+  if (w->less) margin = 2 * margin + 8 * FLT_EPSILON * (fabsf(nearest) + fabsf(same));
+  float limit = nearest + margin;
   for (int64_t f = 0; f < w->strangers; f++) {
     float value = row[w->far[f]]; /* rounded once, by a share of itself */
     if (value <= limit) size = fmaxf(size, fmaxf(fabsf(value), fabsf(limit)));
   }
   if (size > 0) margin += 4 * FLT_EPSILON * (size + fabsf(same)), limit = nearest + margin;
   int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
+  if (w->less) {
+    for (int64_t j = 0; j < count; j++) size = fmaxf(size, fabsf(w->value[j]));
+    margin += 8 * FLT_EPSILON * size;
+  }
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
   int sure = 0, few = count <= FEW || count <= 2 * k; /* so many more are tied, and never apart */
   if (p->wanted == SET && count >= k && count < k + SPARE) {
@@ -345,16 +353,12 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     stand(q, w->center, -factor, p->d, w->target + i, TARGETS);
     /* Twice the error of a sum of d terms; of their squares' sums; of centring and rounding; and
        that of the distance that decides, where it is in single precision, too. */
-    float reach = fabsf(factor) * sqrtf(size) * w->longest + w->largest_bias, d = (float)p->d;
+    float d = (float)p->d, tiny = TINY * sqrtf(d); /* whose square vanishes */
+    float reach = fabsf(factor) * (sqrtf(size) + tiny) * (w->longest + tiny) + w->largest_bias;
     margin[i] = FLT_EPSILON * ((d + 12) * reach + d * w->largest_bias + 6 * size);
     if (p->d <= FEW_AXES) margin[i] += FLT_EPSILON * (d + 4) * (reach + w->largest_bias + size);
     margin[i] += (d + 12) * FLT_MIN;
     same[i] = p->kind == POINTS ? size : p->kind == ANGLES ? 1 : 0;
-    if (w->less) { /* whose length is no less than the largest of them */
-      const float *less = w->less + (start + (i < rows ? i : rows - 1)) * p->less_row;
-      reach += sqrtf(dot(less, less, w->m));
-      margin[i] += 4 * FLT_EPSILON * (reach + size);
-    }
     if (!(reach + size < FLT_MAX / 16)) return 0;
   }
   multiply(w);
@@ -362,7 +366,9 @@ int nearest_of_block(Workspace *w, int64_t example, int64_t start, float *values
     float *row = w->row + i * w->wide;
     if (w->less) {
       const float *less = w->less + (start + i) * p->less_row;
-      for (int64_t j = 0; j < w->m; j++) row[j] -= less[j];
+      int lost = 0;
+      for (int64_t j = 0; j < w->m; j++) row[j] -= less[j], lost |= !(row[j] >= -FLT_MAX);
+      if (lost) return 0; /* NaN, or nearer than any number */
     }
     if (w->strangers) {
       const float *q = w->query + (start + i) * p->q_row;

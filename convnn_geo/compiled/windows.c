@@ -7,19 +7,29 @@
 #include "measure.h"
 #include "select.h"
 
-enum { SPARE = 8 };
+enum { SPARE = 8, SOME = 32 }; /* targets whose candidates are listed for all examples at once */
+
+static int ascending(const void *a, const void *b) {
+  int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+  return (x > y) - (x < y);
+}
 
 /* Candidates that a target may choose, in the order of sources, which ties follow. */
 static int64_t allowed(const int64_t *index, const uint8_t *mask, int64_t own, int64_t width,
                        int64_t *listed) {
   int64_t count = 0;
+  int sorted = 1;
   for (int64_t c = 0; c < width; c++) {
     if ((mask && !mask[c]) || index[c] == own) continue;
-    int64_t place = count++;
-    for (; place > 0 && listed[place - 1] > index[c]; place--) listed[place] = listed[place - 1];
-    listed[place] = index[c];
+    sorted &= !count || listed[count - 1] < index[c];
+    listed[count++] = index[c];
   }
+  if (!sorted) qsort(listed, (size_t)count, sizeof *listed, ascending);
   return count;
+}
+
+static const float *keys_of(const Problem *p, int64_t example) {
+  return p->keys + example / p->heads * p->key_example + example % p->heads * p->key_head;
 }
 
 /* The longest source of an example. */
@@ -29,7 +39,7 @@ static float longest(const Problem *p, const float *keys) {
     float size = dot(keys + j * p->key_row, keys + j * p->key_row, p->d);
     most = size > most || isnan(size) ? size : most;
   }
-  return sqrtf(most);
+  return sqrtf(most) + TINY * sqrtf((float)p->d);
 }
 
 /* One target, and memory for its candidates. */
@@ -41,6 +51,14 @@ typedef struct {
   int64_t *listed;
   float *value;
 } Target;
+
+/* How far off products may be. */
+static float spread_of(const Target *t, float longest, int64_t count) {
+  const Problem *p = t->p;
+  float most = 0, length = sqrtf(dot(t->q, t->q, p->d)) + TINY * sqrtf((float)p->d);
+  for (int64_t c = 0; t->add && c < count; c++) most = fmaxf(most, fabsf(t->add[t->listed[c]]));
+  return FLT_EPSILON * (float)(p->d + 12) * (fabsf((float)p->scale) * length * longest + most);
+}
 
 static float exact(const Target *t, int64_t c) {
   int64_t j = t->listed[c];
@@ -72,6 +90,7 @@ static void choose(const Target *t, int64_t count, int k, float *best, int64_t *
     smallest_of_row(t->value, count, some, value, index);
     float off = t->spread + FLT_EPSILON * (float)(d + 12) * fabsf(value[some - 1]) + 1e-34f;
     for (int j = 1; j < some && j <= k; j++) sure &= value[j] - value[j - 1] > off;
+    sure &= fabsf(value[0]) <= FLT_MAX && fabsf(value[k - 1]) <= FLT_MAX;
     if (some == k && count > k) sure = 0; /* nobody has looked at who is next */
     if (sure) {
       for (int j = 0; j < k; j++) best[j] = value[j], place[j] = index[j];
@@ -94,50 +113,55 @@ static void choose(const Target *t, int64_t count, int k, float *best, int64_t *
   smallest_of_row(t->value, count, k, best, place);
 }
 
+static void nearest_of(Target *t, int64_t row, int64_t count, float *values, int64_t *places,
+                       uint8_t *kept) {
+  int k = t->p->k, found = count < k ? (int)count : k;
+  values += row * k, places += row * k, kept += row * k;
+  if (found) choose(t, count, found, values, places);
+  for (int j = 0; j < k; j++) {
+    kept[j] = j < found;
+    places[j] = j < found ? t->listed[places[j]] : found ? places[0] : 0;
+    values[j] = j < found ? values[j] : INFINITY;
+  }
+}
+
 /* index, mask or NULL (n, width), shared by all examples; values, places, kept (examples, n, k).
    What a target lacks of k is infinite, names its nearest, or 0, and is not kept. Values are good
    to rounding. Returns 0 where memory does not suffice. */
 int windows_nearest(const Problem *p, const int64_t *index, const uint8_t *mask, int64_t width,
                     int threads, float *values, int64_t *places, uint8_t *kept) {
+  float *spread = malloc((size_t)p->examples * sizeof *spread);
   int served = 1;
 #pragma omp parallel num_threads(threads) reduction(&& : served)
   {
-    Target t = {.p = p};
-    t.listed = malloc((size_t)width * sizeof *t.listed);
-    t.value = malloc((size_t)width * sizeof *t.value);
-    int64_t entered = -1;
-    float most = 0, sources = 0;
-    served = t.listed && t.value;
+    int64_t *listed = malloc((size_t)(SOME * width) * sizeof *listed), count[SOME];
+    Target t = {.p = p, .value = malloc((size_t)width * sizeof *t.value)};
+    served = spread && listed && t.value;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < p->examples * p->n; row++) {
+    for (int64_t example = 0; example < p->examples; example++)
+      if (spread && p->kind == PRODUCTS) spread[example] = longest(p, keys_of(p, example));
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < p->n; start += SOME) {
       if (!served) continue;
-      int64_t example = row / p->n, i = row % p->n;
-      int64_t outer = example / p->heads, head = example % p->heads;
-      t.q = p->q + outer * p->q_example + head * p->q_head + i * p->q_row;
-      t.keys = p->keys + outer * p->key_example + head * p->key_head;
-      t.add = p->bias ? p->bias + outer * p->bias_example + head * p->bias_head : NULL;
-      t.zero = p->kind == ANGLES && is_zero(t.q, p->d);
-      if (p->kind == PRODUCTS) {
-        if (entered != example) {
-          entered = example, sources = longest(p, t.keys) * fabsf((float)p->scale), most = 0;
-          for (int64_t j = 0; t.add && j < p->m; j++)
-            most = fabsf(t.add[j]) > most || isnan(t.add[j]) ? fabsf(t.add[j]) : most;
+      int64_t rows = p->n - start < SOME ? p->n - start : SOME;
+      for (int64_t i = 0; i < rows; i++)
+        count[i] = allowed(index + (start + i) * width, mask ? mask + (start + i) * width : NULL,
+                           p->own ? p->own[start + i] : -1, width, listed + i * width);
+      for (int64_t example = 0; example < p->examples; example++) {
+        int64_t outer = example / p->heads, head = example % p->heads;
+        const float *q = p->q + outer * p->q_example + head * p->q_head;
+        t.keys = keys_of(p, example);
+        t.add = p->bias ? p->bias + outer * p->bias_example + head * p->bias_head : NULL;
+        for (int64_t i = 0; i < rows; i++) {
+          t.q = q + (start + i) * p->q_row, t.listed = listed + i * width;
+          t.zero = p->kind == ANGLES && is_zero(t.q, p->d);
+          if (p->kind == PRODUCTS) t.spread = spread_of(&t, spread[example], count[i]);
+          nearest_of(&t, example * p->n + start + i, count[i], values, places, kept);
         }
-        t.spread = FLT_EPSILON * (float)(p->d + 12) * (sqrtf(dot(t.q, t.q, p->d)) * sources + most);
-      }
-      int64_t count = allowed(index + i * width, mask ? mask + i * width : NULL,
-                              p->own ? p->own[i] : -1, width, t.listed);
-      int found = count < p->k ? (int)count : p->k;
-      float *best = values + row * p->k;
-      int64_t *place = places + row * p->k;
-      if (found) choose(&t, count, found, best, place);
-      for (int j = 0; j < p->k; j++) {
-        kept[row * p->k + j] = j < found;
-        place[j] = j < found ? t.listed[place[j]] : found ? place[0] : 0;
-        best[j] = j < found ? best[j] : INFINITY;
       }
     }
-    free(t.listed), free(t.value);
+    free(listed), free(t.value);
   }
+  free(spread);
   return served;
 }

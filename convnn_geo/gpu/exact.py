@@ -15,8 +15,9 @@ def rounding(square, longest_ptr, share, PRODUCTS: tl.constexpr):
     Those of squared distances by the square of the lengths' sum, those of ``PRODUCTS`` by their
     product. Products of what is tiny may vanish.
     """
-    length = tl.sqrt_rn(square)  # the other root takes tiny ones for 0
-    longest = tl.load(longest_ptr)
+    # The other root takes tiny ones for 0; and what has no square in float32 has a length.
+    length = tl.sqrt_rn(square) + 1e-17
+    longest = tl.load(longest_ptr) + 1e-17
     size = length * longest if PRODUCTS else (length + longest) * (length + longest)
     return size * share + 1e-34
 

@@ -174,8 +174,10 @@ class Max(Kernel):
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Maximum over neighbours."""
+        if not messages.shape[-2]:
+            return messages.sum(-2)
         if mask is None:
-            return messages.max(-2).values if messages.shape[-2] else messages.sum(-2)
+            return messages.max(-2).values
         best = messages.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         best = best.max(-2).values  # the first of equal values takes the gradient
         return best.masked_fill(~mask.any(-1, keepdim=True), 0.0)

@@ -17,7 +17,7 @@ from convnn_geo.operators import is_traced, operator
 from convnn_geo.points import gather_rows
 from convnn_geo.search.nearest import by_rows
 from convnn_geo.search.problem import Problem
-from convnn_geo.search.rows import Hidden, smallest_in_rows
+from convnn_geo.search.rows import Hidden, in_slabs, smallest_in_rows
 from convnn_geo.shapes import broadcast_shapes
 
 _SLAB = 2**23
@@ -58,8 +58,11 @@ def attend(
         if less is None:
             values, place = by_rows(problem, k, Hidden(mask), _SLAB)
         else:
-            rows = Biased(problem.bound(), less).ordering()
-            values, place = smallest_in_rows(rows, k, Hidden(mask), _SLAB, torch.float32)
+            rows, hidden = Biased(problem.bound(), less).ordering(), Hidden(mask)
+            _, place = smallest_in_rows(rows, k, hidden, _SLAB, torch.float32)
+            # As they are: in rows what is no number was made one, so that it has a place.
+            values, kept = in_slabs(rows, place, _SLAB, torch.float32), hidden.kept(place)
+            values = values if kept is None else values.masked_fill(~kept, torch.inf)
     lead = broadcast_shapes(place.shape[:-2], value.shape[:-2])
     place = place.expand(*lead, *place.shape[-2:]).contiguous()
     score = (-values / temperature).expand(place.shape)

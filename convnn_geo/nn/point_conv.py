@@ -303,8 +303,8 @@ class PointConvNN(TapLayer):
             return False
         selection, known = self.selection, type(self.metric) in (Feature, Spatial)
         if torch.compiler.is_compiling():  # which has no sizes of clouds to fill up to
-            return known and isinstance(selection, KNearest) and selection.dilation == 1
-        return isinstance(selection, (KNearest, Radius)) and knows_pairs(self.metric)
+            return known and type(selection) is KNearest and selection.dilation == 1
+        return type(selection) in (KNearest, Radius) and knows_pairs(self.metric)
 
     def _searched(
         self, source: Points, target: Points, batch_source: Tensor | None, batch: Tensor | None

@@ -236,7 +236,9 @@ def _flops(
     *_: Any,
 ) -> int:
     pairs = len(q) * len(keys)
-    if batch_x is not None and batch_y is not None and pairs:
+    given = [batch for batch in (batch_x, batch_y) if type(batch) is Tensor and not batch.is_meta]
+    if len(given) == 2 and pairs:
+        batch_x, batch_y = given
         clouds = 1 + int(torch.maximum(batch_x[-1], batch_y[-1]))
         counts = (batch.bincount(minlength=clouds) for batch in (batch_x, batch_y))
         pairs = int(torch.mul(*counts).sum())

@@ -77,9 +77,7 @@ def radius(
             check=check,
         )
 
-    if torch.compiler.is_compiling():
-        return ask(most)
-    found = within_reach(ask, most)
+    found = within_reach(ask, most, as_metric(metric), *_points(x), *_points(y))
     return found if max_num_neighbors is None else found.padded(most)
 
 
@@ -140,8 +138,15 @@ def radius_graph(
             check=check,
         )
 
-    found = ask(most) if torch.compiler.is_compiling() else within_reach(ask, most)
+    found = within_reach(ask, most, metric, points)
     return graph(found, points, batch, metric, flow, return_distance)
+
+
+def _points(x: Tensor | Points | None) -> list[Points]:
+    """What values there are to look at; what is no set of points is left to others."""
+    if isinstance(x, Points):
+        return [x]
+    return [Points(x)] if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 else []
 
 
 def _slots(x: Tensor | Points, batch: Tensor | None, most: int | None) -> int:

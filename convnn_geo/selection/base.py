@@ -147,8 +147,9 @@ class Radius(Selection):
         def ask(k: int) -> Neighborhood:
             return find(self._nearest(k, query, own), search).within(self.r)
 
-        waits = torch.compiler.is_compiling() or query.target.device.type != "cpu"
-        found = ask(self.max_k) if waits else within_reach(ask, self.max_k)
+        if query.target.device.type != "cpu":  # where looking would be waiting
+            return ask(self.max_k).padded(self.max_k)
+        found = within_reach(ask, self.max_k, query.metric, query.source, query.target)
         return found.padded(self.max_k)
 
     def asked(self, query: Query, own: Tensor | None) -> Query:
