@@ -324,8 +324,28 @@ def test_layers_choose_in_their_windows_without_a_compiler_too(monkeypatch, mode
 
 def test_the_operator_for_windows_keeps_the_rules_of_torch():
     x, (index, mask) = torch.randn(2, 30, 12), windows(30, 30, 9)
-    for own in (None, torch.arange(30)):
-        given_ = ("points", x, x, None, None, 1.0, False, False, 4, index, mask, own, 2**20)
+    for points_, at, own in (
+        (x, index, None),
+        (x, index[None], torch.arange(30)),
+        (x[0], index, None),
+        (x[0], index[None], None),
+        (x, index.expand(2, 30, 9), None),
+    ):
+        given_ = (
+            "points",
+            points_,
+            points_,
+            None,
+            None,
+            1.0,
+            False,
+            False,
+            4,
+            at,
+            mask,
+            own,
+            2**20,
+        )
         torch.library.opcheck(torch.ops.convnn_geo.nearest_in_windows.default, given_)
 
 

@@ -47,17 +47,17 @@ def _in_windows(
     own: Tensor | None,
     slab: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = _shapes(kind, q, keys, bias, axes, scale, double, exact, k, index, mask)[1].shape
     alike = index.shape[:-2].numel() == 1 and (mask is None or mask.shape[:-2].numel() == 1)
     if alike and axes is None and not double:
         candidates, allowed = index.flatten(0, -2), None if mask is None else mask.flatten(0, -2)
         found = compiled.windows_nearest(kind, q, keys, k, candidates, allowed, bias, scale, own)
         if found is not None:
-            return found
+            return found[0].view(shape), found[1].view(shape), found[2].view(shape)
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
     # Compared as every engine does: in float64, then rounded.
     bound = problem.bound().refined()
     values, chosen, kept = _nearest(bound, problem.dtype, k, index, mask, own, slab)
-    shape = _shapes(kind, q, keys, bias, axes, scale, double, exact, k, index, mask)[1].shape
     kept = torch.ones_like(chosen, dtype=torch.bool) if kept is None else kept
     values, chosen, kept = (t.expand(shape).contiguous() for t in (values, chosen, kept))
     return values, chosen, kept
