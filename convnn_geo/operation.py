@@ -18,7 +18,7 @@ from convnn_geo.candidates import Candidates, Subset, Window
 from convnn_geo.kernels import Kernel
 from convnn_geo.metrics import Biased, BilinearForm, Distances, Metric
 from convnn_geo.neighborhood import Neighborhood
-from convnn_geo.operators import is_watched
+from convnn_geo.operators import is_watched, without_gradient
 from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search import Query
@@ -91,11 +91,7 @@ class Operation:
     @once
     def _searched(self) -> Distances:
         """The same for the search, which needs no gradient; one binding does where weights do."""
-        # Where it is traced nothing may happen inside, and torch can't load regions of nothing.
-        if self.weighting.uses_distance or torch.compiler.is_compiling():
-            return self.bound
-        with torch.no_grad():
-            return self._bind()
+        return self.bound if self.weighting.uses_distance else without_gradient(self._bind)
 
     def _bind(self) -> Distances:
         bound = self.metric.bind(self.target, self.source)
@@ -139,10 +135,10 @@ class Operation:
         if self.order == "rank" or self.whole:
             return found
         among, window = self.subset.index, self.candidates
-        alike = among is None or among.shape[-2] != found.num_targets
-        if isinstance(window, Window) and window.ascends:
-            alike = True
-        return found.raster(None if alike else among)
+        by_source = isinstance(window, Window) and window.ascends
+        if by_source or among is None or among.shape[-2] != found.num_targets:
+            among = None
+        return found.raster(among)
 
     @property
     def _counts_slots(self) -> bool:

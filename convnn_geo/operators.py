@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+Result = TypeVar("Result")
 _PLAIN = (Tensor, nn.Parameter)
 _TAGGED = "tags" in inspect.signature(torch.library.custom_op).parameters
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None) if _TAGGED else None
@@ -47,11 +48,13 @@ class Operator:
         """What torch's ``FlopCounterMode`` adds up for a call: two a multiply-add.
 
         Args:
-            function: of the operator's arguments, those by default perhaps left out.
+            function: of those arguments of the operator that it names; None for one left out.
         """
+        names, wanted = (list(inspect.signature(f).parameters) for f in (self.function, function))
 
         def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-            return function(*args, **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            return function(**{name: given.get(name) for name in wanted})
 
         packet = getattr(torch.ops.convnn_geo, self.name)
         register_flop_formula(packet, get_raw=True)(counted)
@@ -103,6 +106,18 @@ def operator(name: str, waits: bool = False) -> Callable[[Callable[..., Any]], O
         (tensor([2., 2.]), tensor([2., 2.]))
     """
     return lambda function: Operator(name, function, waits)
+
+
+def without_gradient(make: Callable[[], Result]) -> Result:
+    """What a function makes, without a graph.
+
+    A traced program gets no region for it: nothing may happen inside, and what ``torch.export``
+    makes of a region of nothing torch can't load. Searches take no gradient in any case.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.no_grad():
+        return make()
 
 
 def is_traced() -> bool:

@@ -6,7 +6,6 @@ In C on the CPU, in Triton on a GPU where it is asked for, by torch tap by tap e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +96,7 @@ def _(
 
 
 @_gather_taps.register_flops
-def _flops(rows: Tensor, index: Tensor, rho: Tensor | None, taps: Tensor, *_: Any) -> int:
+def _flops(index: Tensor, taps: Tensor) -> int:
     return 2 * index.shape[1] * taps.numel()
 
 
@@ -143,16 +142,8 @@ def _(
 
 
 @_triton_backward.register_flops
-def _flops_back(
-    rows: Tensor,
-    index: Tensor,
-    rho: Tensor | None,
-    taps: Tensor,
-    grad: Tensor,
-    groups: int,
-    needed: Sequence[bool],
-) -> int:
-    return sum(needed) * _flops(rows, index, rho, taps)
+def _flops_back(index: Tensor, taps: Tensor, needed: Sequence[bool]) -> int:
+    return sum(needed) * _flops(index, taps)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -5,8 +5,6 @@ Backward goes over the chosen pairs alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -106,17 +104,15 @@ def _(
 
 @attend.register_flops
 def _flops(
-    kind: str,
     q: Tensor,
     keys: Tensor,
     value: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    keep: Tensor | None,
     k: int,
-    *_: Any,
+    less: Tensor | None,
 ) -> int:
-    lead, n = leading(q, keys, value, bias, mask).numel(), q.shape[-2]
+    lead, n = leading(q, keys, value, bias, mask, less).numel(), q.shape[-2]
     return 2 * lead * n * (keys.shape[-2] * q.shape[-1] + k * value.shape[-1])
 
 
@@ -222,8 +218,7 @@ def _(
 
 
 @_attend_backward.register_flops
-def _flops_back(kind: str, q: Tensor, keys: Tensor, value: Tensor, *rest: Any) -> int:
-    place: Tensor = rest[6]
+def _flops_back(q: Tensor, value: Tensor, place: Tensor) -> int:
     return 4 * place.numel() * (q.shape[-1] + value.shape[-1])
 
 

@@ -221,20 +221,7 @@ def _shapes(
 
 
 @_nearest_in_clouds.register_flops
-def _flops(
-    kind: str,
-    q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    axes: Tensor | None,
-    scale: float,
-    double: bool,
-    exact: bool,
-    k: int,
-    batch_x: Tensor | None,
-    batch_y: Tensor | None,
-    *_: Any,
-) -> int:
+def _flops(q: Tensor, keys: Tensor, batch_x: Tensor | None, batch_y: Tensor | None) -> int:
     pairs = len(q) * len(keys)
     given = [batch for batch in (batch_x, batch_y) if type(batch) is Tensor and not batch.is_meta]
     if len(given) == 2 and pairs:

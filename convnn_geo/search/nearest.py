@@ -90,7 +90,7 @@ def _shapes(
 
 
 @_nearest.register_flops
-def _flops(kind: str, q: Tensor, keys: Tensor, *_: Any) -> int:
+def _flops(q: Tensor, keys: Tensor) -> int:
     lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2])
     return 2 * lead.numel() * q.shape[-2] * keys.shape[-2] * q.shape[-1]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from convnn_geo.caching import once
 from convnn_geo.candidates import Subset
 from convnn_geo.metrics import Distances, Metric, full_precision
+from convnn_geo.operators import without_gradient
 from convnn_geo.points import Points
 from convnn_geo.search.problem import Problem
 
@@ -50,11 +51,7 @@ class Query:
         """The metric bound to the points."""
         if self.bind is not None:
             return self.bind()
-        # Where it is traced nothing may happen inside, and torch can't load regions of nothing.
-        if torch.compiler.is_compiling():
-            return self.metric.bind(self.target, self.source)
-        with torch.no_grad():
-            return self.metric.bind(self.target, self.source)
+        return without_gradient(lambda: self.metric.bind(self.target, self.source))
 
     @once
     def problem(self) -> Problem | None:

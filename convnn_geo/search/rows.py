@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +220,7 @@ def _shapes(
 
 
 @_smallest_in_rows.register_flops
-def flops_of_rows(numbers: Sequence[float], tensors: Sequence[Tensor], *_: Any) -> int:
+def flops_of_rows(numbers: Sequence[float], tensors: Sequence[Tensor]) -> int:
     """Of all distances, two a number that a pair looks at."""
     distances = unpack(numbers, tensors)
     return 2 * distances.width * math.prod(distances.shape)

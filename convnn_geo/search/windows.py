@@ -116,18 +116,6 @@ def _shapes(
 
 
 @_in_windows.register_flops
-def _flops(
-    kind: str,
-    q: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    axes: Tensor | None,
-    scale: float,
-    double: bool,
-    exact: bool,
-    k: int,
-    index: Tensor,
-    *_: Any,
-) -> int:
+def _flops(q: Tensor, keys: Tensor, index: Tensor) -> int:
     lead = broadcast_shapes(q.shape[:-2], keys.shape[:-2], index.shape[:-2])
     return 2 * lead.numel() * index.shape[-2] * index.shape[-1] * q.shape[-1]
