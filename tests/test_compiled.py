@@ -413,6 +413,35 @@ def test_attention_over_the_nearest_without_a_compiler(monkeypatch, kind, case):
     check_attention(kind, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_in_half_precision(processor, dtype):
+    """As in float32, and what comes out is rounded."""
+    halves = [t.requires_grad_() for t in torch.randn(3, 2, 3, 17, 16).to(dtype)]
+    wide = [t.detach().float().requires_grad_() for t in halves]
+    rest = (None, None, None, 5, 0.4, 0.7, "compiled")
+    found, exact = (
+        torch.ops.convnn_geo.neighbor_attention("products", *given_, *rest)
+        for given_ in (halves, wide)
+    )
+    assert found[0].dtype == dtype and found[0].stride() == exact[0].stride()
+    assert torch.equal(found[0], exact[0].to(dtype)) and torch.equal(found[1], exact[1])
+    grad = torch.randn_like(found[0])
+    exact = torch.autograd.grad(exact[0], wide, grad.float())
+    for a, b in zip(torch.autograd.grad(found[0], halves, grad), exact, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
+    op = torch.ops.convnn_geo.neighbor_attention.default
+    torch.library.opcheck(op, ("products", *halves, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_layer_in_half_precision_attends_in_one_operator(dtype):
+    layer, x = ConvNNAttention(32, 2, k=5, dtype=dtype), torch.randn(2, 20, 32).to(dtype)
+    assert "runs by: neighbor_attention" in explain(layer, x, need_weights=False)
+    out = layer(x, need_weights=False)[0]
+    wanted = layer.float()(x.float(), need_weights=False)[0]
+    torch.testing.assert_close(out, wanted.to(dtype), rtol=0.02, atol=0.02)
+
+
 def test_attention_weights_that_vanish(processor):
     q = torch.tensor([[[100.0] + [0.0] * 11]])
     keys = torch.zeros(1, 6, 12)

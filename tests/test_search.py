@@ -867,6 +867,27 @@ def test_the_k_smallest_of_long_rows(seed, m, k, levels, special, near):
     is_stable_sort(values, k)
 
 
+@quick
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([12, 40, 513, 1030]),
+    st.sampled_from([1, 2, 9, 17, 128, 129]),
+    st.sampled_from([1e-30, 1e-9, 3e-8, 1.0, 1e40]),
+    st.booleans(),
+)
+def test_the_k_smallest_of_float64(seed, m, k, step, special):
+    """Float32 tells none of them, some, or all apart, or holds none."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(3 * m, (3, 2, m), generator=generator).double() - m
+    values[0] = 1 + step * values[0]
+    values[1] *= step
+    if special:
+        where = torch.randint(m, (6,), generator=generator)
+        values[0, 0, where] = torch.tensor(SPECIAL).double()[where % len(SPECIAL)]
+        values[2, 1] = math.nan
+    is_stable_sort(values, min(k, m))
+
+
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 1e-45, math.inf, -math.inf, math.nan])
 def test_the_k_smallest_of_equal_values_are_the_first(value):
     for m in (5, 197, 1500):

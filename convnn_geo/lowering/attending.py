@@ -48,9 +48,11 @@ def attend(
 
         rest = (k, scale, temperature, wanted, less)
         return attention.attend(q, keys, value, bias, mask, keep, *rest)
+    dtype = value.dtype
+    q, keys, value = _precise(q, keys, value)
     found = compiled.attention(kind, q, keys, value, bias, mask, keep, k, scale, temperature, less)
     if found is not None:
-        return found
+        return found[0].to(dtype), *found[1:]
     problem = Problem(kind, q, keys, bias, scale, torch.float32, exact=True)
     with full_precision(q.device):
         if less is None:
@@ -70,7 +72,12 @@ def attend(
     out = empty_result(value, lead, q.shape[-2])
     out.copy_(_weighted(used, gather_rows(value, place)))
     lost = q.sum(-1, keepdim=True).isnan()  # also where a query sees nobody
-    return out.masked_fill_(lost, torch.nan), weight, place
+    return out.masked_fill_(lost, torch.nan).to(dtype), weight, place
+
+
+def _precise(*tensors: Tensor) -> list[Tensor]:
+    """The same in float32 at least: rows are read many times, converted once."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _weighted(weight: Tensor, rows: Tensor) -> Tensor:
@@ -145,7 +152,8 @@ def _attend_backward(
         return attention.attend_backward(
             q, keys, value, keep, scale, temperature, grad, weight, place, biased, of_pairs
         )
-    found = None
+    like, found = (q, keys, value), None
+    q, keys, value, grad = _precise(q, keys, value, grad)
     if to_weight is None:
         found = compiled.attention_backward(
             kind, q, keys, value, keep, scale, temperature, grad, weight, place, of_pairs
@@ -153,8 +161,7 @@ def _attend_backward(
     if found is not None:
         return found
     lead, kept = place.shape[:-2], 1.0 if keep is None else keep
-    like, place = (q, keys, value), place.long()
-    q, keys, value, grad = (t.to(weight.dtype) for t in (q, keys, value, grad))
+    place = place.long()
 
     def scattered(rows: Tensor, m: int) -> Tensor:
         """Rows of pairs ``(..., n, k, c)`` summed by key."""

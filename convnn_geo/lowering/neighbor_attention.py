@@ -82,8 +82,8 @@ class NeighborAttention(_OneOperator):
             return f"the points are on {op.value.device}, not on the CPU"
         if not _is_one_form(_unbiased(op)):
             return "the metric is neither a dot product, nor cosine, nor squared distances"
-        if not op.value.dtype == _unbiased(op).dtype == torch.float32:
-            return f"values are {op.value.dtype}, not torch.float32"
+        if torch.float64 in (op.value.dtype, _unbiased(op).dtype):
+            return "values or distances are torch.float64"
         if not torch.compiler.is_compiling() and compiled.library() is None:
             return "there is no C compiler, or CONVNN_GEO_COMPILE is 0"
         return _over(op, compiled.LARGEST_K)

@@ -11,6 +11,8 @@ from convnn_geo.operators import operator
 
 GROUPS = 128
 """Groups into which long rows are cut."""
+SPARE = 8
+"""Values of float64 beyond the k-th that are looked at, as some may round to what that does."""
 
 
 def k_smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -49,14 +51,34 @@ def select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = compiled.k_smallest(values, k)
     if found is not None:
         return found
+    if values.dtype == torch.float64 and k + SPARE < m < 2**31:
+        return _of_rounded(values, k)
     if values.dtype != torch.float32 or m >= 2**31:
-        best, index = values.sort(dim=-1, stable=True)
-        return best[..., :k].clone(), index[..., :k].clone()
+        return _sorted(values, k)
     if values.device.type == "cpu" and 2 * k < m:
         index = _short(values, k)
     else:
         index = _first(_keys(values, torch.arange(m, device=values.device)), k) & 0xFFFFFFFF
     return values.gather(-1, index), index
+
+
+def _sorted(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """By sorting all."""
+    best, index = values.sort(dim=-1, stable=True)
+    return best[..., :k].clone(), index[..., :k].clone()
+
+
+def _of_rounded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of float64: a few more than ``k``, once rounded to float32, which keeps the order, are sorted.
+
+    Rows where what rounds to the k-th may go on beyond these are sorted whole.
+    """
+    rounded, index = select(values.float(), k + SPARE)
+    best, index = (t[..., :k].clone() for t in by_value_then_place(values.gather(-1, index), index))
+    unsure = ~(rounded[..., k - 1] < rounded[..., -1])
+    if bool(unsure.any()):
+        best[unsure], index[unsure] = _sorted(values[unsure], k)
+    return best, index
 
 
 @_k_smallest.register_fake
