@@ -301,12 +301,15 @@ def test_the_nearest_of_ones_own_candidates(processor, kind, masked, d, width, k
     assert (places == nearest).masked_fill(kept, True).all()
 
 
+@pytest.mark.parametrize("size", [(7, 9), (9, 14)], ids=["among all", "in windows"])
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot", "spatial"])
 @pytest.mark.parametrize("options", [{}, {"self_point": "excluded"}, {"order": "rank"}])
-def test_layers_choose_in_their_windows_without_a_compiler_too(monkeypatch, mode, metric, options):
+def test_layers_choose_in_their_windows_without_a_compiler_too(
+    monkeypatch, size, mode, metric, options
+):
     layer = ConvNN2d(12, 5, 3, padding=1, k=4, metric=metric, padding_mode=mode, **options)
-    x = torch.randint(3, (2, 12, 7, 9)).float().requires_grad_()
+    x = torch.randint(3, (2, 12, *size)).float().requires_grad_()
     found = []
     for compile_ in (True, False):
         if not compile_:
@@ -320,6 +323,24 @@ def test_layers_choose_in_their_windows_without_a_compiler_too(monkeypatch, mode
     assert torch.equal(one.index[masks[0]], other.index[masks[0]])
     for a, b in zip(results, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [40, 400], ids=["among all", "in windows"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_candidates_of_ones_own_however_many(monkeypatch, m, twice):
+    """A few, or so many that all are looked at; some named twice are two, as by torch."""
+    torch.manual_seed(0)
+    q, keys = torch.randint(3, (2, 30, 12)).float(), torch.randint(3, (2, m, 12)).float()
+    index, mask = windows(30, m, 9)
+    if twice:
+        index[:, 1], mask[:, :2] = index[:, 0], True
+    rest = ("points", q, keys, None, None, 1.0, False, False, 4, index, mask, index[:, 2], 2**20)
+    found = torch.ops.convnn_geo.nearest_in_windows(*rest)
+    monkeypatch.setattr(build, "library", lambda: None)
+    wanted = torch.ops.convnn_geo.nearest_in_windows(*rest)
+    kept = wanted[2]
+    assert torch.equal(found[2], kept) and torch.equal(found[1][kept], wanted[1][kept])
+    torch.testing.assert_close(found[0][kept], wanted[0][kept])
 
 
 def test_the_operator_for_windows_keeps_the_rules_of_torch():

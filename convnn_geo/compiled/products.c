@@ -19,25 +19,19 @@
 #include <string.h>
 
 #include "measure.h"
+#include "near.h"
 #include "select.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-enum { WIDE = 16, FEW = 64, SPARE = 8 };
+enum { SPARE = 8 };
 enum { FAR_SHARE = 64, FAR = 4 }; /* one in so many, at most, so many times as long as the mean */
-
-typedef float Floats __attribute__((vector_size(4 * WIDE), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(4 * WIDE), aligned(4)));
 
 struct Workspace {
   const Problem *problem;
   int64_t example, m, wide;       /* packed now, -1 for none; its sources; rounded up to panels */
   float *panel, *bias;            /* (wide / PANEL, d, PANEL), (wide) */
   float *center, *target;         /* (d), (d, TARGETS) */
-  float *row, *value;             /* (TARGETS, wide), (wide) */
-  int32_t *listed;                /* (wide) */
+  float *row;                     /* (TARGETS, wide) */
+  Near near;                      /* who may be among the nearest */
   int32_t *far;                   /* (m / FAR_SHARE + 1), and how many there are */
   int64_t strangers;
   float *length; /* (wide) */
@@ -57,12 +51,10 @@ Workspace *workspace_new(const Problem *problem) {
   w->center = calloc(d, sizeof *w->center);
   w->target = malloc(d * TARGETS * sizeof *w->target);
   w->row = malloc(wide * TARGETS * sizeof *w->row);
-  w->value = malloc((wide + PANEL + WIDE) * sizeof *w->value);
-  w->listed = malloc((wide + PANEL + WIDE) * sizeof *w->listed);
   w->far = malloc(((size_t)problem->m / FAR_SHARE + 1) * sizeof *w->far);
   w->length = malloc(wide * sizeof *w->length);
-  if (w->panel && w->bias && w->center && w->target && w->row && w->value && w->listed && w->far &&
-      w->length)
+  int enough = near_new(&w->near, (int64_t)wide);
+  if (enough && w->panel && w->bias && w->center && w->target && w->row && w->far && w->length)
     return w;
   workspace_free(w);
   return NULL;
@@ -70,8 +62,8 @@ Workspace *workspace_new(const Problem *problem) {
 
 void workspace_free(Workspace *w) {
   if (!w) return;
-  void *parts[] = {w->panel, w->bias,   w->center, w->target, w->row,
-                   w->value, w->listed, w->far,    w->length, w};
+  near_free(&w->near);
+  void *parts[] = {w->panel, w->bias, w->center, w->target, w->row, w->far, w->length, w};
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) free(parts[i]);
 }
 
@@ -202,97 +194,11 @@ static float measure(const Workspace *w, const float *q, int zero, int64_t i, in
   return (float)(w->less ? value - w->less[i * p->less_row + j] : value);
 }
 
-/* Values up to a limit, and their places, in order of place. */
-static int64_t list(Workspace *w, const float *row, float limit) {
-  int64_t count = 0;
-#ifdef __AVX512F__
-  __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int64_t start = 0; start < w->wide; start += PANEL) {
-    __m512 value[2];
-    __mmask16 near[2];
-    for (int half = 0; half < 2; half++) {
-      value[half] = _mm512_loadu_ps(row + start + half * LANES);
-      near[half] = _mm512_cmp_ps_mask(value[half], _mm512_set1_ps(limit), _CMP_LE_OQ);
-    }
-    if (!(near[0] | near[1])) continue;
-    for (int half = 0; half < 2; half++) {
-      __m512i here = _mm512_add_epi32(place, _mm512_set1_epi32((int)start + half * LANES));
-      _mm512_storeu_si512(w->listed + count, _mm512_maskz_compress_epi32(near[half], here));
-      _mm512_storeu_ps(w->value + count, _mm512_maskz_compress_ps(near[half], value[half]));
-      count += __builtin_popcount(near[half]);
-    }
-  }
-#else
-  for (int64_t start = 0; start < w->wide; start += PANEL) {
-    int any = 0;
-    for (int j = 0; j < PANEL; j++) any |= row[start + j] <= limit;
-    if (!any) continue;
-    for (int j = 0; j < PANEL; j++) { /* whether it counts decides what the next overwrites */
-      w->listed[count] = (int32_t)(start + j), w->value[count] = row[start + j];
-      count += row[start + j] <= limit;
-    }
-  }
-#endif
-  return count;
-}
-
-/* Few values sorted, with room for WIDE more behind them: a value's rank is the number of those
-   before it. Comparisons give -1 where they hold. */
-static void sort_few(float *value, const int32_t *place, int count, float *values,
-                     int64_t *places) {
-  for (int j = count; j < count + WIDE; j++) value[j] = INFINITY;
-  for (int start = 0; start < count; start += WIDE) {
-    Floats mine = *(const Floats *)(value + start);
-    Ints rank = {0}, here;
-    for (int i = 0; i < WIDE; i++) here[i] = start + i;
-    for (int j = 0; j < count; j++) {
-      Floats other = value[j] - (Floats){0};
-      Ints at = j - (Ints){0};
-      rank -= (other < mine) | ((other == mine) & (at < here));
-    }
-    for (int i = 0; i < WIDE && start + i < count; i++)
-      values[rank[i]] = value[start + i], places[rank[i]] = place[start + i];
-  }
-}
-
-/* The first k of what is listed, in order; there is room for FEW. */
-static void sort(Workspace *w, int64_t count, int k, float *values, int64_t *places) {
-  if (count <= FEW) {
-    sort_few(w->value, w->listed, (int)count, values, places);
-  } else {
-    smallest_of_row(w->value, count, k, values, places);
-    for (int j = 0; j < k; j++) places[j] = w->listed[places[j]];
-  }
-}
-
-/* Whether the k smallest of few more can be told from the others by more than rounding; they come
-   first then, in any order. */
-static int divide(float *value, int32_t *place, int count, int k, float margin) {
-  float beyond = INFINITY, last = -INFINITY;
-  for (; count > k; count--) {
-    int most = 0;
-    for (int j = 1; j < count; j++) most = value[j] > value[most] ? j : most;
-    float held = value[most];
-    int32_t there = place[most];
-    beyond = held;
-    value[most] = value[count - 1], value[count - 1] = held;
-    place[most] = place[count - 1], place[count - 1] = there;
-  }
-  for (int j = 0; j < k; j++) last = value[j] > last ? value[j] : last;
-  return beyond - last > margin;
-}
-
-/* Whether each of the first k lies farther before the next than rounding reaches. */
-static int apart(const float *values, int64_t k, float margin) {
-  int close = 0;
-  for (int64_t j = 1; j < k; j++) close |= !(values[j] - values[j - 1] > margin);
-  return !close;
-}
-
 /* same: what all products of the row leave out of its distances. */
 static void nearest_of_row(Workspace *w, const float *row, int64_t i, float margin, float same,
                            float *values, int64_t *places) {
   const Problem *p = w->problem;
+  Near *near = &w->near;
   int k = p->k < w->m ? p->k : (int)w->m, one_more = k < w->m && k < GROUPS;
   float some[GROUPS + 1], nearest = bound(row, w->m, k), size = 0;
   /* What pairs are less by is rounded, too, by a share of what comes out and of what it came from;
@@ -304,26 +210,28 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
     if (value <= limit) size = fmaxf(size, fmaxf(fabsf(value), fabsf(limit)));
   }
   if (size > 0) margin += 4 * FLT_EPSILON * (size + fabsf(same)), limit = nearest + margin;
-  int64_t order[GROUPS + 1], count = list(w, row, limit < FLT_MAX ? limit : FLT_MAX);
+  near_list(near, row, w->wide, limit < FLT_MAX ? limit : FLT_MAX);
   if (w->less) {
-    for (int64_t j = 0; j < count; j++) size = fmaxf(size, fabsf(w->value[j]));
+    for (int64_t j = 0; j < near->count; j++) size = fmaxf(size, fabsf(near->value[j]));
     margin += 8 * FLT_EPSILON * size;
   }
+  int64_t order[GROUPS + 1], count = near->count;
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
-  int sure = 0, few = count <= FEW || count <= 2 * k; /* so many more are tied, and never apart */
+  int sure = 0;
   if (p->wanted == SET && count >= k && count < k + SPARE) {
-    sure = divide(w->value, w->listed, (int)count, k, margin);
-    for (int j = 0; sure && j < k; j++) values[j] = w->value[j] + same, places[j] = w->listed[j];
-  } else if (p->wanted != VALUES && few && (one_more || count <= k)) {
-    sort(w, count, seen, some, order);
+    sure = near_divide(near, k, margin);
+    for (int j = 0; sure && j < k; j++)
+      values[j] = near->value[j] + same, places[j] = near->place[j];
+  } else if (p->wanted != VALUES && near_few(near, k) && (one_more || count <= k)) {
+    near_sort(near, seen, some, order);
     sure = apart(some, seen, margin);
     for (int j = 0; sure && j < found; j++) values[j] = some[j] + same, places[j] = order[j];
   }
   if (!sure) {
     const float *q = w->query + i * p->q_row;
     int zero = p->kind == ANGLES && is_zero(q, p->d);
-    for (int64_t j = 0; j < count; j++) w->value[j] = measure(w, q, zero, i, w->listed[j]);
-    sort(w, count, found, some, order);
+    for (int64_t j = 0; j < count; j++) near->value[j] = measure(w, q, zero, i, near->place[j]);
+    near_sort(near, found, some, order);
     memcpy(values, some, (size_t)found * sizeof *some);
     memcpy(places, order, (size_t)found * sizeof *order);
   }

@@ -3,17 +3,24 @@
 #pragma once
 
 #include <stdint.h>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 #include <string.h>
 
 #include "tile.h"
 
 /* Half to half, so that few additions wait for one another. */
 static inline float across(Vector sum) {
-  float part[LANES];
-  memcpy(part, &sum, sizeof sum);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; lane++) part[lane] += part[lane + width];
-  return part[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)sum);
+#elif defined(__AVX__)
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)sum), _mm256_extractf128_ps((__m256)sum, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(half) + _mm_cvtss_f32(_mm_movehdup_ps(half));
+#else
+  return sum[0] + sum[2] + (sum[1] + sum[3]);
+#endif
 }
 
 static inline float dot(const float *x, const float *y, int64_t d) {

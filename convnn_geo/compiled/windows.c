@@ -5,9 +5,10 @@
 #include <stdlib.h>
 
 #include "measure.h"
+#include "near.h"
 #include "select.h"
 
-enum { SPARE = 8, SOME = 32 }; /* targets whose candidates are listed for all examples at once */
+enum { SOME = 32 }; /* targets whose candidates are listed for all examples at once */
 
 static int ascending(const void *a, const void *b) {
   int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
@@ -32,12 +33,14 @@ static const float *keys_of(const Problem *p, int64_t example) {
   return p->keys + example / p->heads * p->key_example + example % p->heads * p->key_head;
 }
 
-/* The longest source of an example. */
-static float longest(const Problem *p, const float *keys) {
+/* Which sources of an example are zero, of ANGLES; returns the longest one's length. */
+static float look_at(const Problem *p, const float *keys, uint8_t *zero) {
   float most = 0;
   for (int64_t j = 0; j < p->m; j++) {
-    float size = dot(keys + j * p->key_row, keys + j * p->key_row, p->d);
+    const float *key = keys + j * p->key_row;
+    float size = dot(key, key, p->d);
     most = size > most || isnan(size) ? size : most;
+    zero[j] = p->kind == ANGLES && is_zero(key, p->d);
   }
   return sqrtf(most) + TINY * sqrtf((float)p->d);
 }
@@ -46,10 +49,12 @@ static float longest(const Problem *p, const float *keys) {
 typedef struct {
   const Problem *p;
   const float *q, *keys, *add;
-  int zero;     /* whether q is, of ANGLES */
-  float spread; /* of PRODUCTS: how far off they may be in single precision */
+  const uint8_t *zeros; /* which sources are, of ANGLES */
+  int zero;             /* whether q is */
+  float spread;         /* of PRODUCTS: how far off they may be in single precision */
   int64_t *listed;
-  float *value;
+  float *row; /* (rounded up to panels) */
+  Near near;
 } Target;
 
 /* How far off products may be. */
@@ -69,48 +74,47 @@ static float exact(const Target *t, int64_t c) {
 /* In single precision; of differences off by a share of itself. */
 static float rough(const Target *t, int64_t c) {
   const Problem *p = t->p;
-  const float *key = t->keys + t->listed[c] * p->key_row;
+  int64_t j = t->listed[c];
+  const float *key = t->keys + j * p->key_row;
   if (p->kind == PRODUCTS)
-    return (t->add ? t->add[t->listed[c]] : 0) - (float)p->scale * dot(t->q, key, p->d);
-  if (p->kind == ANGLES && (t->zero || is_zero(key, p->d))) return 1;
+    return (t->add ? t->add[j] : 0) - (float)p->scale * dot(t->q, key, p->d);
+  if (p->kind == ANGLES && (t->zero || t->zeros[j])) return 1;
   return squared_distance(t->q, key, p->d) * (p->kind == ANGLES ? 0.5f : 1);
 }
 
-/* The k nearest of count candidates, k at most count: values, and which candidates they are.
-   Single precision proposes some more; where it tells all of the k and the next apart, that is all.
-   Elsewhere those proposed are measured, and where others may be nearer, all are. */
-static void choose(const Target *t, int64_t count, int k, float *best, int64_t *place) {
-  int64_t d = t->p->d;
-  int some = k + SPARE < GROUPS ? k + SPARE : GROUPS, sure = 1;
-  if (some > count) some = (int)count;
-  if (d > FEW_AXES) {
-    float value[GROUPS];
-    int64_t index[GROUPS];
-    for (int64_t c = 0; c < count; c++) t->value[c] = rough(t, c);
-    smallest_of_row(t->value, count, some, value, index);
-    float off = t->spread + FLT_EPSILON * (float)(d + 12) * fabsf(value[some - 1]) + 1e-34f;
-    for (int j = 1; j < some && j <= k; j++) sure &= value[j] - value[j - 1] > off;
-    sure &= fabsf(value[0]) <= FLT_MAX && fabsf(value[k - 1]) <= FLT_MAX;
-    if (some == k && count > k) sure = 0; /* nobody has looked at who is next */
-    if (sure) {
-      for (int j = 0; j < k; j++) best[j] = value[j], place[j] = index[j];
-      return;
-    }
-    if (some == count || value[some - 1] - value[k - 1] > off) {
-      for (int j = 1; j < some; j++) { /* in the order of sources again */
-        int64_t here = index[j];
-        int to = j;
-        for (; to > 0 && index[to - 1] > here; to--) index[to] = index[to - 1];
-        index[to] = here;
-      }
-      for (int j = 0; j < some; j++) t->value[j] = exact(t, index[j]);
-      smallest_of_row(t->value, some, k, best, place);
-      for (int j = 0; j < k; j++) place[j] = index[place[j]];
-      return;
-    }
+/* The k nearest of count candidates by single precision, and by the distance that decides where
+   that does not tell them apart. Returns 0 where it can't tell who they may be. */
+static int choose_roughly(Target *t, int64_t count, int k, float *best, int64_t *place) {
+  int64_t wide = (count + PANEL - 1) / PANEL * PANEL, order[GROUPS + 1];
+  float some[GROUPS + 1];
+  int finite = 1, one_more = k < count && k < GROUPS, sure = 0;
+  for (int64_t c = 0; c < count; c++) {
+    t->row[c] = rough(t, c);
+    finite &= fabsf(t->row[c]) <= FLT_MAX;
   }
-  for (int64_t c = 0; c < count; c++) t->value[c] = exact(t, c);
-  smallest_of_row(t->value, count, k, best, place);
+  for (int64_t c = count; c < wide; c++) t->row[c] = INFINITY;
+  if (!finite) return 0;
+  float nearest = bound(t->row, count, k);
+  float off = 2 * (t->spread + FLT_EPSILON * (float)(t->p->d + 12) * fabsf(nearest)) + 1e-34f;
+  near_list(&t->near, t->row, wide, nearest + off);
+  if (near_few(&t->near, k) && (one_more || count == k)) {
+    int seen = t->near.count < k + one_more ? k : k + one_more;
+    near_sort(&t->near, seen, some, order);
+    sure = apart(some, seen, off);
+  }
+  if (!sure) {
+    for (int64_t c = 0; c < t->near.count; c++) t->near.value[c] = exact(t, t->near.place[c]);
+    near_sort(&t->near, k, some, order);
+  }
+  for (int j = 0; j < k; j++) best[j] = some[j], place[j] = order[j];
+  return 1;
+}
+
+/* The k nearest of count candidates, k at most count: values, and which candidates they are. */
+static void choose(Target *t, int64_t count, int k, float *best, int64_t *place) {
+  if (t->p->d > FEW_AXES && choose_roughly(t, count, k, best, place)) return;
+  for (int64_t c = 0; c < count; c++) t->row[c] = exact(t, c);
+  smallest_of_row(t->row, count, k, best, place);
 }
 
 static void nearest_of(Target *t, int64_t row, int64_t count, float *values, int64_t *places,
@@ -130,16 +134,17 @@ static void nearest_of(Target *t, int64_t row, int64_t count, float *values, int
    to rounding. Returns 0 where memory does not suffice. */
 int windows_nearest(const Problem *p, const int64_t *index, const uint8_t *mask, int64_t width,
                     int threads, float *values, int64_t *places, uint8_t *kept) {
-  float *spread = malloc((size_t)p->examples * sizeof *spread);
+  float *longest = malloc((size_t)p->examples * sizeof *longest);
+  uint8_t *zeros = malloc((size_t)(p->examples * p->m));
   int served = 1;
 #pragma omp parallel num_threads(threads) reduction(&& : served)
   {
     int64_t *listed = malloc((size_t)(SOME * width) * sizeof *listed), count[SOME];
-    Target t = {.p = p, .value = malloc((size_t)width * sizeof *t.value)};
-    served = spread && listed && t.value;
+    Target t = {.p = p, .row = malloc((size_t)(width + PANEL) * sizeof *t.row)};
+    served = near_new(&t.near, width + PANEL) && longest && zeros && listed && t.row;
 #pragma omp for schedule(static)
-    for (int64_t example = 0; example < p->examples; example++)
-      if (spread && p->kind == PRODUCTS) spread[example] = longest(p, keys_of(p, example));
+    for (int64_t e = 0; e < p->examples; e++)
+      if (longest && zeros) longest[e] = look_at(p, keys_of(p, e), zeros + e * p->m);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < p->n; start += SOME) {
       if (!served) continue;
@@ -150,18 +155,18 @@ int windows_nearest(const Problem *p, const int64_t *index, const uint8_t *mask,
       for (int64_t example = 0; example < p->examples; example++) {
         int64_t outer = example / p->heads, head = example % p->heads;
         const float *q = p->q + outer * p->q_example + head * p->q_head;
-        t.keys = keys_of(p, example);
+        t.keys = keys_of(p, example), t.zeros = zeros + example * p->m;
         t.add = p->bias ? p->bias + outer * p->bias_example + head * p->bias_head : NULL;
         for (int64_t i = 0; i < rows; i++) {
           t.q = q + (start + i) * p->q_row, t.listed = listed + i * width;
           t.zero = p->kind == ANGLES && is_zero(t.q, p->d);
-          if (p->kind == PRODUCTS) t.spread = spread_of(&t, spread[example], count[i]);
+          if (p->kind == PRODUCTS) t.spread = spread_of(&t, longest[example], count[i]);
           nearest_of(&t, example * p->n + start + i, count[i], values, places, kept);
         }
       }
     }
-    free(listed), free(t.value);
+    near_free(&t.near), free(listed), free(t.row);
   }
-  free(spread);
+  free(longest), free(zeros);
   return served;
 }

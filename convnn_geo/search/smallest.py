@@ -69,7 +69,7 @@ def _sorted(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _of_rounded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of float64: a few more than ``k``, once rounded to float32, which keeps the order, are sorted.
+    """Of float64: rounding to float32 keeps the order; a few more than ``k`` are sorted.
 
     Rows where what rounds to the k-th may go on beyond these are sorted whole.
     """
