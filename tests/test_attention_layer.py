@@ -880,6 +880,16 @@ def test_knn_attention_over_all_keys_is_attention():
         torch.testing.assert_close(knn_attention(*QKV, 20, **options), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_groups_of_heads_share_keys_and_values():
+    query, key, value = QKV[0], QKV[1, :, :2], QKV[2, :, :1]
+    wide = key.repeat_interleave(2, 1), value.repeat_interleave(4, 1)
+    for k in (5, 20):
+        found = knn_attention(query, key, value, k, enable_gqa=True)
+        assert torch.equal(found, knn_attention(query, *wide, k))
+    wanted = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 BAD = [
     (lambda: knn_attention(*QKV, 0), ValueError, "k"),
     (lambda: knn_attention(*QKV, 21), ValueError, "k=21 is larger than the number of keys, 20"),
@@ -895,6 +905,16 @@ BAD = [
     (lambda: knn_attention(QKV[0], QKV[1][:, :3], QKV[2], 3), ValueError, "do not broadcast"),
     (lambda: knn_attention(*QKV, 3, backend="fast"), ValueError, "unknown backend"),
     (lambda: knn_attention(*QKV[..., :0], 3), ValueError, "at least one channel"),
+    (
+        lambda: knn_attention(QKV[0], *QKV[1:, :, :3], 3, enable_gqa=True),
+        ValueError,
+        "key: its 3 heads do not divide the query's 4",
+    ),
+    (
+        lambda: knn_attention(*QKV[:, 0, 0], 3, enable_gqa=True),
+        ValueError,
+        r"expected shape \(..., heads, n, d\) with enable_gqa",
+    ),
 ]
 
 

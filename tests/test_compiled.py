@@ -228,7 +228,6 @@ def test_what_is_not_served():
     assert compiled.products_nearest("points", x.half(), x.half(), 3) is None
     assert compiled.products_nearest("points", x, x, 129) is None
     assert compiled.products_nearest("points", x[:0], x, 3) is None
-    assert compiled.products_nearest("points", x[None, None, None], x, 3) is None
     assert compiled.products_nearest("points", x.to("meta"), x.to("meta"), 3) is None
 
 
@@ -374,6 +373,11 @@ CASES = {
     "heads": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {}),
     "wide values": ((1, 2, 9, 8), (1, 2, 40, 8), (1, 2, 40, 70), {}),
     "one head": ((21, 12), (33, 12), (33, 5), {}),
+    "windows": ((2, 3, 2, 9, 8), (2, 3, 2, 13, 8), (2, 3, 2, 13, 8), {"keep": (2, 3, 2, 9, 5)}),
+    "windows that share": (
+        *((2, 1, 4, 17, 16), (1, 3, 1, 29, 16), (2, 3, 4, 29, 16)),
+        {"mask": (2, 1, 1, 17, 29), "less": (4, 17, 29)},
+    ),
     "shared keys": ((2, 3, 17, 16), (1, 1, 29, 16), (2, 1, 29, 16), {}),
     "bias": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"bias": (2, 1, 29)}),
     "mask": ((2, 3, 17, 16), (2, 3, 29, 16), (2, 3, 29, 16), {"mask": (2, 1, 17, 29)}),

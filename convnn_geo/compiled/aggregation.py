@@ -88,7 +88,8 @@ def attention(
     # Heads lie side by side, as who joins them wants it.
     heads = shape[-1:] or (1,)
     out = q.new_empty(*shape[:-1], problem.n, *heads, value.shape[-1]).transpose(-2, -3)
-    strides = [0] * (4 - out.ndim) + list(out.stride()[:-1])
+    flat = out.flatten(0, -4) if out.ndim > 4 else out
+    strides = [0] * (4 - out.ndim) + list(flat.stride()[:-1])
     gathered = weight.numel() * value.shape[-1]
     served = build.library().attention_forward(  # type: ignore[union-attr]
         *(ctypes.addressof(layout), build.threads(problem.products + gathered)),

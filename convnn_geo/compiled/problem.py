@@ -122,7 +122,7 @@ class Described:
         )
         self.n, self.m, self.d = q.shape[-2], keys.shape[-2], q.shape[-1]
         self.heads = self.lead[-1] if self.lead else 1
-        self.served = len(self.lead) <= 2 and _served(q, keys, k, bias, mask, own, less)
+        self.served = _served(q, keys, k, bias, mask, own, less)
         if not self.served:
             return
         self._kept: list[Tensor] = []
@@ -161,9 +161,11 @@ class Described:
         """Where a tensor lies, and its strides along (example, head, rows); 0 for shared ones."""
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
-        self._kept.append(tensor)
-        wide = tensor.expand(*self.lead, *tensor.shape[-axes:])
-        return tensor.data_ptr(), [*[0] * (2 - len(self.lead)), *wide.stride()[:-1]]
+        wide, leading = tensor.expand(*self.lead, *tensor.shape[-axes:]), len(self.lead)
+        if leading > 2:  # all but the last are examples; a copy where their strides don't agree
+            wide = wide.flatten(0, leading - 2)
+        self._kept.append(wide)
+        return wide.data_ptr(), [*[0] * (2 - leading), *wide.stride()[:-1]]
 
     def of_pairs(self, tensor: Tensor) -> tuple[int, list[int]]:
         """The same of what may be shared by all targets."""

@@ -15,6 +15,7 @@ Example:
 
 from convnn_geo.convert.attention import TimmAttention, original_state_dict
 from convnn_geo.convert.edge import DynamicEdgeConvNN
+from convnn_geo.convert.nearest_keys import NearestKeys
 from convnn_geo.convert.patches import PatchCandidates, PatchConv
 from convnn_geo.convert.positions import PatchPositions
 from convnn_geo.convert.replace import to_convnn
@@ -29,6 +30,7 @@ __all__ = [
     "DynamicEdgeConvNN",
     "Line",
     "MeanOneSoftmax",
+    "NearestKeys",
     "NotApplicable",
     "PatchCandidates",
     "PatchConv",

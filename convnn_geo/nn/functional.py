@@ -52,6 +52,7 @@ def knn_attention(
     scale: float | None = None,
     metric: Metric | str | None = None,
     backend: str = "auto",
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Attention of each query over its ``k`` nearest keys: scaled_dot_product_attention with k.
 
@@ -72,6 +73,8 @@ def knn_attention(
         scale: of the product; ``1 / sqrt(d)`` by default.
         metric: another way of comparing: similarities are minus its distances. Not with scale.
         backend: ``"auto"``, or a way of running it, as layers take.
+        enable_gqa: keys and values may have fewer heads, ``(..., heads, m, d)``: each then serves
+            a group of the query's.
 
     Returns:
         ``(..., n, c)``. A query that may attend to nobody gets zeros.
@@ -88,6 +91,8 @@ def knn_attention(
         >>> knn_attention(q, k, v, k=9).shape
         torch.Size([2, 8, 50, 16])
     """
+    if enable_gqa:
+        key, value = _for_groups("key", key, query), _for_groups("value", value, query)
     alike = None
     plain = attn_mask is None and metric is None and is_causal is False
     if plain and type(dropout_p) in (int, float) and not dropout_p:
@@ -130,6 +135,20 @@ def knn_attention(
             _AGAIN.clear()
         _AGAIN[alike] = again
     return rule.run(op)
+
+
+def _for_groups(name: str, tensor: Tensor, query: Tensor) -> Tensor:
+    """Each head once for every head of the query that it serves."""
+    for what, given in (("query", query), (name, tensor)):
+        if check_tensor(what, given).ndim < 3:
+            raise ValueError(
+                f"{what}: expected shape (..., heads, n, d) with enable_gqa, "
+                f"got {tuple(given.shape)}"
+            )
+    wanted, heads = query.shape[-3], tensor.shape[-3]
+    if not heads or wanted % heads:
+        raise ValueError(f"{name}: its {heads} heads do not divide the query's {wanted}")
+    return tensor if wanted == heads else tensor.repeat_interleave(wanted // heads, -3)
 
 
 def _alike(
