@@ -87,7 +87,7 @@ def is_nearest(kind, q, keys, k, **options):
 )
 def test_the_nearest_by_products(processor, kind, n, m, d, k):
     is_nearest(kind, points(kind, 2, n, d), points(kind, 2, m, d), k)
-    is_nearest(kind, points(kind, n, d), points(kind, m, d), m if m <= 128 else 128)
+    is_nearest(kind, points(kind, n, d), points(kind, m, d), min(m, 256))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,7 +198,7 @@ def test_heads_may_be_strided_shared_and_broadcast(processor):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 150), st.integers(1, 40), st.data())
 def test_the_nearest_of_any_size(n, m, d, data):
-    k = data.draw(st.integers(1, min(m, 128)))
+    k = data.draw(st.integers(1, min(m, 256)))
     kind = data.draw(st.sampled_from(KINDS))
     torch.manual_seed(data.draw(st.integers(0, 99)))
     q, keys = points(kind, n, d), points(kind, m, d)
@@ -226,7 +226,7 @@ def test_what_is_not_served():
     x = torch.randn(200, 12)
     assert compiled.products_nearest("points", x.double(), x.double(), 3) is None
     assert compiled.products_nearest("points", x.half(), x.half(), 3) is None
-    assert compiled.products_nearest("points", x, x, 129) is None
+    assert compiled.products_nearest("points", x.repeat(2, 1), x.repeat(2, 1), 257) is None
     assert compiled.products_nearest("points", x[:0], x, 3) is None
     assert compiled.products_nearest("points", x.to("meta"), x.to("meta"), 3) is None
 
@@ -276,7 +276,7 @@ def windows(n, m, width):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "d, width, k", [(3, 20, 5), (33, 20, 5), (16, 200, 9), (24, 9, 9), (9, 140, 128)]
+    "d, width, k", [(3, 20, 5), (33, 20, 5), (16, 200, 9), (24, 9, 9), (9, 140, 128), (9, 300, 256)]
 )
 @pytest.mark.parametrize("near", [False, True])
 def test_the_nearest_of_ones_own_candidates(processor, kind, masked, d, width, k, near):
@@ -390,6 +390,8 @@ CASES = {
     ),
     "one key": ((2, 1, 4, 16), (2, 1, 1, 16), (2, 1, 1, 16), {"k": 1}),
     "all keys": ((1, 2, 9, 12), (1, 2, 11, 12), (1, 2, 11, 12), {"k": 11}),
+    "most keys": ((1, 2, 9, 12), (1, 2, 150, 12), (1, 2, 150, 12), {"k": 130}),
+    "many keys": ((1, 2, 9, 5), (1, 2, 500, 5), (1, 2, 500, 5), {"k": 256}),
 }
 
 
@@ -601,17 +603,17 @@ REFUSALS = {
     "the kernel is Taps": {"kernel": "standard"},
     "neighbours are not simply": {"self_point": "first"},
     "the metric is neither": {"metric": "euclidean"},
-    "k=150 is over 128": {"k": 150},
+    "k=258 is over 256": {"k": 258},
 }
 
 
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_why_it_refuses(reason):
     layer = ConvNNAttention(32, 2, **{"k": 9, **REFUSALS[reason]})
-    text = explain(layer, torch.randn(1, 160, 32), need_weights=False)
+    text = explain(layer, torch.randn(1, 260, 32), need_weights=False)
     assert f"neighbor_attention refused: {reason}" in text
     with pytest.raises(ValueError, match=reason):
-        run(layer.operation(torch.randn(1, 160, 32)), "compiled")
+        run(layer.operation(torch.randn(1, 260, 32)), "compiled")
 
 
 def test_why_it_refuses_without_a_compiler(monkeypatch):

@@ -602,21 +602,21 @@ class TestMaskedAttention:
     @pytest.mark.parametrize("given", ["nothing", "a mask", "a bias", "causal"])
     def test_values_and_gradients(self, given, metric):
         torch.manual_seed(0)
-        q, k, v = (torch.randn(2, 3, 140, 16, requires_grad=True) for _ in range(3))
+        q, k, v = (torch.randn(2, 3, 270, 16, requires_grad=True) for _ in range(3))
         options = {"metric": metric}
         if given == "a mask":
-            options["attn_mask"] = torch.rand(140, 140) < 0.95
+            options["attn_mask"] = torch.rand(270, 270) < 0.95
             options["attn_mask"][3] = False  # who may attend to nobody
         elif given == "a bias":
-            options["attn_mask"] = torch.randn(3, 140, 140).masked_fill(
-                torch.rand(140, 140) < 0.05, -torch.inf
+            options["attn_mask"] = torch.randn(3, 270, 270).masked_fill(
+                torch.rand(270, 270) < 0.05, -torch.inf
             )
         elif given == "causal":
             options["is_causal"] = True
         found, wanted = (
             (out, torch.autograd.grad(out.square().sum(), (q, k, v)))
             for out in (
-                knn_attention(q, k, v, 130, backend=b, **options) for b in ("auto", "gather")
+                knn_attention(q, k, v, 260, backend=b, **options) for b in ("auto", "gather")
             )
         )
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
@@ -626,12 +626,12 @@ class TestMaskedAttention:
     @pytest.mark.parametrize(
         "m, k, lost, reason",
         [
-            (140, 130, None, None),
-            (140, 128, None, "at most 128"),
-            (1560, 130, None, None),
-            (1561, 130, None, "a mask of 1561 sources"),
-            (140, 130, "v", "finite"),
-            (140, 130, "k", "finite"),
+            (270, 260, None, None),
+            (270, 256, None, "at most 256"),
+            (3120, 260, None, None),
+            (3121, 260, None, "a mask of 3121 sources"),
+            (270, 260, "v", "finite"),
+            (270, 260, "k", "finite"),
         ],
     )
     def test_it_serves_many_of_few(self, m, k, lost, reason):
@@ -649,23 +649,23 @@ class TestMaskedAttention:
         """The last of the nearest and the next are closer to one another than a product tells."""
         torch.manual_seed(0)
         q = torch.randn(1, 60, 16)
-        keys = torch.randn(1, 1, 16) * 10 + 1e-6 * torch.randn(1, 140, 16)
-        value = torch.eye(140).unsqueeze(0)
+        keys = torch.randn(1, 1, 16) * 10 + 1e-6 * torch.randn(1, 270, 16)
+        value = torch.eye(270).unsqueeze(0)
         found, wanted = (
-            knn_attention(q, keys, value, 130, backend=backend) != 0
+            knn_attention(q, keys, value, 260, backend=backend) != 0
             for backend in ("native", "gather")
         )
-        assert torch.equal(found, wanted) and (found.sum(-1) == 130).all()
+        assert torch.equal(found, wanted) and (found.sum(-1) == 260).all()
 
     @pytest.mark.parametrize(
         "self_point, dilation", [("first", 1), ("excluded", 1), ("natural", 2)]
     )
     def test_other_choices_of_neighbours(self, self_point, dilation):
         torch.manual_seed(0)
-        points = Points(torch.randn(1, 280, 16))
-        chosen = KNearest(130, dilation, self_point)
+        points = Points(torch.randn(1, 560, 16))
+        chosen = KNearest(260, dilation, self_point)
         op = Operation(
-            *(points, points, torch.randn(1, 280, 8), as_metric("dot"), All(), chosen),
+            *(points, points, torch.randn(1, 560, 8), as_metric("dot"), All(), chosen),
             *(Softmax(), Sum()),
         )
         rule, _ = choose(op)
@@ -673,7 +673,7 @@ class TestMaskedAttention:
         torch.testing.assert_close(rule.run(op), run(op, "gather"), rtol=1e-4, atol=1e-5)
 
     def test_ties_go_to_the_lowest_index(self):
-        q, keys = torch.ones(1, 2, 16), torch.ones(1, 140, 16)
-        value = torch.arange(140.0).view(1, 140, 1)
-        out = knn_attention(q, keys, value, 130)
-        torch.testing.assert_close(out, torch.full((1, 2, 1), 64.5))
+        q, keys = torch.ones(1, 2, 16), torch.ones(1, 270, 16)
+        value = torch.arange(270.0).view(1, 270, 1)
+        out = knn_attention(q, keys, value, 260)
+        torch.testing.assert_close(out, torch.full((1, 2, 1), 129.5))

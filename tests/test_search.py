@@ -850,7 +850,7 @@ def test_the_k_smallest_are_those_of_a_stable_sort(row, data, dtype):
 @given(
     st.integers(0, 2**31),
     st.sampled_from([511, 512, 513, 640, 700, 1030, 2100]),
-    st.sampled_from([1, 2, 9, 16, 17, 64, 128, 129]),
+    st.sampled_from([1, 2, 9, 16, 17, 64, 128, 129, 256, 257]),
     st.sampled_from([1, 2, 50, 10**6]),
     st.booleans(),
     st.booleans(),
@@ -871,7 +871,7 @@ def test_the_k_smallest_of_long_rows(seed, m, k, levels, special, near):
 @given(
     st.integers(0, 2**31),
     st.sampled_from([12, 40, 513, 1030]),
-    st.sampled_from([1, 2, 9, 17, 128, 129]),
+    st.sampled_from([1, 2, 9, 17, 128, 256, 257]),
     st.sampled_from([1e-30, 1e-9, 3e-8, 1.0, 1e40]),
     st.booleans(),
 )

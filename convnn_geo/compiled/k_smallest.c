@@ -6,6 +6,7 @@
    before it. There is hardly a branch that depends on the data, and the loops over blocks of fixed
    size vectorise. */
 
+#include "keys.h"
 #include "select.h"
 
 #include <float.h>
@@ -19,20 +20,6 @@ typedef struct {
   int64_t index[LIST];
   int count;
 } List;
-
-/* Integers in the order of floats, and back. */
-static int32_t key_of(float value) {
-  int32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits ^ ((bits >> 31) & INT32_MAX);
-}
-
-static float value_of(int32_t key) {
-  int32_t bits = key ^ ((key >> 31) & INT32_MAX);
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 static inline int count_up_to(const int32_t *keys, int groups, int32_t limit) {
   int count = 0;
@@ -68,8 +55,30 @@ static inline float bound_by(int groups, const float *row, int64_t m, int k) {
   return value_of((int32_t)high);
 }
 
+/* Two groups or more for each of the k, as far as there are so many. */
 float bound(const float *row, int64_t m, int k) {
-  return 4 * k <= GROUPS / 2 ? bound_by(GROUPS / 2, row, m, k) : bound_by(GROUPS, row, m, k);
+  if (4 * k <= GROUPS / 4) return bound_by(GROUPS / 4, row, m, k);
+  return 4 * k <= GROUPS ? bound_by(GROUPS / 2, row, m, k) : bound_by(GROUPS, row, m, k);
+}
+
+float bound_among(const float *values, int64_t count, int k) {
+  float first = INFINITY, last = -INFINITY;
+  for (int64_t j = 0; j < count; j++) first = values[j] < first ? values[j] : first;
+  for (int64_t j = 0; j < count; j++) last = values[j] > last ? values[j] : last;
+  int64_t low = (int64_t)key_of(first) - 1, high = key_of(last);
+  while (high - low > 1) {
+    int64_t middle = low + (high - low) / 2;
+    float limit = value_of((int32_t)middle);
+    int32_t found = 0;
+    for (int64_t j = 0; j < count; j++) found += values[j] <= limit;
+    if (found < k) {
+      low = middle;
+    } else {
+      high = middle;
+      if (found <= k + SPARE) break;
+    }
+  }
+  return value_of((int32_t)high);
 }
 
 /* Sort the list, keep k. A value's rank is the number of those before it. */

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "keys.h"
 #include "select.h"
 #include "tile.h"
 
@@ -59,6 +60,18 @@ void near_list(Near *near, const float *row, int64_t wide, float limit) {
   near->count = count;
 }
 
+void near_tighten(Near *near, int k, float margin) {
+  if (near->count <= FEW || near->count <= k + SPARE) return;
+  float limit = bound_among(near->value, near->count, k) + margin;
+  int64_t count = 0;
+  for (int64_t j = 0; j < near->count; j++) { /* onto what was read already */
+    float value = near->value[j];
+    near->value[count] = value, near->place[count] = near->place[j];
+    count += value <= limit;
+  }
+  near->count = count;
+}
+
 int near_few(const Near *near, int k) { return near->count <= FEW || near->count <= 2 * k; }
 
 /* A value's rank is the number of those before it. Comparisons give -1 where they hold. */
@@ -89,17 +102,22 @@ void near_sort(Near *near, int k, float *values, int64_t *places) {
   }
 }
 
+/* Values as integers in their order, each with its place in the list: of integers the compiler
+   finds the largest many at a time. */
 int near_divide(Near *near, int k, float margin) {
-  float *value = near->value, beyond = INFINITY, last = -INFINITY;
-  for (int64_t count = near->count; count > k; count--) {
-    int64_t most = 0;
-    for (int64_t j = 1; j < count; j++) most = value[j] > value[most] ? j : most;
-    float held = value[most];
-    int32_t there = near->place[most];
-    beyond = held;
-    value[most] = value[count - 1], value[count - 1] = held;
-    near->place[most] = near->place[count - 1], near->place[count - 1] = there;
+  int64_t key[GROUPS + SPARE], count = near->count, most;
+  for (int64_t j = 0; j < count; j++) key[j] = (int64_t)key_of(near->value[j]) << 32 | j;
+  float beyond = INFINITY;
+  for (;; count--) {
+    most = key[0];
+    for (int64_t j = 1; j < count; j++) most = key[j] > most ? key[j] : most;
+    if (count == k) break;
+    int64_t from = most & INT32_MAX, to = count - 1; /* behind those that are left */
+    int32_t place = near->place[from];
+    beyond = near->value[from];
+    near->value[from] = near->value[to], near->place[from] = near->place[to];
+    near->value[to] = beyond, near->place[to] = place;
+    key[from] = key[to] - to + from;
   }
-  for (int j = 0; j < k; j++) last = value[j] > last ? value[j] : last;
-  return beyond - last > margin;
+  return beyond - near->value[most & INT32_MAX] > margin;
 }

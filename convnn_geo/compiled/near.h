@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+enum { SPARE = 8 }; /* so many more than k are few */
+
 /* Listed values and their places in the row, in its order. */
 typedef struct {
   float *value;
@@ -18,14 +20,17 @@ void near_free(Near *near);
 /* List a row's values up to a limit. */
 void near_list(Near *near, const float *row, int64_t wide, float limit);
 
+/* Drop those who are farther than the k-th by more than a margin, if many are listed. */
+void near_tighten(Near *near, int k, float margin);
+
 /* Whether so few are listed, k of them wanted, that they may be apart; of more, many are tied. */
 int near_few(const Near *near, int k);
 
 /* The first k in order, ties as they stand in the row; values and places have room for GROUPS. */
 void near_sort(Near *near, int k, float *values, int64_t *places);
 
-/* Whether the k smallest of few more can be told from the others by more than a margin; they are
-   listed first then, in any order. */
+/* Whether the k smallest can be told from the others by more than a margin; they are listed first
+   then, in any order. No more than k + SPARE may be listed. */
 int near_divide(Near *near, int k, float margin);
 
 /* Whether each of the first k values lies farther before the next than a margin. */

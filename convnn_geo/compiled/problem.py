@@ -13,7 +13,7 @@ from convnn_geo.shapes import broadcast_shapes
 
 KINDS = ("points", "angles", "products")
 WANTED = ("order", "values", "set")
-LARGEST_K = 128
+LARGEST_K = 256
 """GROUPS of select.h."""
 LONGEST_ROW = 2**20
 """Sources: a block of rows is in cache up to some 2^15, and still far ahead of torch beyond."""

@@ -22,7 +22,6 @@
 #include "near.h"
 #include "select.h"
 
-enum { SPARE = 8 };
 enum { FAR_SHARE = 64, FAR = 4 }; /* one in so many, at most, so many times as long as the mean */
 
 struct Workspace {
@@ -215,10 +214,11 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
     for (int64_t j = 0; j < near->count; j++) size = fmaxf(size, fabsf(near->value[j]));
     margin += 8 * FLT_EPSILON * size;
   }
+  near_tighten(near, k, margin);
   int64_t order[GROUPS + 1], count = near->count;
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
   int sure = 0;
-  if (p->wanted == SET && count >= k && count < k + SPARE) {
+  if (p->wanted == SET && count >= k && count <= k + SPARE) {
     sure = near_divide(near, k, margin);
     for (int j = 0; sure && j < k; j++)
       values[j] = near->value[j] + same, places[j] = near->place[j];

@@ -97,6 +97,7 @@ static int choose_roughly(Target *t, int64_t count, int k, float *best, int64_t 
   float nearest = bound(t->row, count, k);
   float off = 2 * (t->spread + FLT_EPSILON * (float)(t->p->d + 12) * fabsf(nearest)) + 1e-34f;
   near_list(&t->near, t->row, wide, nearest + off);
+  near_tighten(&t->near, k, off);
   if (near_few(&t->near, k) && (one_more || count == k)) {
     int seen = t->near.count < k + one_more ? k : k + one_more;
     near_sort(&t->near, seen, some, order);
