@@ -890,6 +890,20 @@ def test_groups_of_heads_share_keys_and_values():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", "gather"])
+@pytest.mark.parametrize("halves", ["", "q", "k", "qkv"])
+def test_knn_attention_under_autocast(backend, halves):
+    """In the dtype that torch's has, and the neighbours of the numbers as they came."""
+    half = torch.bfloat16
+    given = [t.to(half) if name in halves else t for name, t in zip("qkv", QKV, strict=True)]
+    wanted = knn_attention(*(t.float() for t in given), 5)
+    with torch.autocast("cpu", half):
+        found = knn_attention(*given, 5, backend=backend)
+        assert found.dtype == F.scaled_dot_product_attention(*given).dtype == half
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+    assert knn_attention(*QKV, 5, backend=backend).dtype == torch.float32
+
+
 BAD = [
     (lambda: knn_attention(*QKV, 0), ValueError, "k"),
     (lambda: knn_attention(*QKV, 21), ValueError, "k=21 is larger than the number of keys, 20"),

@@ -18,6 +18,7 @@ from convnn_geo.checks import (
     check_tensor,
 )
 from convnn_geo.kernels import Sum
+from convnn_geo.kernels.base import lowered
 from convnn_geo.lowering import Again, choose
 from convnn_geo.metrics import Metric, as_metric
 from convnn_geo.operation import Operation
@@ -77,7 +78,8 @@ def knn_attention(
             a group of the query's.
 
     Returns:
-        ``(..., n, c)``. A query that may attend to nobody gets zeros.
+        ``(..., n, c)``. A query that may attend to nobody gets zeros. Under autocast it is in
+        autocast's dtype, and scores are in float32.
 
     Raises:
         ValueError: k < 1 or over ``m``, shapes or devices that do not match, both a mask and
@@ -104,6 +106,7 @@ def knn_attention(
         raise TypeError("k: expected an integer, got a tensor; pass the mask as attn_mask=")
     k = check_int("k", k)
     _check(query, key, value)
+    value = lowered(value)
     if k > key.shape[-2]:
         raise ValueError(f"k={k} is larger than the number of keys, {key.shape[-2]}; lower k")
     check_number("dropout_p", dropout_p, maximum=1)
