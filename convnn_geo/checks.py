@@ -197,7 +197,7 @@ def check_number(
         )
     number = float(value)
     inside = minimum < number <= maximum if exclusive else minimum <= number <= maximum
-    if not (inside and math.isfinite(number)):
+    if not (inside and -math.inf < number < math.inf):
         raise ValueError(f"{name}: expected {_numbers(minimum, maximum, exclusive)}, got {value}")
     return number
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from convnn_geo import encodings, metrics, weighting
 from convnn_geo.candidates import Block, Causal, Random, Window
@@ -875,7 +876,7 @@ def test_values_without_channels(backend):
 
 
 def test_knn_attention_over_all_keys_is_attention():
-    for options in ({}, {"is_causal": True}, {"scale": 0.3}):
+    for options in ({}, {"is_causal": True}, {"scale": 0.3}, {"scale": 0.0}, {"scale": -0.3}):
         wanted = F.scaled_dot_product_attention(*QKV, **options)
         torch.testing.assert_close(knn_attention(*QKV, 20, **options), wanted, rtol=1e-4, atol=1e-5)
 
@@ -904,13 +905,27 @@ def test_knn_attention_under_autocast(backend, halves):
     assert knn_attention(*QKV, 5, backend=backend).dtype == torch.float32
 
 
+def jagged(t):
+    return torch.nested.nested_tensor([t[0, 0], t[0, 1, :7]], layout=torch.jagged)
+
+
 BAD = [
     (lambda: knn_attention(*QKV, 0), ValueError, "k"),
     (lambda: knn_attention(*QKV, 21), ValueError, "k=21 is larger than the number of keys, 20"),
     (lambda: knn_attention(*QKV, torch.ones(20, 20)), TypeError, "pass the mask as attn_mask="),
     (lambda: knn_attention(*QKV, 3, is_causal=True, attn_mask=QKV[0] > 0), ValueError, "not both"),
     (lambda: knn_attention(*QKV, 3, scale=1.0, metric="cosine"), ValueError, "metric or scale"),
-    (lambda: knn_attention(*QKV, 3, scale=-1.0), ValueError, "scale"),
+    (lambda: knn_attention(*QKV, 3, scale=float("nan")), ValueError, "scale"),
+    (
+        lambda: knn_attention(*map(jagged, QKV), 3),
+        TypeError,
+        "pad",
+    ),
+    (
+        lambda: knn_attention(*QKV, 3, attn_mask=causal_lower_right(20, 20)),
+        TypeError,
+        "got a CausalBias, which holds neither",
+    ),
     (lambda: knn_attention(*QKV, 3, dropout_p=1.5), ValueError, "dropout"),
     (lambda: knn_attention(QKV[0], QKV[1][..., :8], QKV[2], 3), ValueError, "equal channels"),
     (lambda: knn_attention(QKV[0], QKV[1], QKV[2][..., :8, :], 3), ValueError, "equal lengths"),

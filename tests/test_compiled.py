@@ -1,5 +1,6 @@
 """What is in C against plain sums in float64: search, attention over the nearest, taps."""
 
+import math
 import platform
 import shutil
 from functools import reduce
@@ -16,6 +17,8 @@ from convnn_geo.lowering import choose, explain, run
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.search import knn
+from convnn_geo.search.problem import Problem
+from convnn_geo.search.windows import among_all
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
 
@@ -340,6 +343,67 @@ def test_candidates_of_ones_own_however_many(monkeypatch, m, twice):
     kept = wanted[2]
     assert torch.equal(found[2], kept) and torch.equal(found[1][kept], wanted[1][kept])
     torch.testing.assert_close(found[0][kept], wanted[0][kept])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20, 4e18])
+def test_a_source_that_no_window_tells_apart(processor, kind, bad):
+    """It spoils the rounding of all, and their neighbours no more than it must."""
+    q, (index, mask) = points(kind, 1, 90, 20), windows(90, 90, 9)
+    q[0, 40, 3] = bad
+    _, places, kept = compiled.windows_nearest(kind, q, q, 4, index, mask, None, 0.3, None)
+    assert torch.equal(kept.sum(-1)[0], mask.sum(-1).clamp_max(4))
+    near = (places[0].unsqueeze(-1) == index.unsqueeze(1)) & mask.unsqueeze(1)
+    assert (near.any(-1) | ~kept[0]).all()
+    fine = ((index != 40) | ~mask).all(-1) & (torch.arange(90) != 40)
+    open_ = torch.zeros(90, 90, dtype=torch.bool)
+    open_[torch.arange(90).unsqueeze(1).expand(90, 9)[mask], index[mask]] = True
+    _, place = expected(kind, q, q, 4, None, 0.3, open_, None)
+    kept &= fine.unsqueeze(-1)
+    assert torch.equal(places[kept], place[kept])
+
+
+def test_distances_at_the_end_of_what_float32_holds(processor):
+    q, index = torch.zeros(1, 90, 32), windows(90, 90, 9)[0]
+    keys = torch.full((1, 90, 32), (0.99999 * torch.finfo(torch.float32).max / 32) ** 0.5)
+    _, places, kept = compiled.windows_nearest("points", q, keys, 4, index)
+    assert kept.all() and torch.equal(places[0], index.sort(-1).values[:, :4])
+
+
+def test_windows_on_a_gpu_are_no_matter_of_this():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(1, 64, 16, device="cuda")
+        index = torch.empty(64, 9, dtype=torch.long, device="cuda")
+        problem = Problem("points", q, q, None, 1.0, torch.float32)
+        assert among_all(problem, 4, index, None, None, 2**23) is None
+
+
+def test_candidates_in_32_bits():
+    x = torch.randn(1, 400, 16)
+    index = windows(400, 400, 12)[0]
+    wide = ("points", x, x, None, None, 1.0, False, False, 4, index, None, None, 2**23)
+    for a, b in zip(
+        torch.ops.convnn_geo.nearest_in_windows(*wide),
+        torch.ops.convnn_geo.nearest_in_windows(*wide[:9], index.int(), *wide[10:]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert compiled.windows_nearest("points", x, x, 4, index.int()) is None
+
+
+def test_leading_axes_that_share_what_others_do_not():
+    """Copies would have to be made, of all pairs' masks even."""
+    q = torch.randn(4, 3, 2, 20, 16)
+    for k, mask in ((q, torch.randn(1, 3, 1, 20, 20)), (q[:, :1], None), (q[:1, :1], None)):
+        served = k.shape[1] == 1 and k.shape[0] == 1
+        given_ = ("products", q, k, k, None, None, None, 5, 0.4, 0.7, mask)
+        assert (compiled.attention(*given_) is not None) == served
+        found = knn_attention(q, k, k, 5, mask)
+        wide = k.expand(4, 3, 2, 20, 16)
+        wanted = knn_attention(q, wide, wide, 5, mask, backend="gather")
+        torch.testing.assert_close(found, wanted)
 
 
 def test_the_operator_for_windows_keeps_the_rules_of_torch():

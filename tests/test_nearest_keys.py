@@ -53,11 +53,11 @@ class Attends(nn.Module):
 def test_whoever_calls_attention_attends_to_the_nearest(options, k):
     wanted = by_mask(k, *QKV.double(), **options).float()
     with NearestKeys(k) as nearest:
-        assert not nearest.seen
+        assert nearest.calls == 0
         found = F.scaled_dot_product_attention(*QKV, **options)
         query, key, value = QKV
         named = F.scaled_dot_product_attention(value=value, key=key, query=query, **options)
-        assert nearest.seen
+        assert nearest.calls == 2
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert torch.equal(found, named)
     assert not torch.equal(F.scaled_dot_product_attention(*QKV, **options), found) or k >= 20
@@ -189,6 +189,41 @@ def test_a_context_without_attention_says_so():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="of its own"), NearestKeys(3):
             raise RuntimeError("an error of its own")
+
+
+def test_the_innermost_context_holds():
+    for outer, inner in ((3, 5), (5, 3), (3, 20), (3, 100), (100, 3)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with NearestKeys(outer), NearestKeys(inner):
+                found = F.scaled_dot_product_attention(*QKV)
+        wanted = knn_attention(*QKV, inner) if inner < 20 else F.scaled_dot_product_attention(*QKV)
+        assert torch.equal(found, wanted)
+
+
+def test_a_context_may_be_entered_again():
+    nearest = NearestKeys(3)
+    for _ in range(2):
+        with nearest:
+            found = F.scaled_dot_product_attention(*QKV)
+        assert torch.equal(found, knn_attention(*QKV, 3))
+    with pytest.warns(UserWarning, match="nothing called"), nearest:
+        pass
+
+
+def test_contexts_within_what_is_compiled():
+    def nested(q):
+        with NearestKeys(5), NearestKeys(3):
+            return F.scaled_dot_product_attention(q, q, q)
+
+    def idle(q):
+        with NearestKeys(5):
+            return q + 1
+
+    q = QKV[0]
+    options = {"backend": "eager", "fullgraph": True}
+    torch.testing.assert_close(torch.compile(nested, **options)(q), knn_attention(q, q, q, 3))
+    assert torch.equal(torch.compile(idle, **options)(q), q + 1)
 
 
 @pytest.mark.parametrize("k, error", [(0, ValueError), (1.5, TypeError), ("9", TypeError)])

@@ -36,6 +36,7 @@ from convnn_geo.search import (
     find,
     k_smallest,
     knn,
+    knn_graph,
 )
 from convnn_geo.search.nearest import implemented
 from convnn_geo.search.query import SORTING
@@ -1105,3 +1106,24 @@ def test_a_batch_vector_may_be_a_column_of_a_table():
     table, x = torch.stack([batch, 7 - batch], 1), cloud(35, 3)
     found = knn(x, None, 4, table[:, 0]).index
     assert torch.equal(found, knn(x, None, 4, batch).index)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "spatial", "manhattan"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_distances_of_edges_with_gradient_and_without(metric, learns):
+    """As the search has measured them, or measured again where something learns."""
+    x, batch = cloud(60, 12), torch.arange(2).repeat_interleave(30)
+    edges, distance = knn_graph(
+        x.requires_grad_(learns), 5, batch, metric=metric, return_distance=True
+    )
+    assert distance.requires_grad == learns
+    source, target = edges
+    wanted = as_metric(metric)(Points(x.detach(), x.detach()))[target, source]
+    torch.testing.assert_close(distance.detach(), wanted, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert not knn_graph(x, 5, batch, return_distance=True)[1].requires_grad
+
+
+def test_a_graph_is_of_rows():
+    with pytest.raises(ValueError, match=r"got x of shape \(1, 10, 3\)"):
+        knn_graph(torch.rand(1, 10, 3), 3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convnn_geo.compiled import build
-from convnn_geo.compiled.problem import AttentionLayout, Described
+from convnn_geo.compiled.problem import AttentionLayout, Described, one_outer
 
 
 def gather_taps(
@@ -79,7 +79,7 @@ def attention(
     wanted = "values" if kind != "products" else "set" if keep is None else "order"
     lead = value.shape[:-2]
     problem = Described(kind, q, keys, k, bias, scale, mask, None, wanted, lead, less)
-    if not problem.served or not build.here(value):
+    if not problem.served or not build.here(value) or not one_outer(value, 2, problem.lead):
         return None
     layout = _attention(problem, value, keep, temperature)
     shape = problem.lead
@@ -117,7 +117,8 @@ def attention_backward(
     """
     lead, k = place.shape[:-2], place.shape[-1]
     problem = Described(kind, q, keys, k, None, scale, lead=lead)
-    if not problem.served or not (build.here(value) and build.here(grad)):
+    here = build.here(value) and build.here(grad) and one_outer(value, 2, problem.lead)
+    if not problem.served or not here:
         return None
     layout = _attention(problem, value, keep, temperature)
     grads = [q.new_zeros(*lead, *t.shape[-2:]) for t in (q, keys, value)]

@@ -61,7 +61,7 @@ void near_list(Near *near, const float *row, int64_t wide, float limit) {
 }
 
 void near_tighten(Near *near, int k, float margin) {
-  if (near->count <= FEW || near->count <= k + SPARE) return;
+  if (near->count <= FEW || near->count <= k + FEW_MORE) return;
   float limit = bound_among(near->value, near->count, k) + margin;
   int64_t count = 0;
   for (int64_t j = 0; j < near->count; j++) { /* onto what was read already */
@@ -105,8 +105,8 @@ void near_sort(Near *near, int k, float *values, int64_t *places) {
 /* Values as integers in their order, each with its place in the list: of integers the compiler
    finds the largest many at a time. */
 int near_divide(Near *near, int k, float margin) {
-  int64_t key[GROUPS + SPARE], count = near->count, most;
-  for (int64_t j = 0; j < count; j++) key[j] = (int64_t)key_of(near->value[j]) << 32 | j;
+  int64_t key[GROUPS + FEW_MORE], count = near->count, most;
+  for (int64_t j = 0; j < count; j++) key[j] = key_of(near->value[j]) * ((int64_t)1 << 32) + j;
   float beyond = INFINITY;
   for (;; count--) {
     most = key[0];

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { SPARE = 8 }; /* so many more than k are few */
+enum { FEW_MORE = 8 }; /* than k */
 
 /* Listed values and their places in the row, in its order. */
 typedef struct {
@@ -30,7 +30,7 @@ int near_few(const Near *near, int k);
 void near_sort(Near *near, int k, float *values, int64_t *places);
 
 /* Whether the k smallest can be told from the others by more than a margin; they are listed first
-   then, in any order. No more than k + SPARE may be listed. */
+   then, in any order. No more than k + FEW_MORE may be listed. */
 int near_divide(Near *near, int k, float margin);
 
 /* Whether each of the first k values lies farther before the next than a margin. */

@@ -122,7 +122,10 @@ class Described:
         )
         self.n, self.m, self.d = q.shape[-2], keys.shape[-2], q.shape[-1]
         self.heads = self.lead[-1] if self.lead else 1
-        self.served = _served(q, keys, k, bias, mask, own, less)
+        given = ((q, 2), (keys, 2), (bias, 1), (mask, 2), (less, 2))
+        self.served = _served(q, keys, k, bias, mask, own, less) and all(
+            tensor is None or one_outer(tensor, axes, self.lead) for tensor, axes in given
+        )
         if not self.served:
             return
         self._kept: list[Tensor] = []
@@ -161,11 +164,14 @@ class Described:
         """Where a tensor lies, and its strides along (example, head, rows); 0 for shared ones."""
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
-        wide, leading = tensor.expand(*self.lead, *tensor.shape[-axes:]), len(self.lead)
+        leading = len(self.lead)
         if leading > 2:  # all but the last are examples; a copy where their strides don't agree
-            wide = wide.flatten(0, leading - 2)
-        self._kept.append(wide)
-        return wide.data_ptr(), [*[0] * (2 - leading), *wide.stride()[:-1]]
+            tensor = _with_outer(tensor, axes, leading)
+            tensor = tensor.flatten(0, leading - 2)
+        self._kept.append(tensor)
+        lead = (self.lead[:-1].numel(), self.lead[-1]) if leading > 2 else self.lead
+        wide = tensor.expand(*lead, *tensor.shape[-axes:])
+        return tensor.data_ptr(), [*[0] * (2 - len(lead)), *wide.stride()[:-1]]
 
     def of_pairs(self, tensor: Tensor) -> tuple[int, list[int]]:
         """The same of what may be shared by all targets."""
@@ -176,6 +182,22 @@ class Described:
         """Where a tensor lies, contiguous."""
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _with_outer(tensor: Tensor, axes: int, leading: int) -> Tensor:
+    """With so many leading axes, the first of size 1 where it has fewer."""
+    return tensor[(None,) * (leading + axes - tensor.ndim)]
+
+
+def one_outer(tensor: Tensor, axes: int, lead: torch.Size) -> bool:
+    """Whether leading axes but the last can be one: all share a tensor there, or each has its own.
+
+    Where some share it, copies would have to be made of it.
+    """
+    if len(lead) < 3:
+        return True
+    outer = _with_outer(tensor, axes, len(lead)).shape[: len(lead) - 1]
+    return outer == lead[:-1] or outer.numel() == 1
 
 
 def _served(

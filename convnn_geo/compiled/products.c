@@ -218,7 +218,7 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
   int64_t order[GROUPS + 1], count = near->count;
   int found = count < k ? (int)count : k, seen = count < k + one_more ? (int)count : k + one_more;
   int sure = 0;
-  if (p->wanted == SET && count >= k && count <= k + SPARE) {
+  if (p->wanted == SET && count >= k && count <= k + FEW_MORE) {
     sure = near_divide(near, k, margin);
     for (int j = 0; sure && j < k; j++)
       values[j] = near->value[j] + same, places[j] = near->place[j];

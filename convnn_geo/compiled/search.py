@@ -121,6 +121,7 @@ def windows_nearest(
         mask: ``(n, w)``, True where choice is allowed.
     """
     (n, width), like = index.shape, mask is None or (mask.ndim == 2 and mask.dtype == torch.bool)
+    like = like and all(t is None or t.dtype == torch.long for t in (index, own))
     problem = Described(kind, q, keys, k, bias, scale, own=own)
     like = like and n == problem.n and (mask is None or mask.shape == index.shape)
     if not (problem.served and like and index.device.type == "cpu"):

@@ -96,6 +96,7 @@ static int choose_roughly(Target *t, int64_t count, int k, float *best, int64_t 
   if (!finite) return 0;
   float nearest = bound(t->row, count, k);
   float off = 2 * (t->spread + FLT_EPSILON * (float)(t->p->d + 12) * fabsf(nearest)) + 1e-34f;
+  if (!(nearest + off < FLT_MAX)) return 0; /* some source is NaN, or too long to tell */
   near_list(&t->near, t->row, wide, nearest + off);
   near_tighten(&t->near, k, off);
   if (near_few(&t->near, k) && (one_more || count == k)) {
@@ -141,8 +142,9 @@ int windows_nearest(const Problem *p, const int64_t *index, const uint8_t *mask,
 #pragma omp parallel num_threads(threads) reduction(&& : served)
   {
     int64_t *listed = malloc((size_t)(SOME * width) * sizeof *listed), count[SOME];
-    Target t = {.p = p, .row = malloc((size_t)(width + PANEL) * sizeof *t.row)};
-    served = near_new(&t.near, width + PANEL) && longest && zeros && listed && t.row;
+    int64_t wide = (width + PANEL - 1) / PANEL * PANEL;
+    Target t = {.p = p, .row = malloc((size_t)wide * sizeof *t.row)};
+    served = near_new(&t.near, wide) && longest && zeros && listed && t.row;
 #pragma omp for schedule(static)
     for (int64_t e = 0; e < p->examples; e++)
       if (longest && zeros) longest[e] = look_at(p, keys_of(p, e), zeros + e * p->m);

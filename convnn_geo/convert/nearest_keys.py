@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -15,8 +16,8 @@ from convnn_geo.nn.functional import knn_attention
 
 _ATTENTION = F.scaled_dot_product_attention
 _HINT = (
-    "to_convnn replaces nn.MultiheadAttention; timm.layers.set_fused_attn(True, True) and "
-    "attn_implementation='sdpa' of transformers have more layers call it"
+    "timm.layers.set_fused_attn(True, True) before a model is made has more of timm's layers call "
+    "it, attn_implementation='sdpa' those of transformers; those that multiply themselves never do"
 )
 
 
@@ -28,10 +29,16 @@ class NearestKeys(TorchFunctionMode):
     For models whose attention :func:`~convnn_geo.convert.to_convnn` does not know: biases of
     places, rotary encodings, windows, grouped queries stay what they are, as do weights and their
     names (KVT, https://arxiv.org/abs/2106.00515; ConvNN, https://arxiv.org/abs/2606.14725). Where
-    there are no more than ``k`` keys, torch's own attention runs.
+    there are no more than ``k`` keys, torch's own attention runs. The innermost context holds,
+    for its thread, and for layers of this package that keep all keys, too. Not for checkpointed
+    activations: backward computes these again, where no context holds.
 
     Args:
         k: keys that a query attends to.
+
+    Attributes:
+        calls: how many calls of attention there were since it was entered, but for what was
+            compiled: fewer than the model has layers where some multiply by themselves.
 
     Raises:
         TypeError: in the context, ``nn.MultiheadAttention``, which
@@ -51,11 +58,22 @@ class NearestKeys(TorchFunctionMode):
         True
     """
 
+    entered = 0
+    """How many contexts have been entered so far."""
+
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = check_int("k", k)
-        self.seen = False
-        """Whether anything called attention."""
+        self.calls, self._seen = 0, False
+
+    def __enter__(self) -> NearestKeys:
+        """Enter the context."""
+        self.calls, self._seen = 0, False
+        if not torch.compiler.is_compiling():
+            NearestKeys.entered += 1
+            self._number = NearestKeys.entered
+        super().__enter__()
+        return self
 
     def __torch_function__(
         self,
@@ -68,13 +86,16 @@ class NearestKeys(TorchFunctionMode):
         given = dict(kwargs or {})
         if func is F.multi_head_attention_forward:
             raise TypeError(
-                "NearestKeys: nn.MultiheadAttention computes attention by itself; replace it "
-                "first, e.g. convert.to_convnn(model), and set k of its layers"
+                "NearestKeys: nn.MultiheadAttention computes attention by itself; "
+                "convert.to_convnn(model) puts a layer in its place that does not"
             )
         if func is not _ATTENTION:
             return func(*args, **given)
-        self.seen = True
-        return self._attend(*args, **given)
+        self._seen = True
+        if not torch.compiler.is_compiling():  # to be counted, it would be compiled for each number
+            self.calls += 1
+        with torch._C.DisableTorchFunction():  # or a context around this one would have its say
+            return self._attend(*args, **given)
 
     def _attend(
         self,
@@ -90,9 +111,11 @@ class NearestKeys(TorchFunctionMode):
         return knn_attention(query, key, value, self.k, attn_mask, *args, **rest)
 
     def __exit__(self, *error: Any) -> None:
-        """Leave the context."""
+        """Leave the context; the innermost says so if it was of no use."""
         super().__exit__(*error)
-        if not self.seen and error[0] is None:
+        if torch.compiler.is_compiling() or self._seen or error[0] is not None:
+            return
+        if self._number == NearestKeys.entered:
             warnings.warn(
                 f"NearestKeys: nothing called scaled_dot_product_attention; {_HINT}",
                 stacklevel=2,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from convnn_geo.caching import keep
 from convnn_geo.candidates import All, Causal
@@ -79,7 +81,7 @@ def knn_attention(
 
     Returns:
         ``(..., n, c)``. A query that may attend to nobody gets zeros. Under autocast it is in
-        autocast's dtype, and scores are in float32.
+        autocast's dtype, unless all is in float64; scores are in float32.
 
     Raises:
         ValueError: k < 1 or over ``m``, shapes or devices that do not match, both a mask and
@@ -116,7 +118,10 @@ def knn_attention(
         raise ValueError("pass metric or scale, not both")
     chosen, temperature = _SCALED_DOT if metric is None else as_metric(metric), 1.0
     if scale is not None:
-        chosen, temperature = _DOT, 1 / check_number("scale", scale, exclusive=True)
+        scale = check_number("scale", scale, -math.inf)
+        if scale <= 0:  # nearest is still who has the largest score
+            query, scale = query * scale, 1.0
+        chosen, temperature = _DOT, 1 / scale
     mask, bias = _mask(attn_mask, query, key, value)
     if bias is not None:  # it is added once scores are scaled
         bias = bias * temperature
@@ -176,6 +181,11 @@ def _alike(
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, check_tensor(name, tensor))
+        if tensor.is_nested:
+            raise TypeError(
+                f"{name}: expected one length for all examples, got a nested tensor; pad it "
+                "(torch.nested.to_padded_tensor), and hide what is padded by attn_mask"
+            )
         if tensor.ndim < 2:
             raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(tensor.shape)}")
         check_alike("query", query, name, tensor)
@@ -194,7 +204,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     except RuntimeError:
         raise ValueError(
             "query, key and value: leading axes do not broadcast: "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}; "
+            "heads that share keys and values want enable_gqa=True"
         ) from None
 
 
@@ -205,6 +216,12 @@ def _mask(
     if attn_mask is None:
         return None, None
     check_tensor("attn_mask", attn_mask)
+    if isinstance(attn_mask, CausalBias):
+        raise TypeError(
+            "attn_mask: expected True where attention is allowed, or floats, got a CausalBias, "
+            "which holds neither; pass is_causal=True, or a mask: "
+            "torch.ones(n, m, dtype=torch.bool).tril(m - n) for causal_lower_right"
+        )
     lead = broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
     shape = torch.Size((*lead, query.shape[-2], key.shape[-2]))
     try:
@@ -221,6 +238,10 @@ def _mask(
         raise ValueError(f"attn_mask is on {attn_mask.device}, the query on {query.device}")
     if attn_mask.dtype == torch.bool:
         return attn_mask, None
-    check_floating("attn_mask", attn_mask)
+    if not attn_mask.is_floating_point():
+        raise TypeError(
+            "attn_mask: expected True where attention is allowed, or floats that are added, got "
+            f"{attn_mask.dtype}; pass attn_mask.bool() if 1 allows"
+        )
     allowed = attn_mask != -torch.inf
     return allowed, attn_mask.masked_fill(~allowed, 0.0)

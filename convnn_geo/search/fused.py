@@ -29,11 +29,16 @@ def _fits(problem: Problem, sources: int, slab: int) -> bool:
     return problem.axes is None and problem.dtype == torch.float32
 
 
+def serves(problem: Problem, k: int, slab: int, sources: int | None = None) -> bool:
+    """Whether a search may be made in C, on the CPU, as far as can be told without looking."""
+    plain = 0 < k <= compiled.LARGEST_K and problem.q.device.type == "cpu"
+    sources = problem.keys.shape[-2] if sources is None else sources
+    return plain and compiled.library() is not None and _fits(problem, sources, slab)
+
+
 def serves_runs(problem: Problem, k: int, slab: int) -> bool:
-    """Whether examples of unequal size may be searched at once, in C on the CPU."""
-    plain = 0 < k <= compiled.LARGEST_K and problem.q.ndim == problem.keys.ndim == 2
-    plain = plain and problem.q.device.type == "cpu"
-    return plain and compiled.library() is not None and _fits(problem, 1, slab)
+    """Whether examples of unequal size may be searched at once."""
+    return problem.q.ndim == problem.keys.ndim == 2 and serves(problem, k, slab, 1)
 
 
 def in_runs(

@@ -92,6 +92,11 @@ def graph_points(x: Tensor | Points, loop: bool, flow: str) -> Points:
     if isinstance(x, Points):
         return x
     check_floating("x", check_tensor("x", x))
+    if x.ndim != 2:
+        raise ValueError(
+            f"knn_graph: expected rows (n, c) and a batch vector, got x of shape {tuple(x.shape)}; "
+            "flatten the examples, or use knn"
+        )
     return Points(x, x)
 
 
@@ -119,7 +124,13 @@ def graph(
     )
     if not return_distance:
         return edge_index
-    distance = _distances(metric, points, batch, found.index)
+    learns = metric.learnable or any(
+        t is not None and t.requires_grad for t in (points.x, points.pos)
+    )
+    if found.distance is None or (learns and torch.is_grad_enabled()):
+        distance = _distances(metric, points, batch, found.index)
+    else:
+        distance = found.distance  # as the search has measured them: to do so again takes as long
     return edge_index, distance.flatten().index_select(0, slot)
 
 

@@ -50,14 +50,16 @@ class Hidden:
         """Values of rows ``start:stop`` with what is hidden last; NaN stays before it, seen."""
         if not self:
             return values
-        hidden = torch.zeros((), dtype=torch.bool, device=values.device)
-        if self.mask is not None:
-            hidden = ~(self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask)
-        if self.own is not None:
-            places = torch.arange(values.shape[-1], device=values.device)
-            hidden = hidden | (places == self.own[..., start:stop, None])
         largest = torch.finfo(values.dtype).max
-        return values.nan_to_num(largest, largest, -largest).masked_fill(hidden, torch.inf)
+        values = values.nan_to_num(largest, largest, -largest)
+        if self.mask is not None:
+            mask = self.mask[..., start:stop, :] if self.mask.shape[-2] > 1 else self.mask
+            values = values.masked_fill(~mask, torch.inf)
+        if self.own is not None:
+            own = self.own[..., start:stop, None].expand(*values.shape[:-1], 1)
+            place = own.clamp_min(0)
+            values = values.scatter(-1, place, values.gather(-1, place).where(own < 0, torch.inf))
+        return values
 
     def kept(self, place: Tensor) -> Tensor | None:
         """Which of the chosen were allowed; None where nothing was hidden."""

@@ -51,11 +51,12 @@ def select(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = compiled.k_smallest(values, k)
     if found is not None:
         return found
-    if values.dtype == torch.float64 and k + SPARE < m < 2**31:
+    here = values.device.type == "cpu"
+    if here and values.dtype == torch.float64 and k + SPARE < m:
         return _of_rounded(values, k)
     if values.dtype != torch.float32 or m >= 2**31:
         return _sorted(values, k)
-    if values.device.type == "cpu" and 2 * k < m:
+    if here and 2 * k < m:
         index = _short(values, k)
     else:
         index = _first(_keys(values, torch.arange(m, device=values.device)), k) & 0xFFFFFFFF

@@ -10,7 +10,7 @@ from torch import Tensor
 from convnn_geo import compiled
 from convnn_geo.metrics import Distances
 from convnn_geo.operators import operator
-from convnn_geo.search.fused import by_fused_rows
+from convnn_geo.search.fused import by_fused_rows, serves
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.query import Query
 from convnn_geo.search.rows import Hidden, in_slabs
@@ -52,8 +52,11 @@ def _in_windows(
     alike = index.shape[:-2].numel() == 1 and (mask is None or mask.shape[:-2].numel() == 1)
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
     if alike and axes is None and not double:
-        candidates, allowed = index.flatten(0, -2), None if mask is None else mask.flatten(0, -2)
-        found = _among_all(problem, k, candidates, allowed, own, slab)
+        candidates, allowed = (
+            index.flatten(0, -2).long(),
+            None if mask is None else mask.flatten(0, -2),
+        )
+        found = among_all(problem, k, candidates, allowed, own, slab)
         if found is None:
             found = compiled.windows_nearest(
                 kind, q, keys, k, candidates, allowed, bias, scale, own
@@ -68,7 +71,7 @@ def _in_windows(
     return values, chosen, kept
 
 
-def _among_all(
+def among_all(
     problem: Problem, k: int, index: Tensor, allowed: Tensor | None, own: Tensor | None, slab: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Wide windows as a mask over all sources, whose products are many times as fast; or None.
@@ -76,7 +79,7 @@ def _among_all(
     As wide as that a mask takes no more memory than the candidates ``(n, w)`` do.
     """
     m = problem.keys.shape[-2]
-    if m > index.shape[-1] * index.itemsize:
+    if m > index.shape[-1] * index.itemsize or not serves(problem, k, slab):
         return None
     seen = index if allowed is None else index.masked_fill(~allowed, m)
     mask = torch.zeros(len(index), m + 1, dtype=torch.bool).scatter_(-1, seen, True)
