@@ -9,8 +9,6 @@
 #include "products.h"
 #include "vectors.h"
 
-enum { CHUNK = 4 * LANES };
-
 typedef struct {
   Problem problem;
   int64_t width; /* channels of a value */
@@ -58,26 +56,42 @@ static void softmax(const float *distance, int k, float temperature, float *weig
   for (int j = 0; j < k; j++) weight[j] /= total;
 }
 
-/* out = sum_j weight_j row_j; rows without weight have no part, be they infinite or NaN. */
+/* out = sum_j weight_j row_j of so many vectors, a constant wherever this is called. Rows without
+   weight have no part, be they infinite or NaN. */
+static inline void combine_vectors(int vectors, const float *rows, int64_t stride,
+                                   const int64_t *place, const float *weight, int k, float *out) {
+  Vector sum[4] = {0};
+  for (int j = 0; j < k; j++) {
+    if (weight[j] == 0) continue;
+    const float *row = rows + place[j] * stride;
+    for (int part = 0; part < vectors; part++)
+      sum[part] += weight[j] * *(const Vector *)(row + part * LANES);
+  }
+  memcpy(out, sum, (size_t)vectors * sizeof *sum);
+}
+
+/* The same of any width. */
 static void combine(const float *rows, int64_t stride, const int64_t *place, const float *weight,
                     int k, int64_t width, float *out) {
-  int64_t start = 0;
-  for (; start + CHUNK <= width; start += CHUNK) {
-    Vector sum[4] = {0};
-    for (int j = 0; j < k; j++) {
-      if (weight[j] == 0) continue;
-      const float *row = rows + place[j] * stride + start;
-      for (int part = 0; part < 4; part++)
-        sum[part] += weight[j] * *(const Vector *)(row + part * LANES);
-    }
-    memcpy(out + start, sum, sizeof sum);
+  int64_t start = 0, rest = width % LANES;
+  for (; start + 4 * LANES <= width; start += 4 * LANES)
+    combine_vectors(4, rows + start, stride, place, weight, k, out + start);
+  if (start + 2 * LANES <= width) {
+    combine_vectors(2, rows + start, stride, place, weight, k, out + start);
+    start += 2 * LANES;
   }
-  for (int64_t c = start; c < width; c++) {
-    float sum = 0;
-    for (int j = 0; j < k; j++)
-      if (weight[j] != 0) sum += weight[j] * rows[place[j] * stride + c];
-    out[c] = sum;
+  if (start + LANES <= width) {
+    combine_vectors(1, rows + start, stride, place, weight, k, out + start);
+    start += LANES;
   }
+  if (!rest) return;
+  float sum[LANES] = {0};
+  for (int j = 0; j < k; j++) {
+    if (weight[j] == 0) continue;
+    const float *row = rows + place[j] * stride + start;
+    for (int64_t c = 0; c < rest; c++) sum[c] += weight[j] * row[c];
+  }
+  memcpy(out + start, sum, (size_t)rest * sizeof *sum);
 }
 
 /* weight, place (examples, n, k); out with strides. Returns 0 where not served. */

@@ -52,7 +52,9 @@ static inline float bound_by(int groups, const float *row, int64_t m, int k) {
       if (count <= k + SPARE) break;
     }
   }
-  return value_of((int32_t)high);
+  int32_t last = least; /* of those counted: with fewer values than groups, all up to infinity are */
+  for (int j = 0; j < groups; j++) last = key[j] <= high && key[j] > last ? key[j] : last;
+  return value_of(last);
 }
 
 /* Two groups or more for each of the k, as far as there are so many. */
