@@ -35,12 +35,15 @@ static inline float bound_by(int groups, const float *row, int64_t m, int k) {
   for (; start + groups <= m; start += groups)
     for (int j = 0; j < groups; j++)
       minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
-  for (int j = 0; j < groups && start + j < m; j++)
+  for (int64_t j = 0; j < m - start; j++)
     minimum[j] = row[start + j] < minimum[j] ? row[start + j] : minimum[j];
-  int32_t key[GROUPS], least = INT32_MAX, most = INT32_MIN;
+  int32_t key[GROUPS], least = INT32_MAX, most = INT32_MIN, infinity = key_of(INFINITY);
   for (int j = 0; j < groups; j++) key[j] = key_of(minimum[j]);
   for (int j = 0; j < groups; j++) least = key[j] < least ? key[j] : least;
-  for (int j = 0; j < groups; j++) most = key[j] > most ? key[j] : most;
+  int32_t finite[GROUPS]; /* apart, or neither loop vectorises */
+  for (int j = 0; j < groups; j++) finite[j] = key[j] < infinity ? key[j] : INT32_MIN;
+  for (int j = 0; j < groups; j++) most = finite[j] > most ? finite[j] : most;
+  if (count_up_to(key, groups, most) < k) return INFINITY; /* which is far from all others */
   int64_t low = (int64_t)least - 1, high = most;
   while (high - low > 1) {
     int64_t middle = low + (high - low) / 2;
@@ -52,9 +55,7 @@ static inline float bound_by(int groups, const float *row, int64_t m, int k) {
       if (count <= k + SPARE) break;
     }
   }
-  int32_t last = least; /* of those counted: with fewer values than groups, all up to infinity are */
-  for (int j = 0; j < groups; j++) last = key[j] <= high && key[j] > last ? key[j] : last;
-  return value_of(last);
+  return value_of((int32_t)high);
 }
 
 /* Two groups or more for each of the k, as far as there are so many. */
