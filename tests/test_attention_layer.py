@@ -881,6 +881,13 @@ def test_knn_attention_over_all_keys_is_attention():
         torch.testing.assert_close(knn_attention(*QKV, 20, **options), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scores_of_any_sign_and_called_again(scale):
+    wanted = knn_attention(QKV[0] * scale, *QKV[1:], 5, scale=1.0)
+    for _ in range(3):  # a call that is remembered is of the query as it comes
+        torch.testing.assert_close(knn_attention(*QKV, 5, scale=scale), wanted)
+
+
 def test_groups_of_heads_share_keys_and_values():
     query, key, value = QKV[0], QKV[1, :, :2], QKV[2, :, :1]
     wide = key.repeat_interleave(2, 1), value.repeat_interleave(4, 1)

@@ -77,6 +77,13 @@ def test_groups_of_queries_share_keys():
     torch.testing.assert_close(found, wanted)
 
 
+def test_nested_tensors_are_refused_by_name():
+    one, two = QKV[0, 0, 0], QKV[1, 0, 0, :7]
+    nested = torch.nested.nested_tensor([one, two], layout=torch.jagged)
+    with NearestKeys(3), pytest.raises(TypeError, match="got a nested one; pad it"):
+        F.scaled_dot_product_attention(nested, nested, nested)
+
+
 def test_as_many_as_there_are_is_torchs_own():
     with NearestKeys(20):
         found = F.scaled_dot_product_attention(*QKV)

@@ -43,7 +43,7 @@ static inline float bound_by(int groups, const float *row, int64_t m, int k) {
   int32_t finite[GROUPS]; /* apart, or neither loop vectorises */
   for (int j = 0; j < groups; j++) finite[j] = key[j] < infinity ? key[j] : INT32_MIN;
   for (int j = 0; j < groups; j++) most = finite[j] > most ? finite[j] : most;
-  if (count_up_to(key, groups, most) < k) return INFINITY; /* which is far from all others */
+  if (count_up_to(key, groups, most) < k) return INFINITY; /* to bisect up to it would take long */
   int64_t low = (int64_t)least - 1, high = most;
   while (high - low > 1) {
     int64_t middle = low + (high - low) / 2;

@@ -31,7 +31,8 @@ class NearestKeys(TorchFunctionMode):
     names (KVT, https://arxiv.org/abs/2106.00515; ConvNN, https://arxiv.org/abs/2606.14725). Where
     there are no more than ``k`` keys, torch's own attention runs. The innermost context holds,
     for its thread, and for layers of this package that keep all keys, too. Not for checkpointed
-    activations: backward computes these again, where no context holds.
+    activations, which backward computes again, where no context holds; within the function that is
+    checkpointed it does.
 
     Args:
         k: keys that a query attends to.
@@ -58,8 +59,7 @@ class NearestKeys(TorchFunctionMode):
         True
     """
 
-    entered = 0
-    """How many contexts have been entered so far."""
+    _entered = 0  # contexts so far: within one that is not the last, others were entered
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class NearestKeys(TorchFunctionMode):
         """Enter the context."""
         self.calls, self._seen = 0, False
         if not torch.compiler.is_compiling():
-            NearestKeys.entered += 1
-            self._number = NearestKeys.entered
+            NearestKeys._entered += 1
+            self._number = NearestKeys._entered
         super().__enter__()
         return self
 
@@ -106,7 +106,7 @@ class NearestKeys(TorchFunctionMode):
         *args: Any,
         **rest: Any,
     ) -> Tensor:
-        if key.shape[-2] <= self.k:
+        if not key.is_nested and key.shape[-2] <= self.k:
             return _ATTENTION(query, key, value, attn_mask, *args, **rest)
         return knn_attention(query, key, value, self.k, attn_mask, *args, **rest)
 
@@ -115,7 +115,7 @@ class NearestKeys(TorchFunctionMode):
         super().__exit__(*error)
         if torch.compiler.is_compiling() or self._seen or error[0] is not None:
             return
-        if self._number == NearestKeys.entered:
+        if self._number == NearestKeys._entered:
             warnings.warn(
                 f"NearestKeys: nothing called scaled_dot_product_attention; {_HINT}",
                 stacklevel=2,

@@ -120,7 +120,7 @@ def knn_attention(
     if scale is not None:
         scale = check_number("scale", scale, -math.inf)
         if scale <= 0:  # nearest is still who has the largest score
-            query, scale = query * scale, 1.0
+            query, scale, alike = query * scale, 1.0, None
         chosen, temperature = _DOT, 1 / scale
     mask, bias = _mask(attn_mask, query, key, value)
     if bias is not None:  # it is added once scores are scaled
@@ -181,11 +181,6 @@ def _alike(
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, check_tensor(name, tensor))
-        if tensor.is_nested:
-            raise TypeError(
-                f"{name}: expected one length for all examples, got a nested tensor; pad it "
-                "(torch.nested.to_padded_tensor), and hide what is padded by attn_mask"
-            )
         if tensor.ndim < 2:
             raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(tensor.shape)}")
         check_alike("query", query, name, tensor)
