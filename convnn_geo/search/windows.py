@@ -82,7 +82,7 @@ def among_all(
     if m > index.shape[-1] * index.itemsize or not serves(problem, k, slab):
         return None
     seen = index if allowed is None else index.masked_fill(~allowed, m)
-    mask = torch.zeros(len(index), m + 1, dtype=torch.bool).scatter_(-1, seen, True)
+    mask = seen.new_zeros(len(index), m + 1, dtype=torch.bool).scatter_(-1, seen, True)
     named = index.numel() if allowed is None else int(allowed.count_nonzero())
     once = int(mask[:, :m].count_nonzero()) == named
     found = by_fused_rows(problem, k, Hidden(mask[:, :m], own), slab) if once else None
