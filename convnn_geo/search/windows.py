@@ -52,10 +52,8 @@ def _in_windows(
     alike = index.shape[:-2].numel() == 1 and (mask is None or mask.shape[:-2].numel() == 1)
     problem = Problem.from_arguments(kind, q, keys, bias, axes, scale, double, exact)
     if alike and axes is None and not double:
-        candidates, allowed = (
-            index.flatten(0, -2).long(),
-            None if mask is None else mask.flatten(0, -2),
-        )
+        candidates = index.flatten(0, -2).long()
+        allowed = None if mask is None else mask.flatten(0, -2)
         found = among_all(problem, k, candidates, allowed, own, slab)
         if found is None:
             found = compiled.windows_nearest(
@@ -74,9 +72,15 @@ def _in_windows(
 def among_all(
     problem: Problem, k: int, index: Tensor, allowed: Tensor | None, own: Tensor | None, slab: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Wide windows as a mask over all sources, whose products are many times as fast; or None.
+    """The nearest in wide windows, by a mask over all sources, whose products are faster.
 
-    As wide as that a mask takes no more memory than the candidates ``(n, w)`` do.
+    Values, places and which are there, ``(..., n, k)``. None where that is not served, where a
+    source is named twice, and for windows so narrow that a mask takes more memory than they do.
+
+    Args:
+        index: candidates ``(n, w)``.
+        allowed: ``(n, w)``, True where choice is allowed; None for everywhere.
+        own: ``(n,)``, a source that each target is not to find; -1 for none.
     """
     m = problem.keys.shape[-2]
     if m > index.shape[-1] * index.itemsize or not serves(problem, k, slab):
@@ -88,9 +92,7 @@ def among_all(
     found = by_fused_rows(problem, k, Hidden(mask[:, :m], own), slab) if once else None
     if found is None:
         return None
-    values, places = found
-    kept = values < torch.inf
-    return values, places, kept
+    return *found, found[0] < torch.inf
 
 
 def _nearest(
