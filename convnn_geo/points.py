@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -259,8 +259,9 @@ class Points:
             raise ValueError("pad: expected points of an image, got points without a grid")
         if not any(map(any, pads)):
             return self
-        image = F.pad(self.to_image(), [p for axis in reversed(pads) for p in axis])
-        return replace(Points.from_image(image), grid=self.grid.pad(pads))
+        rows = self.x.unflatten(-2, self.grid.size)  # points stay side by side, as they were
+        margin = [0, 0, *(p for axis in reversed(pads) for p in axis)]
+        return Points(F.pad(rows, margin).flatten(-len(pads) - 1, -2), grid=self.grid.pad(pads))
 
     def with_x(self, x: Tensor | None) -> Points:
         """The same points with other features."""
@@ -290,8 +291,6 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     Leading axes broadcast; an index without leading axes is applied to every example at once.
     """
     if index.ndim == 2 or values.ndim == 2:
-        if values.ndim == 2:
-            return values[index]
         return values.index_select(-2, index.flatten()).unflatten(-2, tuple(index.shape))
     lead = broadcast_shapes(values.shape[:-2], index.shape[:-2])
     m, c = values.shape[-2:]

@@ -62,6 +62,23 @@ def test_sums_that_differ_by_rounding_alone(metric):
 
 
 @needs_compiler
+@pytest.mark.parametrize("feature", ["euclidean", "squared_euclidean"])
+def test_squares_too_large_for_single_precision(feature):
+    x = 1e15 * image(1, 20, 10, 9).x
+    x[:, ::7] *= 1e5  # differences whose squares are over 3e38
+    points = Points(x, grid=Grid((10, 9)))
+    metric = 1e16 * Spatial() + (1e-3 if feature == "euclidean" else 1e-22) * Feature(feature)
+    agree(Query(points, points, metric, 1), (9, 50))
+
+
+@needs_compiler
+def test_more_neighbours_than_anyone_sorts_at_once():
+    points = image(1, 17, 20, 18)
+    for lam in (0.01, 0.3):
+        agree(Query(points, points, interpolate("spatial", "euclidean", lam), 1), (300, 360))
+
+
+@needs_compiler
 def test_other_targets_than_sources():
     """As strides and margins make them; one example for all, too."""
     source, metric = image(2, 3, 12, 9).pad(((2, 2), (1, 1))), interpolate("spatial", "cosine", 0.6)
@@ -292,7 +309,7 @@ def test_of_a_large_image_offsets_are_kept_up_to_a_border(monkeypatch, lam, dens
     points = Points.from_image(torch.randn(1, 3, 14, 13))
     metric = interpolate(Spatial(scale=1.0), Feature("cosine"), lam)
     offset, far, border = offsets.offsets((14, 13), (1.0, 1.0), 2.0, True, (1.0,))
-    assert len(offset) <= 200 and 0 < border < 13 and bool((far < border).all())
+    assert offset.shape[1] <= 200 and 0 < border < 13 and bool((far < border).all())
     asked, run = [], type(ENGINES["dense"]).run
     monkeypatch.setattr(
         type(ENGINES["dense"]), "run", lambda self, q: asked.append(q) or run(self, q)

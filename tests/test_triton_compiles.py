@@ -173,7 +173,7 @@ def test_rings(launches, tmp_path, kind, k, own):
     from convnn_geo.gpu.rings import nearest
 
     x, zeros = torch.randn(2, 900, 3), torch.zeros(2, 900, dtype=torch.bool)
-    offset, far, weights = torch.zeros(3481, 3, dtype=torch.int32), torch.zeros(3481), torch.ones(2)
+    offset, far, weights = torch.zeros(3, 3481, dtype=torch.int32), torch.zeros(3481), torch.ones(2)
     at = torch.arange(900)
     nearest(
         *(x, x, kind, (zeros, zeros), (30, 30), at, offset, far.double(), weights.double(), k),

@@ -10,6 +10,19 @@ from torch import Tensor
 from convnn_geo.compiled import build
 from convnn_geo.compiled.problem import AttentionLayout, Described, one_outer
 
+_LONG, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class TapsLayout(ctypes.Structure):
+    """``Taps`` of taps.c."""
+
+    _fields_ = (
+        *((name, _LONG) for name in ("n", "k", "c", "d")),
+        *((name, _POINTER) for name in ("rows", "index", "rho")),
+        *((name, _LONG) for name in ("index_tap", "index_target", "rho_tap", "rho_target")),
+        *((name, _POINTER) for name in ("panel", "bias", "zero")),  # filled in there
+    )
+
 
 def gather_taps(
     rows: Tensor, index: Tensor, rho: Tensor | None, taps: Tensor, bias: Tensor | None
@@ -31,12 +44,18 @@ def gather_taps(
         return None
     (k, n), (d, c) = index.shape, taps.shape[1:]
     out = rows.new_empty(n, d)
-    kept = [None if t is None else t.contiguous() for t in (rows, index, rho, taps, bias)]
+    rows, taps, bias = (None if t is None else t.contiguous() for t in (rows, taps, bias))  # type: ignore[assignment]
+    steps = (*index.stride(), *((0, 0) if rho is None else rho.stride()))
+    layout = TapsLayout(n, k, c, d, *map(_address, (rows, index, rho)), *steps)
     served = build.library().gather_taps(  # type: ignore[union-attr]
-        *(None if t is None else t.data_ptr() for t in kept),
-        *(n, k, c, d, build.threads(n * taps.numel()), out.data_ptr()),
+        *(ctypes.addressof(layout), _address(taps), _address(bias)),
+        *(build.threads(n * taps.numel()), out.data_ptr()),
     )
     return out if served else None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _attention(

@@ -34,7 +34,7 @@ _ARGUMENTS = {
         *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
         *(_INT, _POINTER),
     ],
-    "gather_taps": [*[_POINTER] * 5, *[_LONG] * 4, _INT, _POINTER],
+    "gather_taps": [_POINTER, _POINTER, _POINTER, _INT, _POINTER],
     "attention_forward": [_POINTER, _INT, *[_POINTER] * 3, *[_LONG] * 3],
     "attention_backward": [_POINTER, _INT, *[_POINTER] * 8],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],

@@ -88,7 +88,7 @@ static void look(const Grid *grid, const float *q, int64_t first, int64_t last, 
       float dx = q[0] - x[j], dy = q[1] - y[j], dz = q[2] - z[j];
       value[j] = dx * dx + dy * dy + dz * dz;
     }
-    float limit = found->count < found->k ? INFINITY : found->value[found->k - 1];
+    float limit = nearest_limit(found);
     int any = 0;
     for (int j = 0; j < LANES; j++) any |= value[j] <= limit;
     if (!any) continue;
@@ -140,9 +140,7 @@ static void one_target(const Grid *grid, const float *point, int d, int64_t own,
     }
     float safe = reach(grid, q, at, radius);
     if (safe == INFINITY) return;
-    if (found->count == found->k && safe > 0 &&
-        found->value[found->k - 1] < safe * safe * (1 - 1e-5f))
-      return;
+    if (safe > 0 && nearest_limit(found) < safe * safe * (1 - 1e-5f)) return;
   }
 }
 
@@ -195,12 +193,22 @@ int cells_nearest(const float *keys, int64_t m, const float *q, int64_t n, int d
       widen(keys + grid.index[j] * d, d, q);
       for (int axis = 0; axis < AXES; axis++) grid.place[axis][j] = q[axis];
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 256)
-    for (int64_t i = 0; i < n; i++) {
-      int64_t target = order[i];
-      Nearest found = {value + target * k, index + target * k, 0, k};
-      one_target(&grid, q + target * d, d, own ? own[target] : -1, &found);
+    int enough = 1;
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
+    {
+      Nearest found;
+      enough = nearest_new(&found, k);
+#pragma omp for schedule(dynamic, 256)
+      for (int64_t i = 0; i < n; i++) {
+        int64_t target = order[i];
+        if (!enough) continue;
+        nearest_clear(&found);
+        one_target(&grid, q + target * d, d, own ? own[target] : -1, &found);
+        nearest_tell(&found, value + target * k, index + target * k);
+      }
+      nearest_free(&found);
     }
+    if (!enough) status = 2;
   }
   free(starts);
   free(targets);

@@ -48,7 +48,7 @@ def rings_nearest(
     """Values and places ``(b, n, k)`` by ``far + weight * features``, in order, ties exact.
 
     For finite float32 on the CPU, where there is a compiler; nobody else may ask. None where places
-    tell so little that all pairs are looked at sooner.
+    tell so little that all pairs are looked at sooner, and for 2^31 sources or more.
 
     Args:
         kind: of features: ``"angles"``, of vectors of length one or zero, ``"squares"`` of
@@ -58,7 +58,7 @@ def rings_nearest(
         zeros: ``(b, n)`` and ``(b, m)``, which vectors are zero.
         size: of the grid of sources, up to three axes.
         at: ``(n,)``, the place of each target on it.
-        offset: ``(count, 3)`` in int32, what can lead from a target to a source.
+        offset: ``(3, count)`` in int32, what can lead from a target to a source.
         far: ``(count,)`` in float64, how far each of them leads, in order.
         border: how far what is no offset leads, at least.
         weight: of features.
@@ -66,6 +66,8 @@ def rings_nearest(
         own: ``(n,)``, a source that each target is not to find.
     """
     (b, n, c), m = q.shape, keys.shape[1]
+    if m >= 2**31:
+        return None
     parts = [t.contiguous() for t in (q, keys, *zeros, at)]
     own = None if own is None else own.contiguous()
     layout = Layout(

@@ -12,8 +12,9 @@
 typedef struct {
   int64_t n, k, c, d;
   const float *rows;    /* (m, c) */
-  const int64_t *index; /* (k, n), -1 for none */
+  const int64_t *index; /* (k, n), -1 for none; strides are counted in numbers */
   const float *rho;     /* (k, n), or NULL */
+  int64_t index_tap, index_target, rho_tap, rho_target;
   const float *panel;   /* (panels, k, c, PANEL) */
   const float *bias;    /* (panels, PANEL) */
   const float *zero;    /* (c) */
@@ -57,9 +58,10 @@ static void block(const Taps *t, int64_t start, float *out) {
       const float *row[TARGETS];
       float rho[TARGETS];
       for (int i = 0; i < TARGETS; i++) { /* targets that are missing repeat the last */
-        int64_t at = j * t->n + start + (i < count ? i : count - 1);
-        row[i] = t->index[at] < 0 ? t->zero : t->rows + t->index[at] * t->c;
-        rho[i] = t->rho ? t->rho[at] : 1;
+        int64_t target = start + (i < count ? i : count - 1);
+        int64_t source = t->index[j * t->index_tap + target * t->index_target];
+        row[i] = source < 0 ? t->zero : t->rows + source * t->c;
+        rho[i] = t->rho ? t->rho[j * t->rho_tap + target * t->rho_target] : 1;
       }
       if (t->rho)
         add(left, right, row, rho, panel, t->c);
@@ -74,18 +76,18 @@ static void block(const Taps *t, int64_t start, float *out) {
   }
 }
 
-/* rows (m, c), index (k, n), rho (k, n) or NULL, taps (k, d, c), bias (d) or NULL; out (n, d).
+/* Of t without panel, bias and zero: taps (k, d, c), bias (d) or NULL; out (n, d).
    Returns 0 where memory does not suffice. */
-int gather_taps(const float *rows, const int64_t *index, const float *rho, const float *taps,
-                const float *bias, int64_t n, int64_t k, int64_t c, int64_t d, int threads,
-                float *out) {
+int gather_taps(const Taps *given, const float *taps, const float *bias, int threads, float *out) {
+  Taps t = *given;
+  int64_t k = t.k, c = t.c, d = t.d, n = t.n;
   int64_t wide = (d + PANEL - 1) / PANEL * PANEL;
   float *panel = malloc((size_t)(wide * (k * c + 1)) * sizeof *panel);
   float *zero = calloc((size_t)c, sizeof *zero);
   int served = panel && zero;
   if (served) {
     pack(taps, bias, k, d, c, panel);
-    Taps t = {n, k, c, d, rows, index, rho, panel, panel + wide * k * c, zero};
+    t.panel = panel, t.bias = panel + wide * k * c, t.zero = zero;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < (n + TARGETS - 1) / TARGETS; item++)
       block(&t, item * TARGETS, out);

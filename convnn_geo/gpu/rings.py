@@ -35,12 +35,14 @@ def _moved(place, step, size):
 
 
 @triton.jit
-def _source(place, offset_ptr, there, planes, rows, columns):
+def _source(place, offset_ptr, at, count, planes, rows, columns):
     """The source at an offset, 0 where that leads off the grid, and whether it does not."""
+    there, offset_ptr = at < count, offset_ptr + at
     plane, inside = _moved(place[0], tl.load(offset_ptr, mask=there, other=0), planes)
-    row, within = _moved(place[1], tl.load(offset_ptr + 1, mask=there, other=0), rows)
+    row, within = _moved(place[1], tl.load(offset_ptr + count, mask=there, other=0), rows)
     inside = inside & within
-    column, within = _moved(place[2], tl.load(offset_ptr + 2, mask=there, other=0), columns)
+    step = tl.load(offset_ptr + 2 * count, mask=there, other=0)
+    column, within = _moved(place[2], step, columns)
     inside = inside & within & there
     return tl.where(inside, (plane * rows + row) * columns + column, 0), inside
 
@@ -104,13 +106,11 @@ def _look_around(
 
     best, first, searching = nobody(K, LANES), 0, real
     while any_of(searching):
-        offset, there = offset_ptr + 3 * first, first < count
-        source, inside = _source(place, offset, there, planes, rows, columns)
+        source, inside = _source(place, offset_ptr, first, count, planes, rows, columns)
         sources, insides = (source,), (inside,)
         sums = (tl.zeros([LANES], tl.float64),)
         for i in tl.static_range(1, AHEAD):
-            offset, there = offset + 3, first + i < count
-            source, inside = _source(place, offset, there, planes, rows, columns)
+            source, inside = _source(place, offset_ptr, first + i, count, planes, rows, columns)
             sources, insides = also(sources, source), also(insides, inside)
             sums = also(sums, sums[0])
         x_ptr, channel_ptr = q, key
@@ -168,7 +168,7 @@ def nearest(
         zeros: ``(b, n)`` and ``(b, m)``, which vectors are zero.
         size: of the grid of sources, up to three axes.
         at: ``(n,)``, the place of each target on it.
-        offset: ``(count, 3)`` in int32, all that lead from a target to a source.
+        offset: ``(3, count)`` in int32, all that lead from a target to a source.
         far: ``(count,)`` in float64, how far each of them leads, in order.
         weights: ``(2,)`` in float64, of places and of features.
         k: at most the number of sources, without the own, and 64 or so.

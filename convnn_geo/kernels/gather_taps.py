@@ -155,6 +155,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     rows, index, rho, taps = ctx.saved_tensors
     need_rows, _, need_rho, need_taps, need_bias, *_ = ctx.needs_input_grad
     to_bias = grad.sum(0) if need_bias else None
+    grad = grad.contiguous()  # or each product would copy what a sum has spread
     again = torch.is_grad_enabled() and not is_traced()  # to be differentiated once more
     if ctx.triton and not again:
         needed = (need_rows or need_rho, need_taps)
@@ -222,9 +223,8 @@ def _outer(grad: Tensor, x: Tensor, groups: int) -> Tensor:
     """``grad^T x``, group by group: the gradient of one tap."""
     if groups == 1:
         return grad.t() @ x
-    n = grad.shape[0]
-    grouped, x = (
-        grad.view(n, groups, grad.shape[1] // groups),
-        x.view(n, groups, x.shape[1] // groups),
-    )
+    grouped = grad.view(grad.shape[0], groups, grad.shape[1] // groups)
+    if x.shape[1] == groups:  # depthwise: sums over targets, each of one channel
+        return (grouped * x.unsqueeze(-1)).sum(0).view(-1, 1)
+    x = x.view(grad.shape[0], groups, x.shape[1] // groups)
     return torch.einsum("ngd,ngc->gdc", grouped, x).flatten(0, 1)

@@ -78,11 +78,10 @@ class Taps(Kernel):
                 hood.mask.expand(*lead, *hood.mask.shape[-2:]).flatten(0, -2), rows.shape[0]
             )
             rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))
-        index = index.t().contiguous()
         rho = None if weight is None else spread(weight.to(rows.dtype), lead).t()
         taps = self.weight.flatten(2).permute(2, 0, 1)
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        out = gather_taps(rows, index, rho, taps.to(rows.dtype), bias, self.groups, triton)
+        out = gather_taps(rows, index.t(), rho, taps.to(rows.dtype), bias, self.groups, triton)
         return out.view(*lead, hood.num_targets, out.shape[-1])
 
 

@@ -29,7 +29,7 @@ def offsets(
     scale: tuple[float, ...],
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Offsets between pixels ``(count, 3)``, nearest first, and how far they lead.
+    """Offsets between pixels ``(3, count)``, nearest first, and how far they lead.
 
     And how far the nearest leads that is left out: infinite where none is.
 
@@ -60,4 +60,4 @@ def offsets(
     order = far.argsort(stable=True)
     order = order[far[order] < border]
     offset = torch.nn.functional.pad(offset[order].int(), (3 - len(size), 0))
-    return offset.to(device), far[order].to(device), border
+    return offset.t().contiguous().to(device), far[order].to(device), border
