@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from convnn_geo import compiled
 from convnn_geo.compiled import build
 from convnn_geo.lowering import choose, explain, run
+from convnn_geo.metrics.chosen import of_pairs
 from convnn_geo.nn import ConvNN2d, ConvNNAttention
 from convnn_geo.nn.functional import knn_attention
 from convnn_geo.search import knn
@@ -694,12 +695,25 @@ def test_why_it_refuses_without_a_compiler(monkeypatch):
 def test_taps_on_gathered_rows(processor, n, k, c, d, weighted):
     rows, index = torch.randn(40, c), torch.randint(-1, 40, (k, n))
     taps, bias = torch.randn(k, d, c), torch.randn(d) if weighted else None
-    rho = torch.rand(k, n) if weighted else None
+    rho = torch.rand(n, k).t() if weighted else None
     found = compiled.gather_taps(rows, index, rho, taps, bias)
     near = F.pad(rows, (0, 0, 0, 1)).double()[index]
     near = near if rho is None else near * rho.unsqueeze(-1)
     exact = torch.einsum("jnc,jdc->nd", near, taps.double())
     exact = exact if bias is None else exact + bias
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n, k, c", [(1, 1, 2), (9, 3, 5), (70, 9, 33), (8, 2, 64)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_depthwise_taps_on_gathered_rows(processor, n, k, c, weighted):
+    rows, index = torch.randn(40, c), torch.randint(-1, 40, (n, k)).t()
+    taps, bias = torch.randn(k, c, 1), torch.randn(c) if weighted else None
+    rho = torch.rand(k, n) if weighted else None
+    found = compiled.gather_taps(rows, index, rho, taps, bias, c)
+    near = F.pad(rows, (0, 0, 0, 1)).double()[index] * taps.double().squeeze(-1).unsqueeze(1)
+    near = near if rho is None else near * rho.unsqueeze(-1)
+    exact = near.sum(0) if bias is None else near.sum(0) + bias
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -723,10 +737,80 @@ def test_the_operator_of_taps_keeps_the_rules_of_torch(groups, weighted, dtype):
         assert torch.autograd.gradgradcheck(run, leaves)
 
 
+def pairs_by_copies(kind, q, keys, index):
+    near = torch.take_along_dim(
+        keys.unsqueeze(-3), index.expand(*q.shape[:-1], -1).unsqueeze(-1), -2
+    )
+    q = q.unsqueeze(-2)
+    return (q * near).sum(-1) if kind == "products" else (q - near).square().sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["products", "squares"])
+@pytest.mark.parametrize("shape", [(7, 5), (1, 9, 33), (2, 3, 8, 16), (5, 6, 1)])
+@pytest.mark.parametrize("k, shared", [(1, False), (4, False), (4, True), (0, False)])
+def test_chosen_pairs_and_their_gradients(processor, kind, shape, k, shared):
+    *lead, n, d = shape
+    q, keys = torch.randn(shape), torch.randn(*lead, 11, d)
+    index = torch.randint(0, 11, (n, k) if shared else (*lead, n, k))
+    assert compiled.serves_pairs(q, keys, index)
+    exact = pairs_by_copies(kind, q.double(), keys.double(), index)
+    double = compiled.pairs(kind, q, keys, index, double=True)
+    torch.testing.assert_close(double, exact, rtol=1e-13, atol=1e-13)
+    assert torch.equal(compiled.pairs(kind, q, keys, index), double.float())
+    leaves = [t.double().requires_grad_() for t in (q, keys)]
+    grad = torch.randn(*lead, n, k)
+    out = pairs_by_copies(kind, *leaves, index)
+    wanted = torch.autograd.grad(out, leaves, grad.double())
+    found = compiled.pairs_gradients(kind, q, keys, index, grad, (True, True))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    assert compiled.pairs_gradients(kind, q, keys, index, grad, (True, False))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["products", "squares"])
+def test_chosen_pairs_learn_twice(kind):
+    q, keys, index = torch.randn(2, 6, 9), torch.randn(2, 8, 9), torch.randint(0, 8, (2, 6, 3))
+    leaves, found = [q.requires_grad_(), keys.requires_grad_()], []
+    for function in (of_pairs, pairs_by_copies):
+        out = function(kind, *leaves, index)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    alone = torch.autograd.grad(of_pairs(kind, q.detach(), keys, index).sum(), keys)[0]
+    torch.testing.assert_close(
+        alone, torch.autograd.grad(pairs_by_copies(kind, q, keys, index).sum(), keys)[0]
+    )
+
+
+@pytest.mark.parametrize("wrong", [-1, 8])
+def test_chosen_pairs_are_pairs(wrong):
+    q, keys, index = torch.randn(6, 9), torch.randn(8, 9), torch.zeros(6, 3, dtype=torch.long)
+    index[4, 1] = wrong
+    with pytest.raises(IndexError, match="from 0 to 7"):
+        compiled.pairs("products", q, keys, index)
+
+
+def test_chosen_pairs_that_are_not_served():
+    q, keys, index = torch.randn(2, 6, 9), torch.randn(2, 8, 9), torch.zeros(2, 6, 3).long()
+    for parts in (
+        (q.double(), keys.double(), index),
+        (q, keys[0], index),  # which all share
+        (q, keys, index[:1]),
+        (q, keys, index.int()),
+        (q.half(), keys.half(), index),
+        (q[:, :0], keys, index[:, :0]),
+    ):
+        assert not compiled.serves_pairs(*parts)
+    found = of_pairs("products", q, keys[0], index)  # whatever is, is right
+    torch.testing.assert_close(found, (q * keys[0, 0]).sum(-1, keepdim=True).expand(2, 6, 3))
+
+
 def test_taps_that_are_not_served():
     rows, index, taps = torch.randn(4, 3), torch.zeros(2, 5, dtype=torch.long), torch.randn(2, 6, 3)
     assert compiled.gather_taps(rows.double(), index, None, taps.double(), None) is None
     assert compiled.gather_taps(rows, index[:, :0], None, taps, None) is None
+    assert compiled.gather_taps(rows, index, None, torch.randn(2, 6, 1), None, 3) is None
 
 
 def test_the_layer_is_the_same_without(monkeypatch):

@@ -2,6 +2,7 @@
 
 from convnn_geo.compiled.aggregation import attention, attention_backward, gather_taps
 from convnn_geo.compiled.build import library
+from convnn_geo.compiled.pairs import pairs, pairs_gradients, serves_pairs
 from convnn_geo.compiled.problem import Runs
 from convnn_geo.compiled.rings import rings_nearest
 from convnn_geo.compiled.search import (
@@ -9,7 +10,6 @@ from convnn_geo.compiled.search import (
     cells_nearest,
     k_smallest,
     products_nearest,
-    squared_differences,
     windows_nearest,
 )
 
@@ -22,8 +22,10 @@ __all__ = [
     "gather_taps",
     "k_smallest",
     "library",
+    "pairs",
+    "pairs_gradients",
     "products_nearest",
     "rings_nearest",
-    "squared_differences",
+    "serves_pairs",
     "windows_nearest",
 ]

@@ -25,32 +25,42 @@ class TapsLayout(ctypes.Structure):
 
 
 def gather_taps(
-    rows: Tensor, index: Tensor, rho: Tensor | None, taps: Tensor, bias: Tensor | None
+    rows: Tensor,
+    index: Tensor,
+    rho: Tensor | None,
+    taps: Tensor,
+    bias: Tensor | None,
+    groups: int = 1,
 ) -> Tensor | None:
     """``out_i = bias + sum_j W_j rho_ij rows[index_ji]``, ``(n, d)``; no copies of neighbours.
 
-    None where that is not served: it is for float32 on the CPU.
+    None where that is not served: it is for float32 on the CPU, all channels in one group or each
+    in its own.
 
     Args:
         rows: ``(m, c)``.
         index: ``(k, n)``; -1 for none.
         rho: ``(k, n)`` or None.
-        taps: ``(k, d, c)``.
+        taps: ``(k, d, c // groups)``.
         bias: ``(d,)`` or None.
+        groups: groups of channels.
     """
     parts = [t for t in (rows, rho, taps, bias) if t is not None]
     here = all(build.here(t) for t in parts)
-    if not here or not index.numel() or not build.library():
+    (k, n), c, d = index.shape, rows.shape[1], taps.shape[1]
+    depthwise = 1 < groups == c == d
+    if not here or not index.numel() or (groups > 1 and not depthwise) or not build.library():
         return None
-    (k, n), (d, c) = index.shape, taps.shape[1:]
     out = rows.new_empty(n, d)
     rows, taps, bias = (None if t is None else t.contiguous() for t in (rows, taps, bias))  # type: ignore[assignment]
     steps = (*index.stride(), *((0, 0) if rho is None else rho.stride()))
     layout = TapsLayout(n, k, c, d, *map(_address, (rows, index, rho)), *steps)
-    served = build.library().gather_taps(  # type: ignore[union-attr]
-        *(ctypes.addressof(layout), _address(taps), _address(bias)),
-        *(build.threads(n * taps.numel()), out.data_ptr()),
-    )
+    given = (ctypes.addressof(layout), _address(taps), _address(bias))
+    threads, library = build.threads(n * taps.numel()), build.library()
+    if depthwise:
+        library.gather_depthwise(*given, threads, out.data_ptr())  # type: ignore[union-attr]
+        return out
+    served = library.gather_taps(*given, threads, out.data_ptr())  # type: ignore[union-attr]
     return out if served else None
 
 

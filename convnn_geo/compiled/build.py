@@ -30,17 +30,16 @@ _ARGUMENTS = {
         *(_POINTER, _INT, _POINTER, _POINTER),
     ],
     "rings_nearest": [_POINTER] * 3,
-    "squared_differences": [
-        *(_POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, _LONG),
-        *(_INT, _POINTER),
-    ],
+    "pairs_measure": [_POINTER] * 3,
+    "pairs_gradient": [_POINTER] * 4,
     "gather_taps": [_POINTER, _POINTER, _POINTER, _INT, _POINTER],
+    "gather_depthwise": [_POINTER, _POINTER, _POINTER, _INT, _POINTER],
     "attention_forward": [_POINTER, _INT, *[_POINTER] * 3, *[_LONG] * 3],
     "attention_backward": [_POINTER, _INT, *[_POINTER] * 8],
     "products_nearest": [_POINTER, _INT, _POINTER, _POINTER],
     "windows_nearest": [_POINTER, _POINTER, _POINTER, _LONG, _INT, *[_POINTER] * 3],
 }
-_FUSED = ("products.c", "taps.c", "attention.c", "windows.c")
+_FUSED = ("products.c", "taps.c", "attention.c", "windows.c", "pairs.c")
 """Whose sums may fuse a product into its addition; elsewhere they round as torch's do."""
 
 

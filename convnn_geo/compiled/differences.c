@@ -1,4 +1,4 @@
-/* Squared Euclidean distances of chosen pairs. Of few axes they are summed in single precision, in
+/* Squared Euclidean distances of two points. Of few axes they are summed in single precision, in
    the order of axes and without fused operations, as everywhere else in this package. */
 
 #include "differences.h"
@@ -28,15 +28,4 @@ float squared_difference_of_few(const float *q, const float *key, int64_t d) {
     total += difference * difference;
   }
   return total;
-}
-
-/* q (examples, n, d), keys (examples, m, d), index (examples, n, k) into keys; out like index. */
-void squared_differences(const float *q, const float *keys, const int64_t *index, int64_t examples,
-                         int64_t n, int64_t m, int64_t d, int64_t k, int threads, double *out) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < examples * n; row++) {
-    const float *all = keys + row / n * m * d;
-    for (int64_t j = 0; j < k; j++)
-      out[row * k + j] = squared_difference(q + row * d, all + index[row * k + j] * d, d);
-  }
 }

@@ -136,25 +136,3 @@ def windows_nearest(
         *(t.data_ptr() for t in (values, places, kept)),
     )
     return (values, places, kept) if served else None
-
-
-def squared_differences(q: Tensor, keys: Tensor, index: Tensor) -> Tensor | None:
-    """``sum (q - keys[index])^2``, ``(..., n, k)`` in float64, of float32 points.
-
-    None where that is not served: it is for the CPU, without gradient, and for equal leading axes,
-    at most one.
-    """
-    here = q.dtype == keys.dtype == torch.float32 and q.device.type == index.device.type == "cpu"
-    like = q.ndim == keys.ndim == index.ndim <= 3 and q.shape[:-1] == index.shape[:-1]
-    like = like and q.shape[:-2] == keys.shape[:-2] and index.numel() > 0
-    graph = torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)
-    if not here or not like or graph or torch.compiler.is_compiling() or build.library() is None:
-        return None
-    q, keys, index = q.contiguous(), keys.contiguous(), index.contiguous()
-    out = torch.empty_like(index, dtype=torch.float64)
-    (n, d), m, k = q.shape[-2:], keys.shape[-2], index.shape[-1]
-    build.library().squared_differences(  # type: ignore[union-attr]
-        *(q.data_ptr(), keys.data_ptr(), index.data_ptr(), q.shape[:-2].numel()),
-        *(n, m, d, k, build.threads(index.numel() * d), out.data_ptr()),
-    )
-    return out

@@ -76,6 +76,24 @@ static void block(const Taps *t, int64_t start, float *out) {
   }
 }
 
+/* Depthwise taps (k, c), bias (c) or NULL; out (n, c). */
+void gather_depthwise(const Taps *t, const float *taps, const float *bias, int threads,
+                      float *out) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < t->n; i++) {
+    float *restrict sum = out + i * t->c;
+    for (int64_t channel = 0; channel < t->c; channel++) sum[channel] = bias ? bias[channel] : 0;
+    for (int64_t j = 0; j < t->k; j++) {
+      int64_t source = t->index[j * t->index_tap + i * t->index_target];
+      if (source < 0) continue;
+      const float *row = t->rows + source * t->c, *tap = taps + j * t->c;
+      float rho = t->rho ? t->rho[j * t->rho_tap + i * t->rho_target] : 1;
+      for (int64_t channel = 0; channel < t->c; channel++)
+        sum[channel] += row[channel] * rho * tap[channel];
+    }
+  }
+}
+
 /* Of t without panel, bias and zero: taps (k, d, c), bias (d) or NULL; out (n, d).
    Returns 0 where memory does not suffice. */
 int gather_taps(const Taps *given, const float *taps, const float *bias, int threads, float *out) {

@@ -65,7 +65,7 @@ def _gather_taps(
         whole = None if rho is None else rho.contiguous()
         parts = (rows.contiguous(), index.contiguous(), whole, taps.contiguous(), bias)
         return kernels.gather_taps(*parts, groups)
-    found = compiled.gather_taps(rows, index, rho, taps, bias) if groups == 1 else None
+    found = compiled.gather_taps(rows, index, rho, taps, bias, groups)
     if found is not None:
         return found
     (k, d), n = taps.shape[:2], index.shape[1]

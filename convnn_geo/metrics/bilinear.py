@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from convnn_geo.metrics.chosen import of_pairs
 from convnn_geo.metrics.distances import (
     Distances,
     beginning,
@@ -81,8 +82,8 @@ class BilinearForm(Distances):
         return self.q.shape[-1]
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        q = beginning(self.q, start, index).unsqueeze(-2).to(self.dtype)
-        distance = (gather_rows(self.k, index).to(self.dtype) * q).sum(-1) * -self.scale
+        q = beginning(self.q, start, index)
+        distance = of_pairs("products", q, self.k, index, self.dtype) * -self.scale
         if self.a is not None:
             distance = distance + beginning(self.a.unsqueeze(-1), start, index)
         if self.b is not None:

@@ -9,8 +9,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from convnn_geo import compiled
 from convnn_geo.metrics.bilinear import BilinearForm
+from convnn_geo.metrics.chosen import of_pairs
 from convnn_geo.metrics.distances import (
     DIRECT_DIMENSIONS,
     Distances,
@@ -134,12 +134,11 @@ class Differences(Distances):
         return self.q.shape[-1]
 
     def at(self, index: Tensor, start: int = 0) -> Tensor:
-        if self.wide and self.p == 2 and self.scale is None and self.dtype == torch.float64:
-            exact = compiled.squared_differences(beginning(self.q, start, index), self.k, index)
-            if exact is not None:
-                return exact.sqrt() if self.root else exact
-        q = beginning(self.q, start, index).unsqueeze(-2).to(self.dtype)
-        k = gather_rows(self.k, index).to(self.dtype)
+        q = beginning(self.q, start, index)
+        if self.wide and self.p == 2 and self.scale is None:
+            square = of_pairs("squares", q, self.k, index, self.dtype)
+            return _safe_root(square, self.p) if self.root else square
+        q, k = q.unsqueeze(-2).to(self.dtype), gather_rows(self.k, index).to(self.dtype)
         if not self.wide:
             return self._direct(q, k)
         parts = q - k
