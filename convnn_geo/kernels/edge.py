@@ -134,16 +134,28 @@ class VectorAttention(nn.Module, Kernel):
 
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """Scores and values side by side, ``2 d`` channels."""
+        return torch.cat(self._scores_and_values(pairs), -1)
+
+    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
+        """Softmax over neighbours, channel by channel, and the weighted sum."""
+        return self._attend(*messages.chunk(2, -1), mask)
+
+    def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
+        """The same without putting them side by side, which takes as long as all else."""
+        if weight is not None:
+            return super().gather(pairs, weight)
+        return self._attend(*self._scores_and_values(pairs), pairs.mask)
+
+    def _scores_and_values(self, pairs: Pairs | EdgePairs) -> tuple[Tensor, Tensor]:
         key, value = pairs.x_j.chunk(2, -1)
         offset = _there(pairs.offset)
         _check_width("VectorAttention", self.position, offset.shape[-1], "offset")
         delta = on_rows(self.position, -offset.to(key.dtype), pairs)
         score = on_rows(self.attention, self.query(_there(pairs.x_i)) - key + delta, pairs)
-        return torch.cat([score, value + delta], -1)
+        return score, value + delta
 
-    def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
-        """Softmax over neighbours, channel by channel, and the weighted sum."""
-        score, value = messages.chunk(2, -1)
+    @staticmethod
+    def _attend(score: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             score = score.masked_fill(~mask.unsqueeze(-1), -torch.inf)
             alone = ~mask.any(-1)[..., None, None]
