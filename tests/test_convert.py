@@ -692,8 +692,9 @@ def test_flops_of_networks_on_edges(monkeypatch):
     x, batch = torch.randn(12, 3), torch.arange(12) // 6
     (line,) = convert.report(new, x, batch).lines
     assert line.now == "DynamicEdgeConvNN" and line.was == "DynamicEdgeConv"
-    edges = 12 * 4
-    assert line.flops == 2 * edges * (6 * 8 + 8 * 4) + 2 * 2 * 6 * 6 * 3
+    targets, edges = 12, 12 * 4
+    first = (targets + edges) * 3 * 8  # targets once each, differences once an edge
+    assert line.flops == 2 * (first + edges * 8 * 4) + 2 * 2 * 6 * 6 * 3
 
 
 def test_report_of_whole_models_does_not_change_with_exact_layers():

@@ -136,7 +136,7 @@ IMAGES = {
     ),
     "network of the kernel, weighted": (
         lambda: conv(k=K, metric="cosine", weighting="softmax", kernel=EdgeMLP(nn.Linear(8, OUT))),
-        SEARCH + 2 * PIXELS * K * 2 * CHANNELS * OUT + PIXELS * K * OUT,
+        SEARCH + 2 * PIXELS * (1 + K) * CHANNELS * OUT + PIXELS * K * OUT,  # targets once each
     ),
 }
 NATIVE = {

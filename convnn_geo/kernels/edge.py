@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnn_geo.checks import check_name
@@ -20,6 +23,9 @@ class EdgeMLP(nn.Module, Kernel):
 
     ``inputs=("target", "difference")`` is EdgeConv (https://arxiv.org/abs/1801.07829),
     ``("source", "offset")`` the set abstraction of PointNet++ (https://arxiv.org/abs/1706.02413).
+
+    Where the network begins with a linear layer, that is applied to each input by itself: to a
+    target or a source once, not once a pair; and no pair's inputs are put side by side.
 
     Args:
         mlp: from the inputs' channels to the messages'.
@@ -44,21 +50,23 @@ class EdgeMLP(nn.Module, Kernel):
         self.needs_offset = "offset" in self.inputs
 
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
-        """The network on concatenated inputs."""
-        x_j = pairs.x_j
-        parts = []
-        for name in self.inputs:
-            if name == "source":
-                parts.append(x_j)
-            elif name == "offset":
-                parts.append(_there(pairs.offset).to(x_j.dtype).expand(*x_j.shape[:-1], -1))
-            else:
-                x_i = _there(pairs.x_i)
-                part = x_i if name == "target" else x_j - x_i
-                parts.append(part.expand(*x_j.shape[:-1], -1))
-        inputs = torch.cat(parts, -1)
-        _check_width("EdgeMLP", self.mlp, inputs.shape[-1], " + ".join(self.inputs))
-        return on_rows(self.mlp, inputs, pairs)
+        """The network on the inputs of each pair."""
+        widths = [self._width(name, pairs) for name in self.inputs]
+        _check_width("EdgeMLP", self.mlp, sum(widths), " + ".join(self.inputs))
+        first, rest = _linear_first(self.mlp)
+        if first is None or {*self.inputs} == {"target"}:
+            shape = pairs.x_j.shape[:-1]
+            parts = [_input(name, pairs).expand(*shape, -1) for name in self.inputs]
+            return on_rows(self.mlp, torch.cat(parts, -1), pairs)
+        weights = first.weight.split(widths, -1)
+        parts = [_mapped(*part, pairs) for part in zip(self.inputs, weights, strict=True)]
+        parts += [] if first.bias is None else [first.bias]
+        return on_rows(rest, reduce(torch.add, parts), pairs)
+
+    def _width(self, name: str, pairs: Pairs | EdgePairs) -> int:
+        if name == "offset":
+            return _there(pairs.offset).shape[-1]
+        return (pairs.value if isinstance(pairs, Pairs) else pairs.x_j).shape[-1]
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """As named."""
@@ -66,6 +74,36 @@ class EdgeMLP(nn.Module, Kernel):
 
     def extra_repr(self) -> str:
         return f"inputs={self.inputs}, reduce={self.reduction!r}"
+
+
+def _input(name: str, pairs: Pairs | EdgePairs) -> Tensor:
+    """What a network sees by that name, ``(..., n, k, c)``, or ``(..., n, 1, c)`` of targets."""
+    if name == "source":
+        return pairs.x_j
+    if name == "offset":
+        return _there(pairs.offset).to(pairs.x_j.dtype)
+    x_i = _there(pairs.x_i)
+    return x_i if name == "target" else pairs.x_j - x_i
+
+
+def _mapped(name: str, weight: Tensor, pairs: Pairs | EdgePairs) -> Tensor:
+    """The same times a matrix ``(d, c)``: of sources once each, before they are gathered."""
+    if name == "source" and isinstance(pairs, Pairs):
+        return replace(pairs, value=F.linear(pairs.value, weight)).x_j
+    return F.linear(_input(name, pairs), weight)
+
+
+def _linear_first(network: nn.Module) -> tuple[nn.Linear | None, nn.Module]:
+    """The linear layer that a network begins with, and the rest; None where there is none.
+
+    Nor where somebody looks on by hooks, who expects its input.
+    """
+    chain = [*network] if type(network) is nn.Sequential else [network]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    seen = any(getattr(part, hook) for part in (network, *chain[:1]) for hook in hooks)
+    if not chain or type(chain[0]) is not nn.Linear or seen:
+        return None, network
+    return chain[0], chain[1] if len(chain) == 2 else nn.Sequential(*chain[1:])
 
 
 class MaxRelative(nn.Module, Kernel):
@@ -138,7 +176,8 @@ class VectorAttention(nn.Module, Kernel):
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax over neighbours, channel by channel, and the weighted sum."""
-        return self._attend(*messages.chunk(2, -1), mask)
+        score, value = messages.chunk(2, -1)
+        return self._attend(score, value, mask)
 
     def gather(self, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """The same without putting them side by side, which takes as long as all else."""
