@@ -10,6 +10,7 @@ from torch import Tensor
 from convnn_geo.caching import once
 from convnn_geo.metrics import Distances, full_precision
 from convnn_geo.neighborhood import Neighborhood
+from convnn_geo.operators import is_transformed
 from convnn_geo.points import Points, gather_rows
 
 
@@ -64,14 +65,24 @@ class Pairs:
     @once
     def x_j(self) -> Tensor:
         """Values of neighbours, ``(..., n, k, c)``; zeros in empty slots."""
-        rows = gather_rows(self.value, self.neighborhood.index)
-        return rows if self.mask is None else rows.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+        return self._filled(gather_rows(self.value, self.neighborhood.index))
 
     @once
     def offset(self) -> Tensor:
-        """Positions of neighbours relative to the target, ``p_j - p_i``, ``(..., n, k, p)``."""
+        """Positions of neighbours relative to the target, ``p_j - p_i``, ``(..., n, k, p)``.
+
+        Zeros in empty slots.
+        """
         chosen = gather_rows(self.source.position, self.neighborhood.index)
-        return chosen - self.target.position.unsqueeze(-2)
+        return self._filled(chosen - self.target.position.unsqueeze(-2))
+
+    def _filled(self, slots: Tensor) -> Tensor:
+        """Zeros where slots are empty, written into what is given where it may be."""
+        if self.mask is None:
+            return slots
+        empty = ~self.mask.unsqueeze(-1)
+        alike = empty.shape[:-1] == slots.shape[:-1] and not is_transformed()
+        return slots.masked_fill_(empty, 0.0) if alike else slots.masked_fill(empty, 0.0)
 
 
 @dataclass(frozen=True)

@@ -232,19 +232,28 @@ class GravNet(nn.Module, Kernel):
         return self.own(_there(x_i)) + self.update(reduced)
 
 
+_ROW_BY_ROW = (
+    *(nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.GELU),
+    *(nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.ReLU6, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Softplus),
+)
+"""Layers to which the other rows make no difference."""
+
+
 def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
-    """A module on ``x (..., c)`` as rows ``(N, c)``, and only those of filled slots.
+    """A module on ``x (..., c)`` as rows ``(N, c)``; on those of filled slots alone where it counts.
 
     So that a module that normalises over rows, such as :class:`torch.nn.BatchNorm1d`, sees the
-    same rows whichever way the operator runs.
+    same rows whichever way the operator runs. In empty slots ``x`` must be finite; what comes out
+    there is nobody's.
     """
     rows = x.flatten(0, -2)
     mask = pairs.mask if isinstance(pairs, Pairs) else None
-    if mask is None:
+    alone = all(type(part) in (nn.Sequential, *_ROW_BY_ROW) for part in module.modules())
+    if mask is None or alone:
         return module(rows).unflatten(0, x.shape[:-1])
-    filled = mask.expand(x.shape[:-1]).flatten()
-    out = module(rows[filled])
-    every = out.new_zeros(rows.shape[0], out.shape[-1]).masked_scatter(filled.unsqueeze(-1), out)
+    filled = mask.expand(x.shape[:-1]).flatten().nonzero().squeeze(-1)
+    out = module(rows.index_select(0, filled))
+    every = out.new_zeros(rows.shape[0], out.shape[-1]).index_copy(0, filled, out)
     return every.unflatten(0, x.shape[:-1])
 
 
