@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +59,9 @@ class EdgeMLP(nn.Module, Kernel):
             shape = pairs.x_j.shape[:-1]
             parts = [_input(name, pairs).expand(*shape, -1) for name in self.inputs]
             return on_rows(self.mlp, torch.cat(parts, -1), pairs)
-        weights = first.weight.split(widths, -1)
-        parts = [_mapped(*part, pairs) for part in zip(self.inputs, weights, strict=True)]
-        parts += [] if first.bias is None else [first.bias]
-        return on_rows(rest, reduce(torch.add, parts), pairs)
+        weights, biases = first.weight.split(widths, -1), (first.bias, *[None] * (len(widths) - 1))
+        mapped = map(_mapped, self.inputs, weights, biases, repeat(pairs))
+        return on_rows(rest, reduce(torch.add, mapped), pairs)
 
     def _width(self, name: str, pairs: Pairs | EdgePairs) -> int:
         if name == "offset":
@@ -81,16 +81,17 @@ def _input(name: str, pairs: Pairs | EdgePairs) -> Tensor:
     if name == "source":
         return pairs.x_j
     if name == "offset":
-        return _there(pairs.offset).to(pairs.x_j.dtype)
+        like = pairs.value if isinstance(pairs, Pairs) else pairs.x_j
+        return _there(pairs.offset).to(like.dtype)
     x_i = _there(pairs.x_i)
     return x_i if name == "target" else pairs.x_j - x_i
 
 
-def _mapped(name: str, weight: Tensor, pairs: Pairs | EdgePairs) -> Tensor:
-    """The same times a matrix ``(d, c)``: of sources once each, before they are gathered."""
+def _mapped(name: str, weight: Tensor, bias: Tensor | None, pairs: Pairs | EdgePairs) -> Tensor:
+    """A linear layer on it: on sources once each, before they are gathered."""
     if name == "source" and isinstance(pairs, Pairs):
-        return replace(pairs, value=F.linear(pairs.value, weight)).x_j
-    return F.linear(_input(name, pairs), weight)
+        return replace(pairs, value=F.linear(pairs.value, weight, bias)).x_j
+    return F.linear(_input(name, pairs), weight, bias)
 
 
 def _linear_first(network: nn.Module) -> tuple[nn.Linear | None, nn.Module]:
@@ -240,7 +241,7 @@ _ROW_BY_ROW = (
 
 
 def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
-    """A module on ``x (..., c)`` as rows ``(N, c)``; on those of filled slots alone where it counts.
+    """A module on ``x (..., c)`` as rows ``(N, c)``, where it counts on those of filled slots alone.
 
     So that a module that normalises over rows, such as :class:`torch.nn.BatchNorm1d`, sees the
     same rows whichever way the operator runs. In empty slots ``x`` must be finite; what comes out
