@@ -44,12 +44,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_rules_are_tried_from_the_fastest_to_the_plainest():
     names = [rule.name for rule in RULES]
-    native = ["convolution", "pooling", "attention"]
+    native = ["convolution", "pooling", "block_attention", "attention"]
     others = ["neighbor_attention", "triton_attention", "masked_attention"]
-    assert names[:7] == [*native, *others, "gather"]
-    assert names[7:] == ["message_passing", "triton_taps"]  # run when asked for
+    assert names[:8] == [*native, *others, "gather"]
+    assert names[8:] == ["message_passing", "triton_taps"]  # run when asked for
     backends = [rule.backend for rule in RULES]
-    assert backends[:7] == [*["native"] * 3, "compiled", "triton", "native", "gather"]
+    assert backends[:8] == [*["native"] * 4, "compiled", "triton", "native", "gather"]
     assert backends[7:] == ["message_passing", "triton"]
 
 
@@ -73,7 +73,7 @@ def test_choose_takes_the_first_that_can(backend, expected):
 
 def test_auto_ends_at_gather():
     rule, passed = choose(ConvNN2d(4, 6, k=3, metric="cosine").operation(IMAGE))
-    assert rule.name == "gather" and len(passed) == 6 and all(reason for _, reason in passed)
+    assert rule.name == "gather" and len(passed) == 7 and all(reason for _, reason in passed)
 
 
 def test_unknown_backend():
@@ -222,7 +222,7 @@ def test_every_refusal_says_why(rule, make, reason):
 def test_the_slow_rules_never_refuse():
     for make, _ in (*CONVOLUTION.values(), *ATTENTION.values()):
         op = make()
-        assert all(rule.refuses(op) is None for rule in RULES[6:8])
+        assert all(rule.refuses(op) is None for rule in RULES[7:9])
 
 
 # --- explain -------------------------------------------------------------------------------
@@ -246,6 +246,7 @@ def test_explain_attention():
         "ConvNNAttention runs by: attention",
         "  convolution        refused: the kernel is Sum, not taps",
         "  pooling            refused: the kernel is Sum, neither Mean nor Max",
+        "  block_attention    refused: candidates are All, no classes of points",
     ]
 
 
@@ -268,7 +269,7 @@ def test_explain_a_backend_that_was_asked_for():
     assert lines[0] == "ConvNN2d runs by: message_passing"
     assert lines[1:] == [
         f"  {name:<18} refused: backend='message_passing' was asked for"
-        for name in (rule.name for rule in RULES[:7])
+        for name in (rule.name for rule in RULES[:8])
     ]
 
 
@@ -461,6 +462,69 @@ def test_patterns_lower_to_masks(pattern, cross, causal):
         results.append(layer(q, k, k, need_weights=False, is_causal=causal)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(results[2], results[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(Block(3), Block(2, 1), Block((2, 5), (0, 3)), Block(9, 4), Block(9), Block(1)),
+        *(Congruent(2), Congruent(3), Congruent(9)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "metric", ["scaled_dot", "cosine", metrics.interpolate("squared_spatial", "dot", 0.7)]
+)
+def test_classes_of_points_attend_by_themselves(pattern, metric):
+    layer = ConvNNAttention(8, 2, candidates=pattern, metric=metric, axes=2).double()
+    x = random(2, 6, 7, 8).requires_grad_()
+    assert "runs by: block_attention" in explain(layer, x, need_weights=False)
+    found = {}
+    for backend in ("native", "gather"):
+        layer.backend = backend
+        out = layer(x, need_weights=False)[0]
+        found[backend] = [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [Block(3), Block(3, 1), Block(4, 7), Congruent(4)], ids=str)
+def test_classes_of_a_sequence(pattern):
+    layer = ConvNNAttention(8, 2, candidates=pattern).double()
+    x = random(3, 11, 8)
+    out = layer(x, need_weights=False)[0]
+    layer.backend = "gather"
+    torch.testing.assert_close(layer(x, need_weights=False)[0], out)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch's own, under vmap
+def test_classes_of_points_in_float32_compiled_and_mapped():
+    torch.manual_seed(0)
+    layer, x = ConvNNAttention(8, 2, candidates=Block(3, 1)).eval(), torch.randn(2, 11, 8)
+
+    def attend(x):
+        return layer(x, need_weights=False)[0]
+
+    wanted = attend(x)
+    whole = torch.compile(attend, backend="eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(whole(x), wanted)
+    assert whole(torch.randn(2, 14, 8)).shape == (2, 14, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (attend(x) - wanted).abs().max() < 0.05
+    torch.testing.assert_close(torch.func.vmap(attend)(x[:, None])[:, 0], wanted)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"attn_mask": torch.zeros(6, 6)}, "a mask or a bias is of pairs of all classes"),
+        ({"is_causal": True}, "a mask or a bias is of pairs of all classes"),
+        ({"key": TOKENS[:, :4], "value": TOKENS[:, :4]}, "not the pixels of one grid"),
+    ],
+)
+def test_what_reaches_across_classes_is_attended_at_once(options, reason):
+    layer = ConvNNAttention(8, 2, candidates=Block(2))
+    assert reason in explain(layer, TOKENS[:, :6], need_weights=False, **options)
 
 
 class Evens(Candidates):

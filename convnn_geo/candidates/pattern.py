@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from convnn_geo.caching import keep
 from convnn_geo.candidates.base import Candidates, Subset, need_grid
+from convnn_geo.candidates.classes import Axis, Classes, combined
 from convnn_geo.checks import check_int, check_tuple
-from convnn_geo.points import Points
+from convnn_geo.points import Grid, Points
 
 
 class Causal(Candidates):
@@ -53,6 +55,12 @@ class Block(Candidates):
         most = math.prod(tuple(map(min, sides, grid)))
         return Subset(mask=_same(self._block(target), self._block(source)), most=most, own=True)
 
+    def classes(self, grid: Grid, device: torch.device) -> Classes:
+        """The blocks of a grid of pixels."""
+        sides = check_tuple("size", self.size, len(grid.size))
+        shifts = check_tuple("shift", self.shift, len(grid.size), 0)
+        return _blocks(grid.size, sides, shifts, device)
+
     def _block(self, points: Points) -> Tensor:
         axes = len(need_grid("Block", points).size)
         sizes = check_tuple("size", self.size, axes)
@@ -84,8 +92,28 @@ class Congruent(Candidates):
         mask = _same(target.position % self.stride, source.position % self.stride)
         return Subset(mask=mask, most=most, own=True)
 
+    def classes(self, grid: Grid, device: torch.device) -> Classes:
+        """The points of a grid of pixels, every ``stride``-th together."""
+        return _residues(grid.size, self.stride, device)
+
     def extra_repr(self) -> str:
         return f"stride={self.stride}"
+
+
+@keep(64)
+def _blocks(
+    lengths: tuple[int, ...], sizes: tuple[int, ...], shifts: tuple[int, ...], device: torch.device
+) -> Classes:
+    parts = list(zip(lengths, sizes, shifts, strict=True))
+    whole = (size >= length or length % size == 0 for length, size, _ in parts)
+    full = all(whole) and all(shift % size == 0 for _, size, shift in parts)
+    return combined([Axis.blocks(*part, device) for part in parts], full)
+
+
+@keep(64)
+def _residues(lengths: tuple[int, ...], stride: int, device: torch.device) -> Classes:
+    full = all(stride >= length or length % stride == 0 for length in lengths)
+    return combined([Axis.residues(length, stride, device) for length in lengths], full)
 
 
 def _same(target: Tensor, source: Tensor) -> Tensor:

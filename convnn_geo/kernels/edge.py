@@ -241,7 +241,7 @@ _ROW_BY_ROW = (
 
 
 def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
-    """A module on ``x (..., c)`` as rows ``(N, c)``, where it counts on those of filled slots alone.
+    """A module on ``x (..., c)`` as rows ``(N, c)``; where it counts, on filled slots' alone.
 
     So that a module that normalises over rows, such as :class:`torch.nn.BatchNorm1d`, sees the
     same rows whichever way the operator runs. In empty slots ``x`` must be finite; what comes out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from convnn_geo.checks import all_finite
 from convnn_geo.compiled import LARGEST_K
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.rules import Rule
-from convnn_geo.metrics import full_precision
+from convnn_geo.metrics import BilinearForm, full_precision
 from convnn_geo.operation import Operation
 from convnn_geo.operators import is_watched
+from convnn_geo.points import Grid
 from convnn_geo.search.nearest import by_rows
 from convnn_geo.search.problem import Problem
 from convnn_geo.search.rows import Hidden
@@ -90,34 +92,102 @@ class Attention(Rule):
         """Attend."""
         plain = op.mask is None and op.source.mask is None and op.bias is None
         causal = plain and type(op.candidates) is Causal
-        return self.attend(op, None if causal else op.subset.mask, causal)
+        return _attend(op, None if causal else op.subset.mask, causal)
 
-    def attend(self, op: Operation, mask: Tensor | None, causal: bool = False) -> Tensor:
-        """Over what a mask ``(..., n | 1, m)`` allows."""
-        form = op.product
-        if form is None:
-            raise TypeError("attention lowering needs a bilinear metric")
-        weighting: Softmax = op.weighting  # type: ignore[assignment]
-        scale = form.scale / weighting.temperature
-        q, k, value = form.q, form.k, op.value
-        dtype = value.dtype
-        if form.b is not None:
-            with full_precision(value.device):
-                one = q.new_ones(()).expand(*q.shape[:-1], 1)
-                q = torch.cat([q, one], -1)
-                b = (form.b / -form.scale).unsqueeze(-1)
-                k = torch.cat([k, b.expand(*k.shape[:-1], 1)], -1)
-            dtype = q.dtype  # half precision would round b, which may be large, to whole units
-        if op.bias is not None:
-            bias = (op.bias / weighting.temperature).to(dtype)
-            mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-        dropout = weighting.dropout if weighting.training else 0.0
-        q, k, v = _alike(q.to(dtype), k.to(dtype), value.to(dtype), mask)
-        with nullcontext() if form.b is None else full_precision(value.device):
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
-            )
-        return out[..., : value.shape[-1]].to(value.dtype)
+
+def _attend(op: Operation, mask: Tensor | None, causal: bool = False) -> Tensor:
+    """Over what a mask ``(..., n | 1, m)`` allows."""
+    if op.bias is not None:
+        bias = op.bias / op.weighting.temperature  # type: ignore[operator]
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return _by_torch(_form(op), op.value, op.weighting, mask, causal)  # type: ignore[arg-type]
+
+
+def _form(op: Operation) -> BilinearForm:
+    if op.product is None:
+        raise TypeError("attention lowering needs a bilinear metric")
+    return op.product
+
+
+def _by_torch(
+    form: BilinearForm,
+    value: Tensor,
+    weighting: Softmax,
+    mask: Tensor | None,
+    causal: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` by distances of this form; a mask may be of floats."""
+    scale = form.scale / weighting.temperature
+    q, k, dtype = form.q, form.k, value.dtype
+    if form.b is not None:
+        with full_precision(value.device):
+            one = q.new_ones(()).expand(*q.shape[:-1], 1)
+            q = torch.cat([q, one], -1)
+            b = (form.b / -form.scale).unsqueeze(-1)
+            k = torch.cat([k, b.expand(*k.shape[:-1], 1)], -1)
+        dtype = q.dtype  # half precision would round b, which may be large, to whole units
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)
+    dropout = weighting.dropout if weighting.training else 0.0
+    q, k, v = _alike(q.to(dtype), k.to(dtype), value.to(dtype), mask)
+    lead = q.shape[:-2]
+    if len(lead) > 2:  # torch's fused attention takes two leading axes
+        q, k, v = (tensor.flatten(0, -4) for tensor in (q, k, v))
+        if mask is not None and mask.ndim > 3:
+            mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -4)
+    if mask is not None and mask.ndim == 3 and q.ndim == 4:
+        mask = mask.unsqueeze(0)  # of three axes it takes none
+    with nullcontext() if form.b is None else full_precision(value.device):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
+        )
+    return out.reshape(*lead, *out.shape[-2:])[..., : value.shape[-1]].to(value.dtype)
+
+
+class AttentionInClasses(Attention):
+    """The same class by class, where points may choose those of their own class alone.
+
+    Such are blocks, as Swin's windows are, and every ``stride``-th point. Points of a class are put
+    side by side, so that nobody looks at pairs of two classes.
+    """
+
+    name = "block_attention"
+
+    def refuses(self, op: Operation) -> str | None:
+        """Needs blocks, or every ``stride``-th point, of one grid of pixels, and no other mask."""
+        reason = super().refuses(op)
+        if reason is not None:
+            return reason
+        if type(op.candidates) not in (Block, Congruent):
+            return f"candidates are {type(op.candidates).__name__}, no classes of points"
+        grid = op.source.grid
+        if grid is None or op.target.grid != grid or grid != Grid(grid.size):
+            return "targets and sources are not the pixels of one grid"
+        masks = (op.mask, op.bias, op.source.mask, op.target.mask)
+        if any(mask is not None for mask in masks):
+            return "a mask or a bias is of pairs of all classes"
+        return None
+
+    def run(self, op: Operation) -> Tensor:
+        """Attend class by class."""
+        candidates: Block | Congruent = op.candidates  # type: ignore[assignment]
+        classes = candidates.classes(op.source.grid, op.value.device)  # type: ignore[arg-type]
+        index = classes.index.flatten()
+
+        def taken(tensor: Tensor, axis: int) -> Tensor:
+            return tensor.index_select(axis, index).unflatten(axis, classes.index.shape)
+
+        form = _form(op)
+        form = replace(
+            form,
+            q=taken(form.q, -2),
+            k=taken(form.k, -2),
+            a=None,
+            b=None if form.b is None else taken(form.b, -1),
+        )
+        mask = None if classes.mask is None else classes.mask.unsqueeze(-2)
+        out = _by_torch(form, taken(op.value, -2), op.weighting, mask)  # type: ignore[arg-type]
+        return out.flatten(-3, -2).index_select(-2, classes.place)
 
 
 class MaskedAttention(Attention):
@@ -151,7 +221,7 @@ class MaskedAttention(Attention):
         """Search, and attend to whom was found."""
         index, m = _chosen(op), op.source.num_points
         mask = index.new_zeros(*index.shape[:-1], m + 1, dtype=torch.bool)
-        return self.attend(op, mask.scatter_(-1, index, True)[..., :m].contiguous())
+        return _attend(op, mask.scatter_(-1, index, True)[..., :m].contiguous())
 
 
 def _chosen(op: Operation) -> Tensor:

@@ -11,7 +11,7 @@ from torch_geometric.nn import MessagePassing
 
 from convnn_geo import gpu
 from convnn_geo.checks import check_name
-from convnn_geo.lowering.attention import Attention, MaskedAttention
+from convnn_geo.lowering.attention import Attention, AttentionInClasses, MaskedAttention
 from convnn_geo.lowering.convolution import Convolution, Pooling
 from convnn_geo.lowering.message_passing import MessagePassingRule
 from convnn_geo.lowering.neighbor_attention import NeighborAttention, TritonAttention
@@ -31,6 +31,7 @@ from convnn_geo.typing import BACKENDS
 RULES: tuple[Rule, ...] = (
     Convolution(),
     Pooling(),
+    AttentionInClasses(),
     Attention(),
     NeighborAttention(),
     TritonAttention(),
@@ -95,6 +96,7 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
         ConvNN2d runs by: gather
           convolution        refused: candidates are All, not a Window
           pooling            refused: the kernel is Taps, neither Mean nor Max
+          block_attention    refused: the kernel is Taps, not Sum
           attention          refused: the kernel is Taps, not Sum
           neighbor_attention refused: the kernel is Taps, not Sum
           triton_attention   refused: the kernel is Taps, not Sum
