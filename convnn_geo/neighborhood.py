@@ -173,7 +173,9 @@ class Neighborhood:
             rank = edge_rank(edge_index, distance)
         if k is None:
             k = int(rank.max()) + 1 if rank.numel() else 0
-        elif not traced and rank.numel() and int(rank.max()) >= check_int("k", k):
+        elif traced:
+            torch._assert_async((rank < k).all())
+        elif rank.numel() and int(rank.max()) >= check_int("k", k):
             raise ValueError(
                 f"from_edge_index: a target has rank {int(rank.max())}, but there are only {k} "
                 "slots; raise k or drop edges"

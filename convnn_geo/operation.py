@@ -22,7 +22,7 @@ from convnn_geo.operators import is_watched, without_gradient
 from convnn_geo.pairs import Pairs
 from convnn_geo.points import Points, row_starts
 from convnn_geo.search import Query
-from convnn_geo.selection import Every, KNearest, Selection
+from convnn_geo.selection import Every, KNearest, Radius, Selection
 from convnn_geo.weighting import Ones, Softmax, Weighting
 
 
@@ -123,8 +123,8 @@ class Operation:
         found = selection(self.query(), self.own(), search or self.search)
         if found.mask is not None and not (found.complete or self._counts_slots):
             m = self.source.num_points
-            if found.k > m:
-                found = found.apply(lambda t: t[..., :m])  # the rest is empty
+            if found.k > m and type(self.selection) in (KNearest, Radius):
+                found = found.apply(lambda t: t[..., :m])  # filled first, so that the rest is empty
             draws = self.weighting.training and getattr(self.weighting, "dropout", 0.0) > 0
             if found.index.device.type == "cpu" and not draws and not is_watched():
                 some = found.trimmed()
@@ -159,8 +159,8 @@ def keeps_all(candidates: Candidates, selection: Selection, order: str, axes: in
     So it is, too, where as many as a window has are kept in raster order: then there is nothing to
     choose, and tap j is the window's j-th place at borders as well.
     """
-    if not isinstance(selection, KNearest):
-        return isinstance(selection, Every)
+    if type(selection) is not KNearest:
+        return type(selection) is Every
     if order != "raster" or not isinstance(candidates, Window) or axes is None:
         return False
     size = math.prod(candidates.spread(axes)[0])

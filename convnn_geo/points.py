@@ -107,6 +107,7 @@ class Points:
         pos: positions, ``(..., n, p)``; in pixels for images. Left out where ``grid`` is given.
         mask: ``(..., n)``, True for real points, False for those that only fill a batch up.
         grid: the lattice that the points lie on in raster order, where there is one.
+        on: device of the positions of a grid, where there is nothing else; the CPU by default.
 
     Example:
         >>> points = Points.from_image(torch.zeros(2, 3, 4, 5))
@@ -120,6 +121,7 @@ class Points:
     pos: Tensor | None = None
     mask: Tensor | None = None
     grid: Grid | None = None
+    on: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.x is None and self.pos is None and self.grid is None:
@@ -157,7 +159,7 @@ class Points:
         for tensor in (self.x, self.pos, self.mask):
             if tensor is not None:
                 return tensor.device
-        return torch.device("cpu")
+        return torch.device("cpu") if self.on is None else self.on
 
     @property
     def position(self) -> Tensor:

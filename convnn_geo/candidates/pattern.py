@@ -15,13 +15,19 @@ from convnn_geo.points import Grid, Points
 
 
 class Causal(Candidates):
-    """Sources up to the target's own place in the order."""
+    """Sources up to the target's own place in the order.
+
+    Of a grid in raster order; targets that are none of its points are numbered from the first.
+    """
 
     def forward(self, target: Points, source: Points) -> Subset:
         """Mask ``(n, m)``, True at and under the diagonal."""
-        i = torch.arange(target.num_points, device=source.device)
-        j = torch.arange(source.num_points, device=source.device)
-        return Subset(mask=j <= i[:, None])
+        j, own = torch.arange(source.num_points, device=source.device), None
+        if source.grid is not None and target.grid is not None and source.grid != target.grid:
+            own = source.grid.index_of(target.grid, source.device)
+        if own is None:
+            own = torch.arange(target.num_points, device=source.device)
+        return Subset(mask=j <= own[:, None])
 
 
 class Block(Candidates):

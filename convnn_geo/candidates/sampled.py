@@ -55,7 +55,8 @@ class Random(Candidates):
     Args:
         r: sources to draw.
         seed: of the draw in eval.
-        per_example: draw for each example apart instead of once a call.
+        per_example: draw for each example apart instead of once a call; in eval each place in a
+            batch has a draw of its own.
     """
 
     def __init__(self, r: int, seed: int = 0, per_example: bool = False) -> None:

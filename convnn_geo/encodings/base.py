@@ -22,6 +22,8 @@ class Encoding(nn.Module, ABC):
     """
 
     on: Literal["value", "features", "metric"] = "features"
+    by_set = True
+    """Whether a point's encoding depends on the other points, on the range of positions, say."""
 
     @abstractmethod
     def forward(self, points: Points) -> Points:

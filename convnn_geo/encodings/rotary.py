@@ -26,6 +26,7 @@ class Rotary(Encoding):
     """
 
     on = "metric"
+    by_set = False
 
     def __init__(self, base: float = 100.0) -> None:
         super().__init__()

@@ -59,6 +59,19 @@ class Kernel(ABC):
         """What is done to each source's value once, before it is sent: ``(..., m, c)``."""
         return value
 
+    def knows(self, shortcut: str) -> bool:
+        """Whether :meth:`gather` or :meth:`scatter` is this kernel's own.
+
+        It is not where a subclass has another message or another way to reduce them, of which what
+        it inherits knows nothing.
+        """
+        line = type(self).__mro__
+
+        def given(name: str) -> int:
+            return next(place for place, kind in enumerate(line) if name in vars(kind))
+
+        return given(shortcut) <= min(map(given, ("message", "reduce", "finish")))
+
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """What a pair sends before weighting, ``(..., n, k, c)`` or ``(E, c)``."""
         return pairs.x_j
@@ -105,6 +118,13 @@ class Join(Kernel):
     """
 
     def __init__(self, *kernels: Kernel) -> None:
+        for kernel in kernels:
+            for part in ("message", "project", "finish"):
+                if getattr(type(kernel), part) is not getattr(Kernel, part):
+                    raise ValueError(
+                        f"Join: takes kernels that reduce what all of them are sent, "
+                        f"{type(kernel).__name__} has a {part} of its own"
+                    )
         self.kernels = kernels
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_name
 from convnn_geo.kernels.base import Join, Kernel, Max, Mean, Sum
-from convnn_geo.pairs import EdgePairs, Pairs
+from convnn_geo.pairs import EdgePairs, Pairs, on_rows
 
 INPUTS = ("target", "source", "difference", "offset")
 REDUCTIONS: dict[str, Kernel] = {"max": Max(), "mean": Mean(), "sum": Sum()}
@@ -231,31 +231,6 @@ class GravNet(nn.Module, Kernel):
     def finish(self, reduced: Tensor, x_i: Tensor | None) -> Tensor:
         """Add both parts."""
         return self.own(_there(x_i)) + self.update(reduced)
-
-
-_ROW_BY_ROW = (
-    *(nn.Linear, nn.Identity, nn.Dropout, nn.LayerNorm, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.GELU),
-    *(nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.ReLU6, nn.Hardswish, nn.Tanh, nn.Sigmoid, nn.Softplus),
-)
-"""Layers to which the other rows make no difference."""
-
-
-def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
-    """A module on ``x (..., c)`` as rows ``(N, c)``; where it counts, on filled slots' alone.
-
-    So that a module that normalises over rows, such as :class:`torch.nn.BatchNorm1d`, sees the
-    same rows whichever way the operator runs. In empty slots ``x`` must be finite; what comes out
-    there is nobody's.
-    """
-    rows = x.flatten(0, -2)
-    mask = pairs.mask if isinstance(pairs, Pairs) else None
-    alone = all(type(part) in (nn.Sequential, *_ROW_BY_ROW) for part in module.modules())
-    if mask is None or alone:
-        return module(rows).unflatten(0, x.shape[:-1])
-    filled = mask.expand(x.shape[:-1]).flatten().nonzero().squeeze(-1)
-    out = module(rows.index_select(0, filled))
-    every = out.new_zeros(rows.shape[0], out.shape[-1]).index_copy(0, filled, out)
-    return every.unflatten(0, x.shape[:-1])
 
 
 def _check_width(name: str, module: nn.Module, width: int, inputs: str) -> None:

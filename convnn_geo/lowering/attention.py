@@ -42,6 +42,13 @@ def simply_nearest(chosen: Selection) -> bool:
     return plain and chosen.self_point == "natural"
 
 
+def over_candidates(op: Operation) -> str | None:
+    """Why there are fewer candidates than the k that are asked for; None where there are not."""
+    chosen: KNearest = op.selection  # type: ignore[assignment]
+    enough = chosen.short == "pad" or chosen.k <= chosen.spare(op.subset, op.source.num_points)
+    return None if enough else f"k={chosen.k} is over the number of candidates"
+
+
 def by_rows_of_distances(op: Operation) -> bool:
     """Whether the search that was asked for may be one of rows of distances."""
     return op.search in ("auto", "dense")
@@ -50,19 +57,19 @@ def by_rows_of_distances(op: Operation) -> bool:
 def _keeps_all(op: Operation) -> bool:
     """Whether every candidate is kept: in a sum their order does not count."""
     chosen = op.selection
-    if isinstance(chosen, KNearest) and type(op.candidates) is All:
+    if type(chosen) is KNearest and type(op.candidates) is All:
         m = op.source.num_points
         return simply_nearest(chosen) and (
             chosen.k == m or (chosen.k > m and chosen.short == "pad")
         )
-    return isinstance(chosen, Every)
+    return type(chosen) is Every
 
 
 def _unlike_attention(op: Operation) -> str | None:
     """Why an operation is no softmax by a bilinear metric over a mask of sources."""
-    if not isinstance(op.kernel, Sum):
+    if type(op.kernel) is not Sum:
         return f"the kernel is {type(op.kernel).__name__}, not Sum"
-    if not isinstance(op.weighting, Softmax):
+    if type(op.weighting) is not Softmax:
         return f"weights are {type(op.weighting).__name__}, not Softmax"
     if not by_mask(op.candidates):
         return f"candidates of {type(op.candidates).__name__} are named by index"
@@ -203,8 +210,10 @@ class MaskedAttention(Attention):
         reason = _unlike_attention(op)
         if reason is not None:
             return reason
-        if not isinstance(op.selection, KNearest) or op.target.mask is not None:
+        if type(op.selection) is not KNearest or op.target.mask is not None:
             return "the neighbours are not the k nearest of each target"
+        if over_candidates(op):
+            return over_candidates(op)
         k, m = op.selection.k, op.source.num_points
         if k <= LARGEST_K:
             return f"k={k} is at most {LARGEST_K}"
@@ -231,7 +240,7 @@ def _chosen(op: Operation) -> Tensor:
     """
     chosen, m = op.selection, op.source.num_points
     simply = simply_nearest(chosen) and by_rows_of_distances(op) and op.bias is None
-    if isinstance(chosen, KNearest) and simply:
+    if type(chosen) is KNearest and simply:
         with torch.no_grad(), full_precision(op.value.device):
             query, k = op.query(), min(chosen.k, m)
             problem = Problem.of(op.bound, query.dtype)

@@ -22,13 +22,13 @@ def unlike_windows(
     candidates: Candidates, selection: Selection, weighting: Weighting, order: str, axes: int | None
 ) -> str | None:
     """Why no sum of these is a plain one over whole windows; None where it is, on all images."""
-    if not isinstance(candidates, Window):
+    if type(candidates) is not Window:
         return f"candidates are {type(candidates).__name__}, not a Window"
     if candidates.border != "pad":
         return f"windows {candidates.border} at borders instead of padding"
     if not keeps_all(candidates, selection, order, axes):
         return f"{type(selection).__name__} keeps part of the window"
-    if not isinstance(weighting, Ones):
+    if type(weighting) is not Ones:
         return f"weights are {type(weighting).__name__}, not Ones"
     return None
 
@@ -67,7 +67,7 @@ class Convolution(Rule):
 
     def refuses(self, op: Operation) -> str | None:
         """Needs every point of a window, each with weight 1 and its own tap."""
-        if not isinstance(op.kernel, (Taps, Separable)):
+        if type(op.kernel) not in (Taps, Separable):
             return f"the kernel is {type(op.kernel).__name__}, not taps"
         return _windowed(op)
 
@@ -107,7 +107,7 @@ class Pooling(Rule):
 
     def refuses(self, op: Operation) -> str | None:
         """Needs the mean or maximum of whole windows, padded by zeros, by at most half of them."""
-        if not isinstance(op.kernel, (Mean, Max)):
+        if type(op.kernel) not in (Mean, Max):
             return f"the kernel is {type(op.kernel).__name__}, neither Mean nor Max"
         reason = _windowed(op)
         if reason is not None:

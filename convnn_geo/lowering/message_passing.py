@@ -75,7 +75,9 @@ class EdgeAggregation(MessagePassing):
         kernel: Kernel,
     ) -> Tensor:
         """What a target makes of its messages."""
-        return kernel.scatter(inputs, index, rank, shape, k)
+        if kernel.knows("scatter"):
+            return kernel.scatter(inputs, index, rank, shape, k)
+        return Kernel.scatter(kernel, inputs, index, rank, shape, k)
 
 
 _EDGES = EdgeAggregation()

@@ -18,7 +18,12 @@ from torch import Tensor
 from convnn_geo import compiled, gpu
 from convnn_geo.kernels import Sum
 from convnn_geo.lowering.attending import attend
-from convnn_geo.lowering.attention import by_mask, by_rows_of_distances, simply_nearest
+from convnn_geo.lowering.attention import (
+    by_mask,
+    by_rows_of_distances,
+    over_candidates,
+    simply_nearest,
+)
 from convnn_geo.lowering.rules import Again, Rule
 from convnn_geo.metrics import (
     Angular,
@@ -64,7 +69,7 @@ class _OneOperator(Rule):
         """Attend; of an operation that asks for weights."""
         out, weight, place, keep = self._attended(op)
         weight = weight if keep is None else weight * keep
-        return out, Neighborhood(place.long(), op.source.num_points), weight
+        return out, Neighborhood(place.long(), op.source.num_points), weight.to(op.value.dtype)
 
 
 class NeighborAttention(_OneOperator):
@@ -229,11 +234,11 @@ def _over(op: Operation, limit: int) -> str | None:
 def _refuses(op: Operation) -> str | None:
     """Why an operation is no attention over the k nearest that runs as one operator."""
     chosen = op.selection
-    if not isinstance(op.kernel, Sum):
+    if type(op.kernel) is not Sum:
         return f"the kernel is {type(op.kernel).__name__}, not Sum"
-    if not isinstance(op.weighting, Softmax):
+    if type(op.weighting) is not Softmax:
         return f"weights are {type(op.weighting).__name__}, not Softmax"
-    if not isinstance(chosen, KNearest) or not simply_nearest(chosen):
+    if type(chosen) is not KNearest or not simply_nearest(chosen):
         return "neighbours are not simply the k nearest"
     if not by_mask(op.candidates) or op.target.mask is not None:
         return f"candidates of {type(op.candidates).__name__} are no mask over all sources"
@@ -241,9 +246,7 @@ def _refuses(op: Operation) -> str | None:
         return f"search={op.search!r} was asked for"
     if is_transformed():
         return "torch.func and forward-mode gradients go by gather"
-    if chosen.short != "pad" and chosen.k > chosen.spare(op.subset, op.source.num_points):
-        return f"k={chosen.k} is over the number of candidates"
-    return None
+    return over_candidates(op)
 
 
 def _unbiased(op: Operation) -> Any:

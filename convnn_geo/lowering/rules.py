@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convnn_geo import gpu
 from convnn_geo.checks import in_this_package
-from convnn_geo.kernels import Separable, Taps
+from convnn_geo.kernels import Kernel, Separable, Taps
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.operation import Operation, show_nan
 from convnn_geo.pairs import Pairs
@@ -110,7 +110,9 @@ class Gather(Aggregation):
 
     def aggregate(self, op: Operation, pairs: Pairs, weight: Tensor | None) -> Tensor:
         """Select, weigh, reduce."""
-        return op.kernel.gather(pairs, weight)
+        if op.kernel.knows("gather"):
+            return op.kernel.gather(pairs, weight)
+        return Kernel.gather(op.kernel, pairs, weight)
 
 
 class TritonTaps(Gather):
@@ -121,7 +123,7 @@ class TritonTaps(Gather):
 
     def refuses(self, op: Operation) -> str | None:
         """Needs taps, one weight a neighbour at most, and a GPU."""
-        if not isinstance(op.kernel, (Taps, Separable)):
+        if type(op.kernel) not in (Taps, Separable):
             return f"the kernel is {type(op.kernel).__name__}, not taps"
         if op.value.dtype == torch.float64:
             return "values are torch.float64"
@@ -140,7 +142,7 @@ class TritonTaps(Gather):
 def triton_search(op: Operation) -> str:
     """Triton's search where that serves and no other is asked for."""
     selection = op.selection
-    if op.search != "auto" or op.whole or not isinstance(selection, KNearest):
+    if op.search != "auto" or op.whole or type(selection) is not KNearest:
         return op.search
     query = op.query(selection.k * selection.dilation)
     return op.search if ENGINES["triton"].refuses(query) else "triton"

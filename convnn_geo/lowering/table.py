@@ -116,7 +116,8 @@ def explain(layer: Any, *args: Any, **kwargs: Any) -> str:
             "for a model, explain its layers one by one"
         )
     op = operation_of(layer, *args, **kwargs)
-    backend = getattr(layer, "backend", "auto")
+    backends = (getattr(part, "backend", None) for part in layer.modules())  # also of what it wraps
+    backend = next((name for name in backends if isinstance(name, str)), "auto")
     rule, passed = choose(op, backend)
     lines = [f"{name} runs by: {rule.name}"]
     lines += [f"  {other.name:<{_WIDTH}} refused: {reason}" for other, reason in passed]

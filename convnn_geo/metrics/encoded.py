@@ -26,6 +26,11 @@ class Encoded(Metric):
         self.encoding = encoding
 
     @property
+    def by_set(self) -> bool:  # type: ignore[override]
+        """Unless the encoding says that it looks at each point alone."""
+        return getattr(self.encoding, "by_set", True)
+
+    @property
     def rooted(self) -> bool:
         """As the metric of encoded points."""
         return self.metric.rooted

@@ -270,9 +270,9 @@ class ConvNNAttention(Settable):
         ):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
         for bias in (self.bias_k, self.bias_v):
             if bias is not None:
                 nn.init.xavier_normal_(bias)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import check_int, check_name, check_number, check_tensor
 from convnn_geo.nn.attention import ConvNNAttention
@@ -209,9 +210,7 @@ class Branching(nn.Module):
     def reset_parameters(self) -> None:
         """Reset every part."""
         for part in (self.neighbors, self.other, self.pointwise):
-            reset = getattr(part, "reset_parameters", None)
-            if reset is not None:
-                reset()
+            reset(part)
 
     @one_node
     def forward(self, x: Tensor, *more: Any) -> Tensor:

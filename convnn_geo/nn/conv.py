@@ -257,7 +257,7 @@ class _ConvNN(TapLayer):
             return source
         asked = self.weighting.uses_distance or kernel.needs_target
         if isinstance(self.selection, Every) and not asked:
-            return Points(grid=grid)  # nobody asks for the targets' features
+            return Points(grid=grid, on=source.device)  # nobody asks for the targets' features
         index = source.grid.index_of(grid, source.device)  # type: ignore[union-attr]
         if index is None:
             chooses = not keeps_all(self.candidates, self.selection, self.order, self.axes)
@@ -268,7 +268,7 @@ class _ConvNN(TapLayer):
                     "window is no pixel, and the metric asks for its features; pass an odd size, "
                     "and padding up to half of it"
                 )
-            return Points(grid=grid)
+            return Points(grid=grid, on=source.device)
         return Points(source.features.index_select(-2, index), grid=grid)
 
     @one_node

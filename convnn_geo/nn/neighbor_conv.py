@@ -14,6 +14,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.inits import reset
 
 from convnn_geo.checks import (
+    casts,
     check_alike,
     check_edges,
     check_floating,
@@ -184,9 +185,10 @@ class NeighborConv(MessagePassing):
                 "pass distance=, one number an edge"
             )
         if is_lazy(self.weight):
-            self.weight.materialize(self._shape(source.shape[-1]), source.device, source.dtype)
+            dtype = self.weight.dtype if casts(source.device) else source.dtype
+            self.weight.materialize(self._shape(source.shape[-1]), source.device, dtype)
             if self.bias is not None:
-                self.bias.data = self.bias.data.to(source)
+                self.bias.data = self.bias.data.to(source.device, dtype)
             self._reset_taps()
         if size is None:
             targets = source.shape[0] if pair[1] is None else pair[1].shape[0]
@@ -199,7 +201,7 @@ class NeighborConv(MessagePassing):
         _check_range(directed, size[j], size[i])
         if self.by_rank or distance is not None:
             rank = self._rank(directed, rank, distance)
-        if distance is not None and rank is not None:
+        if distance is not None and rank is not None and self.weighting.uses_distance:
             weight = self._weights(directed, rank, distance, size[i], size[j], source)
             edge_weight = weight if edge_weight is None else _times(edge_weight, weight)
         out = self.propagate(edge_index, x=source, edge_weight=edge_weight, rank=rank, size=size)

@@ -21,6 +21,7 @@ from convnn_geo.checks import (
 )
 from convnn_geo.encodings import Encoding
 from convnn_geo.kernels import Kernel
+from convnn_geo.kernels.base import lowered
 from convnn_geo.lowering import run
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
@@ -223,7 +224,8 @@ class PointConvNN(TapLayer):
         source, target = self._clouds(x, pos)
         if not target.num_points:  # connected to the input, as any output
             rows = source.position if source.x is None else source.x
-            return rows.sum() * rows.new_zeros(0, self.out_channels)
+            learns = sum((p.sum() for p in self.parameters()), rows.sum())
+            return learns * lowered(rows).new_zeros(0, self.out_channels)
         op = self._operation(source, target, batch, edge_index)
         out = self.check_channels(run(op, self.backend), self.out_channels)
         return out if isinstance(op.selection, Given) else op.target.to_rows(out)

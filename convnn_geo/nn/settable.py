@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -55,5 +56,7 @@ class Settable(nn.Module, ABC):
         if self.has_taps() or not isinstance(self.selection, KNearest):
             why = "has one tap a neighbour" if self.has_taps() else "chooses by no k"
             raise AttributeError(f"k: the layer {why}; make a new one with k={k}")
-        self.selection.k = check_int("k", k)
-        return self.selection.k
+        selection = copy.copy(self.selection)  # which another layer may have, too
+        selection.k = check_int("k", k)
+        self.selection = selection
+        return selection.k

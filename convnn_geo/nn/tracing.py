@@ -38,8 +38,9 @@ def one_node(forward: Forward) -> Forward:
                 "layers that come down to torch's own, and none that searches"
             )
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Proxy):
-                return _node(self, value, args, kwargs)
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, Proxy):
+                    return _node(self, part, args, kwargs)
         return forward(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]

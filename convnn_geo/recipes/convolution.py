@@ -19,7 +19,7 @@ from convnn_geo.points import Points
 from convnn_geo.recipes.registry import recipe, recipe_by_position
 from convnn_geo.selection import Every
 from convnn_geo.typing import Size
-from convnn_geo.weighting import Gaussian, MeanOneSoftmax
+from convnn_geo.weighting import Gaussian, MeanOneSoftmax, Softmax, Weighting
 
 
 @recipe
@@ -223,7 +223,13 @@ def avg_pool1d(
     """``nn.AvgPool1d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
     return ConvNN1d(
-        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        kernel=kernel,
+        **kwargs,
     )
 
 
@@ -239,7 +245,13 @@ def avg_pool2d(
     """``nn.AvgPool2d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
     return ConvNN2d(
-        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        kernel=kernel,
+        **kwargs,
     )
 
 
@@ -255,7 +267,13 @@ def avg_pool3d(
     """``nn.AvgPool3d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
     return ConvNN3d(
-        None, None, kernel_size, stride or kernel_size, padding, kernel=kernel, **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        kernel=kernel,
+        **kwargs,
     )
 
 
@@ -265,7 +283,14 @@ def max_pool1d(
 ) -> ConvNN1d:
     """``nn.MaxPool1d``: the maximum over the window."""
     return ConvNN1d(
-        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        dilation,
+        kernel="max",
+        **kwargs,
     )
 
 
@@ -279,7 +304,14 @@ def max_pool2d(
 ) -> ConvNN2d:
     """``nn.MaxPool2d``: the maximum over the window."""
     return ConvNN2d(
-        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        dilation,
+        kernel="max",
+        **kwargs,
     )
 
 
@@ -293,7 +325,14 @@ def max_pool3d(
 ) -> ConvNN3d:
     """``nn.MaxPool3d``: the maximum over the window."""
     return ConvNN3d(
-        None, None, kernel_size, stride or kernel_size, padding, dilation, kernel="max", **kwargs
+        None,
+        None,
+        kernel_size,
+        kernel_size if stride is None else stride,
+        padding,
+        dilation,
+        kernel="max",
+        **kwargs,
     )
 
 
@@ -318,7 +357,7 @@ class Patches(Encoding):
         return points.with_x(patches.transpose(1, 2))
 
 
-def _filter(metric: Metric, weighting: Gaussian, window: int | None, **kwargs: Any) -> ConvNN2d:
+def _filter(metric: Metric, weighting: Weighting, window: int | None, **kwargs: Any) -> ConvNN2d:
     if window is None:
         return ConvNN2d(
             None,
@@ -359,7 +398,7 @@ def non_local_means(
     """
     return _filter(
         Feature("squared_euclidean"),
-        Gaussian(sigma, normalize=True),
+        Softmax(2 * check_number("sigma", sigma, exclusive=True) ** 2),
         window,
         encoding=Patches(patch_size),
         **kwargs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from convnn_geo.pairs import Pairs
+from convnn_geo.pairs import Pairs, on_rows
 from convnn_geo.weighting.base import Weighting
 
 
@@ -26,7 +26,7 @@ class PositionMLP(Weighting):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Weights of relative positions."""
-        weight = self.mlp(pairs.offset.to(pairs.value.dtype))
+        weight = on_rows(self.mlp, pairs.offset.to(pairs.value.dtype), pairs)
         if pairs.mask is not None:
             weight = torch.where(pairs.mask.unsqueeze(-1), weight, 0.0)
         if weight.shape[-1] == 1:

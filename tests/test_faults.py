@@ -1,0 +1,286 @@
+"""Faults that readers of the code found, each with the input that showed it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch_geometric.nn import MLP
+
+from convnn_geo import recipes
+from convnn_geo.candidates import Block, Causal
+from convnn_geo.encodings import Encoding, Fourier, Rotary
+from convnn_geo.kernels import EdgeMLP, Join, Max, Mean, Sum
+from convnn_geo.lowering import explain
+from convnn_geo.metrics import Encoded, Feature
+from convnn_geo.nn import (
+    Branching,
+    ConvNN1d,
+    ConvNN2d,
+    ConvNNAttention,
+    NeighborConv,
+    PointConvNN,
+)
+from convnn_geo.nn.branching import PixelAttention
+from convnn_geo.selection import KNearest
+from convnn_geo.weighting import Ones, PositionMLP, Softmax
+
+# --- windows that are wider than what they look at ------------------------------------------
+
+
+@pytest.mark.parametrize("kernel, wanted", [("sum", 15.0), ("max", 5.0), ("mean", 3.0)])
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+def test_a_window_over_all_sees_all(kernel, wanted, backend):
+    layer = ConvNN1d(None, None, 9, padding=4, kernel=kernel, backend=backend)
+    out = layer(torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0]]]))
+    assert torch.equal(out, torch.full((1, 1, 5), wanted))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_attention_in_a_window_over_all_is_attention(kernel_size):
+    layer = recipes.neighborhood_attention(
+        8, 2, kernel_size=kernel_size, is_causal=True, bias=False
+    )
+    x = torch.randn(2, 4, 8)
+    out = layer(x, need_weights=False)[0]
+    assert bool((out.abs().amax(-1) > 0).all())
+    if kernel_size == 7:
+        whole = recipes.multihead_attention(8, 2, bias=False)
+        whole.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(out, whole(x, is_causal=True, need_weights=False)[0])
+
+
+# --- parts of one's own that inherit from ours ------------------------------------------------
+
+
+class Squares(Sum):
+    def message(self, pairs):
+        return pairs.x_j**2
+
+
+class Negated(Max):
+    def reduce(self, messages, mask):
+        return -messages.amax(-2)
+
+
+class Half(Ones):
+    def forward(self, pairs):
+        return torch.full(pairs.neighborhood.index.shape, 0.5)
+
+
+class Nothing(Softmax):
+    def forward(self, pairs):
+        return torch.zeros_like(super().forward(pairs))
+
+
+class First(KNearest):
+    def forward(self, query, own, search="auto"):
+        return super().forward(query, own, search).apply(lambda t: t[..., :1])
+
+
+IMAGE = torch.rand(1, 2, 5, 6) + 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather", "message_passing"])
+def test_what_a_subclass_computes_is_its_own(backend):
+    def of(kernel, x=IMAGE, **options):
+        return ConvNN2d(None, None, 3, 3, kernel=kernel, backend=backend, **options)(x)
+
+    plain = {"kernel": "sum", "x": IMAGE.square()}
+    torch.testing.assert_close(of(Squares()), of(**plain))
+    weighted = {"weighting": "softmax", "metric": "spatial"}
+    torch.testing.assert_close(of(Squares(), **weighted), of(**plain, **weighted))
+    torch.testing.assert_close(of(Negated()), -of("max"))
+    torch.testing.assert_close(of("sum", weighting=Half()), of("sum") / 2)
+    attention = ConvNNAttention(8, 2, weighting=Nothing(), bias=False, backend=backend)
+    assert not attention(torch.randn(1, 5, 8), need_weights=False)[0].any()
+    attention = ConvNNAttention(8, 2, k=3, weighting=Nothing(), bias=False, backend=backend)
+    assert not attention(torch.randn(1, 5, 8), need_weights=False)[0].any()
+
+
+def test_a_selection_that_inherits_from_ours_selects():
+    chosen = {"selection": First(5), "metric": "scaled_dot"}
+    layer, one = ConvNNAttention(8, 2, **chosen), ConvNNAttention(8, 2, k=1)
+    one.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 5, 8)
+    torch.testing.assert_close(layer(x)[0], one(x)[0])
+
+
+def test_reductions_side_by_side_take_no_networks():
+    with pytest.raises(ValueError, match="EdgeMLP has a message of its own"):
+        Join(EdgeMLP(nn.Linear(4, 4)), Mean())
+
+
+# --- clouds ----------------------------------------------------------------------------------
+
+
+class LessTheMean(Encoding):
+    on = "metric"
+
+    def forward(self, points):
+        return points.with_x(points.x - points.x.mean(-2, keepdim=True))
+
+
+@pytest.mark.parametrize("encoding", [Fourier(), LessTheMean(), Rotary()])
+def test_a_cloud_knows_nothing_of_the_others(encoding):
+    torch.manual_seed(0)
+    layer = PointConvNN(12, 8, 3, Encoded(Feature(), encoding))
+    x, pos, batch = torch.randn(30, 12), torch.rand(30, 3), torch.arange(30) // 15
+    pos[15:] *= 7
+    x[15:] += 2
+    alone = torch.cat([layer(x[part], pos[part]) for part in (slice(15), slice(15, 30))])
+    torch.testing.assert_close(layer(x, pos, batch), alone)
+    assert Encoded("euclidean", lambda points: points).by_set  # of which nothing is known
+    assert not Encoded("euclidean", Rotary()).by_set
+
+
+@pytest.mark.parametrize("batch", [None, torch.arange(20) // 10])
+def test_weights_from_positions_are_normalised_over_pairs(batch):
+    torch.manual_seed(0)
+    layer = recipes.point_conv(4, k=9, mlp=MLP([3, 16, 4]))
+    norms = [m for m in layer.modules() if isinstance(m, nn.BatchNorm1d)]
+    seen = []
+    norms[0].register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    x, pos = torch.randn(20, 4), torch.rand(20, 3)
+    assert layer(x, pos, batch).shape == (20, 4)
+    assert seen == [(20 * 9, 16)]
+
+
+def test_edges_over_k_do_not_reach_the_next_target():
+    layer, x = PointConvNN(1, 1, k=3, kernel="sum"), torch.tensor([[1.0], [10.0], [100.0], [1e3]])
+    edges = torch.tensor([[3, 0, 1, 2, 3], [1, 0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="raise k or drop edges"):
+        layer(x, x, edge_index=edges)
+
+    def run(x, edges):
+        return layer(x, x, edge_index=edges)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, edges[:, :4]), run(x, edges[:, :4]))
+    with pytest.raises(RuntimeError):
+        compiled(x, edges)
+
+
+def test_repeated_edges_count_as_often_as_they_stand_there():
+    layer, x = PointConvNN(1, 1, k=9, kernel="sum"), torch.tensor([[1.0], [10.0], [100.0]])
+    edges = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 0]])
+    assert layer(x, x, edge_index=edges)[0].item() == 211
+    conv = NeighborConv(1, 1, k=2, bias=False)
+    rank, distance = torch.zeros(4, dtype=torch.long), torch.rand(4)
+    torch.testing.assert_close(
+        conv(x, edges, rank=rank, distance=distance), conv(x, edges, rank=rank)
+    )
+
+
+def test_no_targets_hang_on_all_that_learns():
+    layer = PointConvNN(3, 4, k=2)
+    x, pos = torch.randn(5, 3), torch.rand(5, 3)
+    layer((x, None), (pos, pos[:0])).sum().backward()
+    assert layer.weight.grad is not None and not layer.weight.grad.any()
+
+
+# --- order -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2}, {"padding": 2, "stride": 3}])
+def test_the_past_is_that_of_the_targets_own_place(options):
+    layer = ConvNN1d(1, 1, k=1, metric="spatial", candidates=Causal(), bias=False, **options)
+    nn.init.ones_(layer.weight)
+    x = torch.arange(1.0, 7.0).view(1, 1, 6)
+    out = layer(x).flatten()
+    padded = torch.nn.functional.pad(x, (options.get("padding", 0),) * 2).flatten()
+    assert set(out.tolist()) <= set(padded.tolist())
+    if options == {"padding": 1}:
+        assert out.tolist() == [1, 2, 3, 4, 5, 6]
+    if options == {"stride": 2}:
+        assert out.tolist() == [1, 3, 5]
+
+
+# --- attention -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": Block(280)}])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_more_keys_than_there_are_is_an_error_with_weights_or_without(options, need_weights):
+    layer = ConvNNAttention(8, 2, k=300, **options)
+    with pytest.raises(ValueError, match="k=300"):
+        layer(torch.randn(1, 290 if options else 200, 8), need_weights=need_weights)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_weights_have_the_dtype_of_the_layer(k):
+    layer = ConvNNAttention(8, 2, k=k).bfloat16()
+    assert layer(torch.randn(1, 5, 8, dtype=torch.bfloat16))[1].dtype == torch.bfloat16
+
+
+def test_a_layer_without_a_bias_at_its_end_can_be_reset():
+    layer = ConvNNAttention(8, 2)
+    layer.out_proj = nn.Linear(8, 8, bias=False)
+    layer.reset_parameters()
+
+
+def test_explain_looks_into_what_wraps_a_layer():
+    layer, x = PixelAttention(4, 4, 2, k=3, backend="gather"), torch.randn(1, 4, 3, 3)
+    assert "runs by: gather" in explain(layer, x)
+
+
+# --- devices, dtypes, copies, tracing -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "kernel_size": 3,
+            "kernel": "sum",
+            "weighting": PositionMLP(nn.Linear(2, 1, device="meta")),
+        },
+        {"kernel_size": 2, "kernel": "sum", "weighting": "gaussian", "metric": "spatial"},
+    ],
+)
+def test_targets_that_are_a_grid_are_where_the_image_is(options):
+    layer = ConvNN2d(None, None, device="meta", **options)
+    assert layer(torch.randn(1, 3, 8, 8, device="meta")).device.type == "meta"
+
+
+def test_a_lazy_layer_keeps_its_dtype_under_autocast():
+    layer, x = NeighborConv(-1, 8, k=2), torch.randn(4, 3)
+    edges = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(nn.Linear(3, 3)(x), edges)
+    assert layer.weight.dtype == layer.bias.dtype == torch.float32
+
+
+def test_setting_k_leaves_other_layers_alone():
+    shared = KNearest(5)
+    one, other = (ConvNNAttention(8, 2, selection=shared, metric="scaled_dot") for _ in range(2))
+    other.k = 2
+    assert (one.k, one.selection.k, other.selection.k) == (5, 5, 2)
+
+
+def test_pairs_of_points_are_one_node_of_a_graph():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = PointConvNN(3, 4, k=2)
+
+        def forward(self, x, pos, fine):
+            return self.conv((x, None), (pos, fine))
+
+    model, x = Model(), torch.randn(5, 3)
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.op for n in traced.graph.nodes].count("call_module") == 1
+    torch.testing.assert_close(traced(x, x, x[:2]), model(x, x, x[:2]))
+
+
+def test_every_branch_is_reset():
+    other = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    layer = Branching.of(ConvNN2d(4, 4, k=3, metric="cosine"), other, None)
+    before = other[0].weight.clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, other[0].weight)
+
+
+def test_a_stride_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="stride"):
+        recipes.max_pool2d(3, stride=0)
