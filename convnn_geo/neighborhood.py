@@ -174,12 +174,14 @@ class Neighborhood:
         if k is None:
             k = int(rank.max()) + 1 if rank.numel() else 0
         elif traced:
-            torch._assert_async((rank < k).all())
+            torch._assert_async(((rank >= 0) & (rank < k)).all())
         elif rank.numel() and int(rank.max()) >= check_int("k", k):
             raise ValueError(
                 f"from_edge_index: a target has rank {int(rank.max())}, but there are only {k} "
                 "slots; raise k or drop edges"
             )
+        if not traced and rank.numel() and int(rank.min()) < 0:
+            raise ValueError(f"from_edge_index: ranks count from 0, got {int(rank.min())}")
         source, target = edge_index[0], edge_index[1]
         slot = target * k + rank
         full = torch.zeros(num_targets * k, dtype=torch.bool, device=slot.device)

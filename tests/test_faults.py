@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch_geometric.nn import MLP
 
-from convnn_geo import recipes
-from convnn_geo.candidates import Block, Causal
+from convnn_geo import compiled, recipes
+from convnn_geo.candidates import Block, Causal, Window
+from convnn_geo.compiled import problem
 from convnn_geo.encodings import Encoding, Fourier, Rotary
 from convnn_geo.kernels import EdgeMLP, Join, Max, Mean, Sum
 from convnn_geo.lowering import explain
-from convnn_geo.metrics import Encoded, Feature
+from convnn_geo.metrics import Encoded, Feature, Spatial
+from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn import (
     Branching,
     ConvNN1d,
@@ -22,7 +24,11 @@ from convnn_geo.nn import (
     PointConvNN,
 )
 from convnn_geo.nn.branching import PixelAttention
-from convnn_geo.selection import KNearest
+from convnn_geo.points import Grid, Points
+from convnn_geo.search import Query, cells, explain_search, find, knn, radius_graph
+from convnn_geo.search.fused import serves
+from convnn_geo.selection import KNearest, Radius
+from convnn_geo.selection import base as selection
 from convnn_geo.weighting import Ones, PositionMLP, Softmax
 
 # --- windows that are wider than what they look at ------------------------------------------
@@ -284,3 +290,102 @@ def test_every_branch_is_reset():
 def test_a_stride_of_nothing_is_refused():
     with pytest.raises(ValueError, match="stride"):
         recipes.max_pool2d(3, stride=0)
+
+
+# --- search ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3])
+def test_products_of_few_channels_go_to_no_tree_and_no_cells(dimension):
+    x = torch.randn(20_000, dimension)
+    assert explain_search(x, k=9, metric="dot")[-1][0] in ("dense", "faiss")
+
+
+@pytest.mark.parametrize("dimension", [3, 16])
+@pytest.mark.parametrize("self_point", ["natural", "excluded"])
+def test_what_is_hidden_hides_no_nan(dimension, self_point):
+    x = torch.randn(40, dimension)
+    x[5] = torch.nan
+    found = knn(x, k=3, self_point=self_point, check=False)
+    assert bool(found.distance[5].isnan().all()) and found.distance.isnan().any(-1).sum() == 1
+    assert int((radius_graph(x, 0.5, loop=False, check=False)[1] == 5).sum()) > 0
+
+
+@pytest.mark.parametrize("scale", [(0.3, 2.1), (0.6, 4.2), (1.1, 7.7)])
+def test_what_is_as_far_along_both_axes_of_a_grid(scale):
+    points = Points(torch.zeros(1024, 1), grid=Grid((32, 32)))
+    found = [knn(points, k=14, metric=Spatial(scale=scale), backend=b) for b in ("grid", "dense")]
+    assert torch.equal(found[0].index, found[1].index)
+    for step in (-2.0, 0.5):
+        source = Points(grid=Grid((9, 7), (3.0, 1.0), (step, 1.5)))
+        target = Points(grid=Grid((5, 4), (1.0, 0.5), (1.0, 0.25)))
+        query = Query(target, source, Spatial(scale=scale), 8)
+        one, other = (find(query, backend) for backend in ("grid", "dense"))
+        assert torch.equal(one.index, other.index)
+
+
+def test_a_mixture_in_float64_is_not_taken_for_one_that_c_serves():
+    x, pos = torch.randn(60, 4), torch.rand(60, 3)
+    metric = 0.5 * Spatial(squared=True) + 0.5 * Feature("squared_euclidean")
+    query = Query(Points(x, pos), Points(x, pos), metric, 5)
+    assert query.problem.q.dtype == torch.float64 and not serves(query.problem, 5, query.slab)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+def test_many_equal_keys_are_measured_once(metric):
+    torch.manual_seed(0)
+    x = torch.randn(300, 20)
+    x[::2] = 0
+    x[1::4] = x[1]
+    found, wanted = (knn(t, k=40, metric=metric, backend="dense") for t in (x, x.double()))
+    assert torch.equal(found.index, wanted.index)
+
+
+def test_clouds_whose_rows_are_many_in_all_are_searched_together(monkeypatch):
+    monkeypatch.setattr(problem, "LONGEST_ROW", 64)
+    x = torch.randn(200, 12)
+    starts = torch.arange(0, 201, 50)
+    runs = compiled.Runs(starts, starts[:-1], starts[1:])
+    assert compiled.products_nearest("points", x, x, 3, runs=runs) is not None
+    assert compiled.products_nearest("points", x, x, 3) is None  # a row of 200
+
+
+def test_cells_by_torch_on_clusters_and_on_large_coordinates(monkeypatch):
+    monkeypatch.setattr(cells, "_AT_ONCE", 2**12)
+    torch.manual_seed(0)
+    for x in (torch.cat([torch.rand(400, 3), torch.full((1, 3), 1e6)]), torch.randn(50, 3) * 1e20):
+        found = cells._around(x, x, 4)
+        value = (x[:, None].double() - x[found].double()).square().sum(-1)
+        wanted = (x[:, None].double() - x.double()).square().sum(-1).sort(-1).values[:, :4]
+        if x.abs().max() < 1e9:
+            torch.testing.assert_close(value.sort(-1).values, wanted)
+        assert bool((found.sort(-1).values.diff(dim=-1) > 0).all())
+
+
+def test_scaled_positions_of_a_cloud_are_searched_by_a_tree():
+    pytest.importorskip("pykdtree")
+    points = Points(pos=torch.rand(500, 3))
+    found = [knn(points, k=5, metric=Spatial(scale=2.0), backend=b) for b in ("cells", "dense")]
+    assert torch.equal(found[0].index, found[1].index)
+
+
+def test_without_the_point_itself_nothing_is_masked():
+    for backend in ("dense", "cells"):
+        assert knn(torch.rand(50, 3), k=3, self_point="excluded", backend=backend).mask is None
+
+
+def test_a_ball_that_holds_all_is_asked_for_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        selection, "find", lambda query, search: asked.append(1) or find(query, search)
+    )
+    points = Points.from_image(torch.randn(1, 2, 6, 6))
+    subset = Window(3, padding=1)(points, points)
+    Radius(100.0, 1000)(Query(points, points, Spatial(), 1, subset), None)
+    assert len(asked) == 1
+
+
+def test_ranks_count_from_nought():
+    edges, rank = torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, -1])
+    with pytest.raises(ValueError, match="ranks count from 0"):
+        Neighborhood.from_edge_index(edges, 2, 2, rank=rank)

@@ -20,7 +20,7 @@ class TapsLayout(ctypes.Structure):
         *((name, _LONG) for name in ("n", "k", "c", "d")),
         *((name, _POINTER) for name in ("rows", "index", "rho")),
         *((name, _LONG) for name in ("index_tap", "index_target", "rho_tap", "rho_target")),
-        *((name, _POINTER) for name in ("panel", "bias", "zero")),  # filled in there
+        *((name, _POINTER) for name in ("panel", "bias")),  # filled in there
     )
 
 
@@ -39,7 +39,7 @@ def gather_taps(
 
     Args:
         rows: ``(m, c)``.
-        index: ``(k, n)``; -1 for none.
+        index: ``(k, n)``.
         rho: ``(k, n)`` or None.
         taps: ``(k, d, c // groups)``.
         bias: ``(d,)`` or None.

@@ -3,13 +3,11 @@
 
 #include "differences.h"
 
-enum { LANES = 16 };
-
 double squared_difference(const float *q, const float *key, int64_t d) {
-  double sum[LANES] = {0}, total = 0;
+  double sum[DOUBLES] = {0}, total = 0;
   int64_t axis = 0;
-  for (; axis + LANES <= d; axis += LANES)
-    for (int lane = 0; lane < LANES; lane++) {
+  for (; axis + DOUBLES <= d; axis += DOUBLES)
+    for (int lane = 0; lane < DOUBLES; lane++) {
       double difference = (double)q[axis + lane] - key[axis + lane];
       sum[lane] += difference * difference;
     }
@@ -17,8 +15,7 @@ double squared_difference(const float *q, const float *key, int64_t d) {
     double difference = (double)q[axis] - key[axis];
     total += difference * difference;
   }
-  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-  return total;
+  return d < DOUBLES ? total : total + across_doubles(sum);
 }
 
 float squared_difference_of_few(const float *q, const float *key, int64_t d) {

@@ -7,7 +7,6 @@
 #include "products.h"
 #include "vectors.h"
 
-enum { DOUBLES = 16 };
 static const float TINY = 1.1e-19f; /* what is less has no square in single precision */
 
 static inline double product(const float *q, const float *key, int64_t d) {
@@ -17,8 +16,7 @@ static inline double product(const float *q, const float *key, int64_t d) {
     for (int lane = 0; lane < DOUBLES; lane++)
       sum[lane] += (double)q[axis + lane] * key[axis + lane];
   for (; axis < d; axis++) total += (double)q[axis] * key[axis];
-  for (int lane = 0; lane < DOUBLES; lane++) total += sum[lane];
-  return total;
+  return d < DOUBLES ? total : total + across_doubles(sum);
 }
 
 /* Before it is rounded. zero: whether the target is zero, of ANGLES; add: the source's bias. */

@@ -123,8 +123,11 @@ class Described:
         self.n, self.m, self.d = q.shape[-2], keys.shape[-2], q.shape[-1]
         self.heads = self.lead[-1] if self.lead else 1
         given = ((q, 2), (keys, 2), (bias, 1), (mask, 2), (less, 2))
-        self.served = _served(q, keys, k, bias, mask, own, less) and all(
-            tensor is None or one_outer(tensor, axes, self.lead) for tensor, axes in given
+        longest = self.m if runs is None or not len(runs.sources) else int(runs.sources.max())
+        self.served = (
+            _served(q, keys, k, bias, mask, own, less)
+            and longest <= LONGEST_ROW
+            and all(tensor is None or one_outer(tensor, axes, self.lead) for tensor, axes in given)
         )
         if not self.served:
             return
@@ -217,5 +220,5 @@ def _served(
     fits = all(t is None or (t.shape[-1] == m and t.shape[-2] in (1, n)) for t in (mask, less))
     fits = fits and (bias is None or bias.shape[-1] == m)
     fits = fits and q.shape[-1] == keys.shape[-1] and (own is None or len(own) == n)
-    plain = fits and m <= LONGEST_ROW and (own is None or own.ndim == 1)
-    return here and some and plain and build.library() is not None
+    fits = fits and (own is None or own.ndim == 1)
+    return here and some and fits and build.library() is not None

@@ -193,6 +193,22 @@ static float measure(const Workspace *w, const float *q, int zero, int64_t i, in
   return (float)(w->less ? value - w->less[i * p->less_row + j] : value);
 }
 
+/* Distances that decide, of all that are listed. Equal keys, of which there may be many, stand side
+   by side, as they are tied: they are measured once. */
+static void measure_listed(Workspace *w, const float *q, int zero, int64_t i) {
+  const Problem *p = w->problem;
+  Near *near = &w->near;
+  for (int64_t j = 0; j < near->count; j++) {
+    int64_t now = near->place[j], last = j ? near->place[j - 1] : -1;
+    size_t size = (size_t)p->d * sizeof *w->key;
+    int same = j && !w->less && (!w->add || w->add[now] == w->add[last]);
+    if (same && !memcmp(w->key + now * p->key_row, w->key + last * p->key_row, size))
+      near->value[j] = near->value[j - 1];
+    else
+      near->value[j] = measure(w, q, zero, i, now);
+  }
+}
+
 /* same: what all products of the row leave out of its distances. */
 static void nearest_of_row(Workspace *w, const float *row, int64_t i, float margin, float same,
                            float *values, int64_t *places) {
@@ -230,7 +246,7 @@ static void nearest_of_row(Workspace *w, const float *row, int64_t i, float marg
   if (!sure) {
     const float *q = w->query + i * p->q_row;
     int zero = p->kind == ANGLES && is_zero(q, p->d);
-    for (int64_t j = 0; j < count; j++) near->value[j] = measure(w, q, zero, i, near->place[j]);
+    measure_listed(w, q, zero, i);
     near_sort(near, found, some, order);
     memcpy(values, some, (size_t)found * sizeof *some);
     memcpy(places, order, (size_t)found * sizeof *order);

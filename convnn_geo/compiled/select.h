@@ -1,5 +1,7 @@
 /* Of one row of values: what k_smallest.c gives to others. */
 
+#pragma once
+
 #include <stdint.h>
 
 /* The most neighbours that bound() can bound. */

@@ -12,12 +12,11 @@
 typedef struct {
   int64_t n, k, c, d;
   const float *rows;    /* (m, c) */
-  const int64_t *index; /* (k, n), -1 for none; strides are counted in numbers */
+  const int64_t *index; /* (k, n); strides are counted in numbers */
   const float *rho;     /* (k, n), or NULL */
   int64_t index_tap, index_target, rho_tap, rho_target;
   const float *panel;   /* (panels, k, c, PANEL) */
   const float *bias;    /* (panels, PANEL) */
-  const float *zero;    /* (c) */
 } Taps;
 
 /* Taps (k, d, c) as (panels, k, c, PANEL); bias behind them; what is missing is zero. */
@@ -59,8 +58,7 @@ static void block(const Taps *t, int64_t start, float *out) {
       float rho[TARGETS];
       for (int i = 0; i < TARGETS; i++) { /* targets that are missing repeat the last */
         int64_t target = start + (i < count ? i : count - 1);
-        int64_t source = t->index[j * t->index_tap + target * t->index_target];
-        row[i] = source < 0 ? t->zero : t->rows + source * t->c;
+        row[i] = t->rows + t->index[j * t->index_tap + target * t->index_target] * t->c;
         rho[i] = t->rho ? t->rho[j * t->rho_tap + target * t->rho_target] : 1;
       }
       if (t->rho)
@@ -84,9 +82,8 @@ void gather_depthwise(const Taps *t, const float *taps, const float *bias, int t
     float *restrict sum = out + i * t->c;
     for (int64_t channel = 0; channel < t->c; channel++) sum[channel] = bias ? bias[channel] : 0;
     for (int64_t j = 0; j < t->k; j++) {
-      int64_t source = t->index[j * t->index_tap + i * t->index_target];
-      if (source < 0) continue;
-      const float *row = t->rows + source * t->c, *tap = taps + j * t->c;
+      const float *row = t->rows + t->index[j * t->index_tap + i * t->index_target] * t->c;
+      const float *tap = taps + j * t->c;
       float rho = t->rho ? t->rho[j * t->rho_tap + i * t->rho_target] : 1;
       for (int64_t channel = 0; channel < t->c; channel++)
         sum[channel] += row[channel] * rho * tap[channel];
@@ -94,22 +91,20 @@ void gather_depthwise(const Taps *t, const float *taps, const float *bias, int t
   }
 }
 
-/* Of t without panel, bias and zero: taps (k, d, c), bias (d) or NULL; out (n, d).
+/* Of t without panel and bias: taps (k, d, c), bias (d) or NULL; out (n, d).
    Returns 0 where memory does not suffice. */
 int gather_taps(const Taps *given, const float *taps, const float *bias, int threads, float *out) {
   Taps t = *given;
   int64_t k = t.k, c = t.c, d = t.d, n = t.n;
   int64_t wide = (d + PANEL - 1) / PANEL * PANEL;
   float *panel = malloc((size_t)(wide * (k * c + 1)) * sizeof *panel);
-  float *zero = calloc((size_t)c, sizeof *zero);
-  int served = panel && zero;
-  if (served) {
+  if (panel) {
     pack(taps, bias, k, d, c, panel);
-    t.panel = panel, t.bias = panel + wide * k * c, t.zero = zero;
+    t.panel = panel, t.bias = panel + wide * k * c;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t item = 0; item < (n + TARGETS - 1) / TARGETS; item++)
       block(&t, item * TARGETS, out);
   }
-  free(panel), free(zero);
-  return served;
+  free(panel);
+  return panel != NULL;
 }

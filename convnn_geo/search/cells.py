@@ -82,6 +82,10 @@ class _Grid:
         return number
 
 
+_AT_ONCE = 2**24
+"""Pairs that are looked at together, by torch."""
+
+
 class Cells(PointEngine):
     """Looks into the cells around each target until nothing outside can be nearer.
 
@@ -99,8 +103,8 @@ class Cells(PointEngine):
                 f"cells are for up to 3 dimensions, the points that stand for the metric have "
                 f"{query.dimension}"
             )
-        if reason is None and query.problem.kind == "angles":
-            return "vectors that differ by angles lie where directions are, many in one cell"
+        if reason is None and query.problem.kind != "points":
+            return "points that stand for angles, or for products, lie in few of the cells"
         return reason
 
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
@@ -110,12 +114,13 @@ class Cells(PointEngine):
         if plain and _on_a_gpu(problem, k):
             return _in_triton(problem, k, hidden.own)
         if not plain or not (all_finite(problem.q) and all_finite(problem.keys)):
-            return super().nearest(problem, k, hidden, slab)
+            return self._otherwise(problem, k, hidden, slab)
         found = []
         for one, own in alone(problem, hidden):
             part = _in_c(one.q, one.keys, k, own)
             found.append(part or self._otherwise(one, k, Hidden(own=own), slab))
-        return together(found, problem)
+        values, places = together(found, problem)
+        return values.to(problem.dtype), places
 
     def _otherwise(
         self, problem: Problem, k: int, hidden: Hidden, slab: int
@@ -157,9 +162,12 @@ def _in_triton(problem: Problem, k: int, own: Tensor | None) -> tuple[Tensor, Te
 def _in_c(q: Tensor, keys: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """By C; where points lie too unevenly, once more without those that only coincide."""
     found = compiled.cells_nearest(q, keys, k, own)
-    thinned = None if found is not None else Thinned.of(keys, k + (own is not None))
-    if thinned is None:
+    served = q.dtype == torch.float32 and q.device.type == "cpu" and compiled.library() is not None
+    if found is not None or not served:
         return found
+    thinned = Thinned.of(keys, k + (own is not None))
+    if thinned is None:
+        return None
     own = None if own is None else thinned.renumbered(own)
     found = compiled.cells_nearest(q, keys[thinned.kept], k, own)
     return None if found is None else (found[0], thinned.kept[found[1]])
@@ -175,7 +183,7 @@ def _around(q: Tensor, keys: Tensor, asked: int, wanted: float | None = None) ->
     cell = grid.cells(q)
     found = torch.empty(len(q), asked, dtype=torch.long, device=q.device)
     unsure = []
-    step = max(1, int(2**24 / (3 ** q.shape[-1] * 8 * wanted)))
+    step = max(1, int(_AT_ONCE / (3 ** q.shape[-1] * 8 * wanted)))
     for part in grid.flat(cell).argsort().split(step):  # neighbours share what they look at
         near, sure = _box(grid, q[part], cell[part], asked)
         found[part] = near
@@ -201,12 +209,16 @@ def _box(grid: _Grid, q: Tensor, cell: Tensor, asked: int) -> tuple[Tensor, Tens
     begin = grid.start[first.where(inside, 0)]
     size = (grid.start[beyond.where(inside, 0) + 1] - begin).where(inside, 0)
     width = max(int(size.max()), math.ceil(asked / len(steps)))
+    if len(q) > 1 and size.numel() * width > _AT_ONCE:  # some cell holds far more than the others
+        halves = (_box(grid, *part, asked) for part in zip(q.chunk(2), cell.chunk(2), strict=True))
+        near, sure = zip(*halves, strict=True)
+        return torch.cat(near), torch.cat(sure)
     slot = torch.arange(width, device=q.device)
     place = (begin.unsqueeze(-1) + slot).clamp_max(len(grid.order) - 1)
     index = grid.order[place].flatten(1)
     value = referee(Differences(q, grid.points, root=False), index, 2**23, q.dtype)
     there = (slot < size.unsqueeze(-1)).flatten(1)
-    value, best = k_smallest(value.masked_fill(~there, torch.inf), asked)
+    value, best = k_smallest(value.masked_fill(~there, torch.nan), asked)  # after infinity
     gap = torch.full_like(value[:, -1], torch.inf)
     for axis in range(q.shape[-1]):
         x, at, edge = q[:, axis], cell[:, axis], grid.edge[axis]
@@ -215,4 +227,4 @@ def _box(grid: _Grid, q: Tensor, cell: Tensor, asked: int) -> tuple[Tensor, Tens
         right = (low + (at + 2) * edge - x - spare).where(at + 2 < count[axis], torch.inf)
         gap = torch.minimum(gap, torch.minimum(left, right))
     enough = (gap == torch.inf) | ((gap > 0) & (value[:, -1] < gap.square() * (1 - 1e-5)))
-    return index.gather(-1, best), enough & (value[:, -1] < torch.inf)
+    return index.gather(-1, best), enough & ~value[:, -1].isnan()

@@ -26,7 +26,8 @@ def _fits(problem: Problem, sources: int, slab: int) -> bool:
     copies = sources * (problem.keys.shape[-1] + _ROWS) * 4 * torch.get_num_threads()
     if copies > slab < ROOMY or copies > _MOST:
         return False
-    return problem.axes is None and problem.dtype == torch.float32
+    single = problem.q.dtype == problem.keys.dtype == problem.dtype == torch.float32
+    return problem.axes is None and single
 
 
 def serves(problem: Problem, k: int, slab: int, sources: int | None = None) -> bool:

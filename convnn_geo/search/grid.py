@@ -116,7 +116,8 @@ def _nearest(
         index, reach = _box(target, source, radius, sharp, device)
         if index.shape[-1] >= k:
             best, place = k_smallest(sharp.at(index).to(dtype), k)
-            if index.shape[-1] == source.num_points or bool((best[..., -1:] < reach).all()):
+            enough = (best[..., -1:] < reach.to(dtype)).all()  # both as they are compared
+            if index.shape[-1] == source.num_points or bool(enough):
                 index = index.gather(-1, place)
                 return index, bound.refined().at(index).to(dtype) if exact else best
         radius *= 2
@@ -135,9 +136,9 @@ def _box(
     """Sources ``(n, w)`` in a box around each target, and a distance that all others exceed."""
     axes = len(source.size)
     index = torch.zeros((1,) * (2 * axes), dtype=torch.long, device=device)
-    reach = bound.q.new_full((1,) * axes, torch.inf)
-    extent = bound.k.view(*source.size, axes)
-    places = bound.q.view(*target.size, axes)
+    places = bound.q.to(bound.dtype).view(*target.size, axes)
+    extent = bound.k.to(bound.dtype).view(*source.size, axes)
+    reach = places.new_full((1,) * axes, torch.inf)
     for axis, length in enumerate(source.size):
         line = extent.select(-1, axis)
         for other in reversed([a for a in range(axes) if a != axis]):
@@ -146,7 +147,8 @@ def _box(
         for other in reversed([a for a in range(axes) if a != axis]):
             at = at.select(other, 0)
         width = min(2 * radius + 1, length)
-        nearest = (at[:, None] - line).abs().argmin(-1)
+        step = source.step[axis] or 1.0
+        nearest = ((at - source.origin[axis]) / step).round().clamp(0, length - 1).long()
         start = (nearest - radius).clamp(0, length - width)
         # What lies outside is at least as far as the first line left out on either side.
         beyond = torch.full_like(at, torch.inf)

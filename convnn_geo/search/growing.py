@@ -41,7 +41,7 @@ def within_reach(
     while True:
         found = ask(slots)
         full = found.mask is None or bool(found.mask[..., -1:].any())
-        if slots >= most or not full:
+        if slots >= most or not full or found.k < slots:
             return found.trimmed()
         slots = min(most, _MORE * slots)
 

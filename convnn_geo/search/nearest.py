@@ -111,10 +111,13 @@ def by_rows(
         return _in_parts(problem, k, hidden, slab, step, any_order)
     bound, dtype = problem.bound(), problem.dtype
     rough = bound.ordering(dtype)
-    if type(rough) is not BilinearForm:
-        return smallest_in_rows(rough, k, hidden, slab, dtype)
-    values, places = _by_product(problem, rough, k, hidden, slab, any_order)
-    if problem.exact:
+    if type(rough) is BilinearForm:
+        values, places = _by_product(problem, rough, k, hidden, slab, any_order)
+        again = problem.exact
+    else:
+        values, places = smallest_in_rows(rough, k, hidden, slab, dtype)
+        again = problem.exact and hidden.may_have_put(values)
+    if again:
         seen = referee(bound, places, slab, dtype)
         values = torch.where(values == torch.inf, values, seen)
     return values, places

@@ -82,13 +82,14 @@ class PointEngine(Engine):
     def nearest(self, problem: Problem, k: int, hidden: Hidden, slab: int) -> tuple[Tensor, Tensor]:
         """Values and places of the ``k`` nearest, some targets at a time."""
         points = problem.coordinates()
+        same = points[0] is points[1]
         lead = broadcast_shapes(*(t.shape[:-2] for t in points))
         q, keys = (
             t.expand(*lead, *t.shape[-2:]).flatten(0, -3) if lead else t[None] for t in points
         )
         q, keys = q.contiguous(), keys.contiguous()
         asked = k + 1 + (hidden.own is not None)
-        finite = all_finite(q) and (keys is q or all_finite(keys))  # a tree of NaN is no tree
+        finite = all_finite(q) and (same or all_finite(keys))  # a tree of NaN is no tree
         if not finite or not q.numel() or k < 1 or asked > keys.shape[-2]:
             return by_rows(problem, k, hidden, slab)
         prepared = self.prepare(keys)

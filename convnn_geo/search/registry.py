@@ -152,6 +152,8 @@ def _unsuited(query: Query, name: str) -> str | None:
         return "of few pixels with many channels most are looked at, which products do sooner"
     if name == Dense.name and _double(query):
         return "a tree is faster for few coordinates in float64"
+    if name in _TREES and query.problem is not None and query.problem.kind == "products":
+        return "the axis that turns products into distances is long, so that trees see most of all"
     if name in _TREES and _tied(query):
         return "many directions are the same, as in pictures, and trees search ties again"
     return None

@@ -61,6 +61,14 @@ class Hidden:
             values = values.scatter(-1, place, values.gather(-1, place).where(own < 0, torch.inf))
         return values
 
+    def may_have_put(self, values: Tensor) -> bool:
+        """Whether a number may stand for NaN or infinity, which come before what is hidden.
+
+        On a GPU nobody waits to see.
+        """
+        largest = torch.finfo(values.dtype).max
+        return bool(self) and (not values.is_cpu or bool((values.abs() == largest).any()))
+
     def kept(self, place: Tensor) -> Tensor | None:
         """Which of the chosen were allowed; None where nothing was hidden."""
         kept = None
