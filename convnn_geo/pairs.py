@@ -110,7 +110,8 @@ def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None
     """
     rows = x.flatten(0, -2)
     mask = pairs.mask if isinstance(pairs, Pairs) else None
-    alone = all(type(part) in (nn.Sequential, *_ROW_BY_ROW) for part in module.modules())
+    known = isinstance(module, nn.Module)  # and no other function of rows
+    alone = known and all(type(m) in (nn.Sequential, *_ROW_BY_ROW) for m in module.modules())
     if mask is None or alone:
         return module(rows).unflatten(0, x.shape[:-1])
     filled = mask.expand(x.shape[:-1]).flatten().nonzero().squeeze(-1)
