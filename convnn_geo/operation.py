@@ -123,7 +123,7 @@ class Operation:
         found = selection(self.query(), self.own(), search or self.search)
         if found.mask is not None and not (found.complete or self._counts_slots):
             m = self.source.num_points
-            if found.k > m and type(self.selection) in (KNearest, Radius):
+            if found.k > m and type(selection) in (KNearest, Radius):
                 found = found.apply(lambda t: t[..., :m])  # filled first, so that the rest is empty
             draws = self.weighting.training and getattr(self.weighting, "dropout", 0.0) > 0
             if found.index.device.type == "cpu" and not draws and not is_watched():

@@ -89,6 +89,12 @@ class Operator:
         return directly(self.function, *args)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor stands for many: gradients do where ``is_grads_batched`` asks for many."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def directly(function: Callable[..., Any], *args: Any) -> Any:
     """Call it without a graph where nobody looks on; no result is a view."""
     with torch._C._AutoDispatchBelowADInplaceOrView():

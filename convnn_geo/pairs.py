@@ -59,8 +59,11 @@ class Pairs:
 
     @property
     def x_i(self) -> Tensor:
-        """Features of targets, ``(..., n, 1, c)``."""
-        return self.target.features.unsqueeze(-2)
+        """Features of targets, ``(..., n, 1, c)``; zeros where a target has no neighbours."""
+        own = self.target.features.unsqueeze(-2)
+        if self.mask is None:
+            return own
+        return own.masked_fill(~self.mask.any(-1)[..., None, None], 0.0)
 
     @once
     def x_j(self) -> Tensor:
@@ -101,6 +104,16 @@ _ROW_BY_ROW = (
 """Layers to which the other rows make no difference."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: object, *types: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes, and nothing is put upon it: hooks, a forward."""
+    if type(module) not in types or "forward" in vars(module):
+        return False
+    return not any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None) -> Tensor:
     """A module on ``x (..., c)`` as rows ``(N, c)``; where it counts, on filled slots' alone.
 
@@ -110,9 +123,8 @@ def on_rows(module: nn.Module, x: Tensor, pairs: Pairs | EdgePairs | None = None
     """
     rows = x.flatten(0, -2)
     mask = pairs.mask if isinstance(pairs, Pairs) else None
-    known = isinstance(module, nn.Module)  # and no other function of rows
-    alone = known and all(type(m) in (nn.Sequential, *_ROW_BY_ROW) for m in module.modules())
-    if mask is None or alone:
+    parts = module.modules() if isinstance(module, nn.Module) else (module,)
+    if mask is None or all(is_plain(part, nn.Sequential, *_ROW_BY_ROW) for part in parts):
         return module(rows).unflatten(0, x.shape[:-1])
     filled = mask.expand(x.shape[:-1]).flatten().nonzero().squeeze(-1)
     out = module(rows.index_select(0, filled))

@@ -777,6 +777,18 @@ def test_chosen_pairs_learn_twice(kind):
         found.append([*first, *torch.autograd.grad(sum(t.square().sum() for t in first), leaves)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    tied = {}  # sources that hang on the targets, or are these
+    for function in (of_pairs, pairs_by_copies):
+        out = function(kind, q, torch.cat([q * q, q[:, :2]], 1), index).square().sum()
+        out = out + function(kind, q, q, index.clamp_max(5)).square().sum()
+        (first,) = torch.autograd.grad(out, q, create_graph=True)
+        tied[function] = first, torch.autograd.grad(first.square().sum(), q)[0]
+    for one, other in zip(*tied.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    out, grads = of_pairs(kind, q, keys, index), torch.randn(3, 2, 6, 3)
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for one, other in zip(batched, torch.autograd.grad(out, leaves, grads[1]), strict=True):
+        torch.testing.assert_close(one[1], other)
     alone = torch.autograd.grad(of_pairs(kind, q.detach(), keys, index).sum(), keys)[0]
     torch.testing.assert_close(
         alone, torch.autograd.grad(pairs_by_copies(kind, q, keys, index).sum(), keys)[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch_geometric.nn import MLP
 
 from convnn_geo import compiled, recipes
-from convnn_geo.candidates import Block, Causal, Window
+from convnn_geo.candidates import Block, Causal, Congruent, Window
 from convnn_geo.compiled import problem
 from convnn_geo.encodings import Encoding, Fourier, Rotary
 from convnn_geo.kernels import EdgeMLP, Join, Max, Mean, Sum
@@ -19,6 +21,7 @@ from convnn_geo.nn import (
     Branching,
     ConvNN1d,
     ConvNN2d,
+    ConvNN3d,
     ConvNNAttention,
     NeighborConv,
     PointConvNN,
@@ -389,3 +392,122 @@ def test_ranks_count_from_nought():
     edges, rank = torch.tensor([[0, 1], [0, 1]]), torch.tensor([0, -1])
     with pytest.raises(ValueError, match="ranks count from 0"):
         Neighborhood.from_edge_index(edges, 2, 2, rank=rank)
+
+
+# --- networks on pairs -----------------------------------------------------------------------
+
+
+def test_a_whole_window_over_few_pixels():
+    x = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]])
+    layer = ConvNN2d(None, None, 3, padding=1, k=9, metric="euclidean", kernel="sum")
+    assert layer(x).flatten().tolist() == [15.0] * 4
+    line = {"padding": 1, "k": 3, "metric": "spatial", "kernel": "mean"}
+    for backend in ("auto", "gather", "message_passing"):
+        out = ConvNN1d(None, None, 3, backend=backend, **line)(torch.tensor([[[1.0, 2.0]]]))
+        assert out.flatten().tolist() == [1.5, 1.5]
+    torch.manual_seed(0)
+    volume = torch.randn(1, 1, 5, 3, 2)
+    found = [
+        ConvNN3d(None, None, (3, 5, 3), padding=1, kernel="mean", backend=b)(volume)
+        for b in ("auto", "message_passing")
+    ]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("where", [None, 0])
+def test_a_forward_of_ones_own_is_run(where):
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    part = network if where is None else network[where]
+    plain = part.forward
+    part.forward = lambda rows: plain(rows) + 1000
+    layer = PointConvNN(4, 8, 3, kernel=EdgeMLP(network))
+    assert layer(torch.randn(9, 4), torch.rand(9, 3)).min() > 900
+
+
+def test_rows_of_empty_slots_are_no_rows_of_a_forward_of_ones_own():
+    torch.manual_seed(0)
+    network, seen = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), []
+    network[2].register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    x, pos = torch.randn(12, 4), torch.rand(12, 3)
+    layer = PointConvNN(4, 8, selection=Radius(0.3, 5), kernel=EdgeMLP(network))
+    layer(x, pos)
+    assert seen == [
+        int(layer._operation(*layer._clouds(x, pos), None, None).neighborhood().mask.sum())
+    ]
+
+
+@pytest.mark.parametrize("inputs", [("source", "offset"), ("target", "difference")])
+def test_what_touches_no_pair_has_no_part_in_gradients(inputs):
+    torch.manual_seed(0)
+    width = 7 if "offset" in inputs else 8
+    network = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 8))
+    layer = PointConvNN(4, 8, selection=Radius(0.5, 5), kernel=EdgeMLP(network, inputs=inputs))
+    x, own = torch.randn(30, 4), torch.randn(5, 4)
+    pos, there = torch.rand(30, 3), torch.rand(5, 3)
+    x[7], pos[7] = torch.nan, 100.0  # a source that nobody chooses
+    own[2], there[2] = torch.nan, -100.0  # a target that chooses nobody
+    out = layer((x, own), (pos, there))
+    out[[0, 1, 3, 4]].sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
+def test_targets_with_features_of_another_width():
+    kernel = EdgeMLP(nn.Linear(10, 8), inputs=("source", "target"))
+    layer = PointConvNN(4, 8, 3, kernel=kernel)
+    x, pos = (torch.randn(20, 4), torch.randn(5, 6)), (torch.rand(20, 3), torch.rand(5, 3))
+    found = layer(x, pos)
+    layer.backend = "message_passing"
+    torch.testing.assert_close(layer(x, pos), found)
+
+
+@pytest.mark.parametrize("pattern", [Block(3), Congruent(2)])
+def test_blocks_of_images_of_any_size_are_exported(pattern):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = ConvNNAttention(8, 2, candidates=pattern)
+
+        def forward(self, x):
+            return self.attention(x, need_weights=False)[0]
+
+    model, size = Model().eval(), torch.export.Dim("size", min=2, max=64)
+    whole = torch.export.export(model, (torch.randn(2, 8, 6, 8),), dynamic_shapes=({1: size},))
+    x = torch.randn(2, 11, 6, 8)
+    torch.testing.assert_close(whole.module()(x), model(x))
+
+
+def test_an_exported_maximum_can_be_trained():
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    layer = PointConvNN(4, 8, 4, kernel=EdgeMLP(network))
+    x, pos = torch.randn(20, 4), torch.rand(20, 3)
+    with torch.no_grad():
+        whole = torch.export.export(layer, (x, pos)).module()
+    whole(x, pos).sum().backward()
+    layer(x, pos).sum().backward()
+    grads = dict(whole.named_parameters())
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(grads[name].grad, parameter.grad)
+
+
+def test_no_targets_of_a_layer_that_waits_for_its_channels():
+    network = nn.Sequential(nn.LazyLinear(8), nn.ReLU())
+    layer = PointConvNN(4, 8, 3, kernel=EdgeMLP(network))
+    x, pos = torch.randn(9, 4), torch.rand(9, 3)
+    assert layer((x, x[:0]), (pos, pos[:0])).shape == (0, 8)
+    assert layer(x, pos).shape == (9, 8)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "dot"])
+def test_gradients_to_be_differentiated_are_the_same_gradients(metric):
+    torch.manual_seed(0)
+    layer = ConvNN2d(16, 4, k=5, metric=metric, weighting="softmax")
+    x = torch.randn(1, 16, 6, 6, requires_grad=True)
+    out = layer(x).square().sum()
+    (once,) = torch.autograd.grad(out, x, retain_graph=True)
+    (again,) = torch.autograd.grad(out, x, create_graph=True)
+    torch.testing.assert_close(again, once)
+    double = copy.deepcopy(layer).double()
+    z = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(double(z).square().sum(), z, create_graph=True)
+    second = [torch.autograd.grad(g.square().sum(), t)[0] for g, t in ((again, x), (exact, z))]
+    torch.testing.assert_close(second[0].double(), second[1], rtol=1e-3, atol=1e-2)

@@ -12,7 +12,7 @@ from torch_geometric.utils import scatter
 
 from convnn_geo.checks import casts
 from convnn_geo.metrics import full_precision
-from convnn_geo.operators import is_transformed
+from convnn_geo.operators import is_watched
 from convnn_geo.pairs import EdgePairs, Pairs
 from convnn_geo.points import row_starts
 
@@ -206,9 +206,10 @@ class Max(Kernel):
 def _largest(messages: Tensor) -> Tensor:
     """Over neighbours; the first of equal values takes the gradient.
 
-    Where there is none, nobody asks who it is: ten times as fast on the CPU.
+    Where there is none, nobody asks who it is: ten times as fast on the CPU. What is traced may be
+    given a gradient later.
     """
-    if messages.requires_grad or is_transformed():
+    if messages.requires_grad or is_watched():
         return messages.max(-2).values
     return messages.amax(-2)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from convnn_geo.checks import check_name
 from convnn_geo.kernels.base import Join, Kernel, Max, Mean, Sum
-from convnn_geo.pairs import EdgePairs, Pairs, on_rows
+from convnn_geo.pairs import EdgePairs, Pairs, is_plain, on_rows
 
 INPUTS = ("target", "source", "difference", "offset")
 REDUCTIONS: dict[str, Kernel] = {"max": Max(), "mean": Mean(), "sum": Sum()}
@@ -25,8 +23,8 @@ class EdgeMLP(nn.Module, Kernel):
     ``inputs=("target", "difference")`` is EdgeConv (https://arxiv.org/abs/1801.07829),
     ``("source", "offset")`` the set abstraction of PointNet++ (https://arxiv.org/abs/1706.02413).
 
-    Where the network begins with a linear layer, that is applied to each input by itself: to a
-    target or a source once, not once a pair; and no pair's inputs are put side by side.
+    Where the network begins with a linear layer, that is applied to each input by itself, to a
+    target's features once, not once a pair; and no pair's inputs are put side by side.
 
     Args:
         mlp: from the inputs' channels to the messages'.
@@ -52,21 +50,15 @@ class EdgeMLP(nn.Module, Kernel):
 
     def message(self, pairs: Pairs | EdgePairs) -> Tensor:
         """The network on the inputs of each pair."""
-        widths = [self._width(name, pairs) for name in self.inputs]
+        parts = [_input(name, pairs) for name in self.inputs]
+        widths = [part.shape[-1] for part in parts]
         _check_width("EdgeMLP", self.mlp, sum(widths), " + ".join(self.inputs))
         first, rest = _linear_first(self.mlp)
         if first is None or {*self.inputs} == {"target"}:
             shape = pairs.x_j.shape[:-1]
-            parts = [_input(name, pairs).expand(*shape, -1) for name in self.inputs]
-            return on_rows(self.mlp, torch.cat(parts, -1), pairs)
+            return on_rows(self.mlp, torch.cat([p.expand(*shape, -1) for p in parts], -1), pairs)
         weights, biases = first.weight.split(widths, -1), (first.bias, *[None] * (len(widths) - 1))
-        mapped = map(_mapped, self.inputs, weights, biases, repeat(pairs))
-        return on_rows(rest, reduce(torch.add, mapped), pairs)
-
-    def _width(self, name: str, pairs: Pairs | EdgePairs) -> int:
-        if name == "offset":
-            return _there(pairs.offset).shape[-1]
-        return (pairs.value if isinstance(pairs, Pairs) else pairs.x_j).shape[-1]
+        return on_rows(rest, reduce(torch.add, map(F.linear, parts, weights, biases)), pairs)
 
     def reduce(self, messages: Tensor, mask: Tensor | None) -> Tensor:
         """As named."""
@@ -87,24 +79,19 @@ def _input(name: str, pairs: Pairs | EdgePairs) -> Tensor:
     return x_i if name == "target" else pairs.x_j - x_i
 
 
-def _mapped(name: str, weight: Tensor, bias: Tensor | None, pairs: Pairs | EdgePairs) -> Tensor:
-    """A linear layer on it: on sources once each, before they are gathered."""
-    if name == "source" and isinstance(pairs, Pairs):
-        return replace(pairs, value=F.linear(pairs.value, weight, bias)).x_j
-    return F.linear(_input(name, pairs), weight, bias)
-
-
 def _linear_first(network: nn.Module) -> tuple[nn.Linear | None, nn.Module]:
     """The linear layer that a network begins with, and the rest; None where there is none.
 
-    Nor where somebody looks on by hooks, who expects its input.
+    Nor where somebody looks on, who expects its input, or where it is more than its class says.
     """
-    chain = [*network] if type(network) is nn.Sequential else [network]
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    seen = any(getattr(part, hook) for part in (network, *chain[:1]) for hook in hooks)
-    if not chain or type(chain[0]) is not nn.Linear or seen:
+    if not is_plain(network, nn.Sequential, nn.Linear):
         return None, network
-    return chain[0], chain[1] if len(chain) == 2 else nn.Sequential(*chain[1:])
+    first, *others = network if isinstance(network, nn.Sequential) and len(network) else [network]
+    if not isinstance(first, nn.Linear) or not is_plain(first, nn.Linear):
+        return None, network
+    if type(first.weight) not in (Tensor, nn.Parameter):  # of other kinds not all can be cut
+        return None, network
+    return first, others[0] if len(others) == 1 else nn.Sequential(*others)
 
 
 class MaxRelative(nn.Module, Kernel):
@@ -236,7 +223,8 @@ class GravNet(nn.Module, Kernel):
 def _check_width(name: str, module: nn.Module, width: int, inputs: str) -> None:
     """Raise where a network that begins with a linear layer takes other inputs than there are."""
     first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
-    if isinstance(first, nn.Linear) and first.in_features != width:
+    lazy = isinstance(first, nn.LazyLinear)
+    if isinstance(first, nn.Linear) and not lazy and first.in_features != width:
         raise ValueError(
             f"{name}: its network takes {first.in_features} channels, but {inputs} has {width}; of "
             "other than three axes of positions recipes are told by axes="

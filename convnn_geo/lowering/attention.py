@@ -170,6 +170,8 @@ class AttentionInClasses(Attention):
         grid = op.source.grid
         if grid is None or op.target.grid != grid or grid != Grid(grid.size):
             return "targets and sources are not the pixels of one grid"
+        if not all(isinstance(length, int) for length in grid.size):
+            return "sizes are open, and how many classes there are follows from them"
         masks = (op.mask, op.bias, op.source.mask, op.target.mask)
         if any(mask is not None for mask in masks):
             return "a mask or a bias is of pairs of all classes"

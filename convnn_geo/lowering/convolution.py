@@ -121,6 +121,8 @@ class Pooling(Rule):
             return f"padding {pads} differs before and after"
         if window.padding_mode != "zeros" and any(padding):
             return f"padding_mode is {window.padding_mode!r}"
+        if any(k > s for k, s in zip(kernel_size, op.source.grid.size, strict=True)):  # type: ignore[union-attr]
+            return f"the window {kernel_size} is wider than the image"
         if any(2 * p > k for p, k in zip(padding, kernel_size, strict=True)):
             return f"padding {padding} is over half the window {kernel_size}"
         if isinstance(op.kernel, Mean) and set(dilation) != {1}:

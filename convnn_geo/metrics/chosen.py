@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from convnn_geo import compiled
-from convnn_geo.operators import is_watched
-from convnn_geo.points import gather_rows
+from convnn_geo.operators import is_mapped, is_watched
+from convnn_geo.points import gather_rows, row_starts
 
 
 def of_pairs(
@@ -57,10 +57,24 @@ class _Chosen(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, keys, index = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
-        if not torch.is_grad_enabled():
-            found = compiled.pairs_gradients(ctx.kind, q, keys, index, grad, wanted)
-            return None, *found, None
-        value = _by_copies(ctx.kind, q, keys, index)
-        learns = [t for t, needed in zip((q, keys), wanted, strict=True) if needed]
-        again = iter(torch.autograd.grad(value, learns, grad, create_graph=True))
-        return None, *(next(again) if needed else None for needed in wanted), None
+        if torch.is_grad_enabled() or is_watched() or is_mapped(grad):
+            found = _back_by_copies(ctx.kind, q, keys, index, grad)
+            return None, *(t if w else None for t, w in zip(found, wanted, strict=True)), None
+        return None, *compiled.pairs_gradients(ctx.kind, q, keys, index, grad, wanted), None
+
+
+def _back_by_copies(
+    kind: str, q: Tensor, keys: Tensor, index: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What pairs with these gradients give targets and sources, to be differentiated again."""
+    (m, d), lead = keys.shape[-2:], keys.shape[:-2]
+    near, own, grad = gather_rows(keys, index), q.unsqueeze(-2), grad.unsqueeze(-1)
+    if kind == "products":
+        to_targets, to_sources = grad * near, grad * own
+    else:
+        to_targets = 2 * grad * (own - near)
+        to_sources = -to_targets
+    starts = row_starts(lead.numel(), m, index.device).view(*lead, 1, 1)
+    to_keys = keys.new_zeros(lead.numel() * m, d)
+    to_keys = to_keys.index_add(0, (index + starts).flatten(), to_sources.reshape(-1, d))
+    return to_targets.sum(-2), to_keys.view(keys.shape)

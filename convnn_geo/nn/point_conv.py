@@ -26,6 +26,7 @@ from convnn_geo.lowering import run
 from convnn_geo.metrics import Feature, Metric, Spatial
 from convnn_geo.neighborhood import Neighborhood
 from convnn_geo.nn.measure import encode, layer_encoding, layer_metric
+from convnn_geo.nn.neighbor_conv import is_lazy
 from convnn_geo.nn.settable import slots
 from convnn_geo.nn.taps import TapLayer, check_self_point
 from convnn_geo.nn.tracing import one_node
@@ -224,7 +225,7 @@ class PointConvNN(TapLayer):
         source, target = self._clouds(x, pos)
         if not target.num_points:  # connected to the input, as any output
             rows = source.position if source.x is None else source.x
-            learns = sum((p.sum() for p in self.parameters()), rows.sum())
+            learns = sum((p.sum() for p in self.parameters() if not is_lazy(p)), rows.sum())
             return learns * lowered(rows).new_zeros(0, self.out_channels)
         op = self._operation(source, target, batch, edge_index)
         out = self.check_channels(run(op, self.backend), self.out_channels)
