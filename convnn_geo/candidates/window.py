@@ -58,7 +58,10 @@ class Window(Candidates):
         if isinstance(padding, str):
             check_name("padding", padding, ("same", "valid"))
             if padding == "same" and set(_plain(stride)) != {1}:
-                raise ValueError(f"padding='same' takes no stride, got {stride}")
+                raise ValueError(
+                    f"padding='same' takes no stride, got {stride}; pass padding=, the half of "
+                    "kernel_size, say"
+                )
         for name, value, minimum in (
             ("kernel_size", kernel_size, 1),
             ("stride", stride, 1),

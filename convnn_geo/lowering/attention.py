@@ -218,7 +218,7 @@ class MaskedAttention(Attention):
             return over_candidates(op)
         k, m = op.selection.k, op.source.num_points
         if k <= LARGEST_K:
-            return f"k={k} is at most {LARGEST_K}"
+            return f"k={k} is at most {LARGEST_K}, which are listed, not masked"
         if m > _SPARSE * k:
             return f"a mask of {m} sources is more than k={k} neighbours with their distances"
         if op.value.device.type != "cpu" or is_watched():

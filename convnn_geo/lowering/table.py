@@ -52,7 +52,7 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
     other = f"backend={backend!r} was asked for"
     for rule in RULES:
         if op.with_weights and not rule.weighs:
-            passed.append((rule, "weights are asked for, too"))
+            passed.append((rule, "weights are asked for, too (need_weights=False asks for none)"))
             continue
         if backend not in ("auto", rule.backend):
             passed.append((rule, other))
@@ -66,8 +66,8 @@ def choose(op: Operation, backend: str = "auto") -> tuple[Rule, list[tuple[Rule,
         return next((rule, passed) for rule in RULES if rule.name == Gather.name)
     reasons = "; ".join(f"{rule.name}: {why}" for rule, why in passed if rule.backend == backend)
     raise ValueError(
-        f"backend={backend!r} can't run this layer: {reasons}. Use backend='auto', which falls "
-        "back to 'gather'"
+        f"backend={backend!r} can't run this layer: {reasons}. Use backend='auto', which takes "
+        "whatever can"
     )
 
 

@@ -45,6 +45,9 @@ class Combination(Distances):
     def select(self, index: Tensor) -> Combination:
         return Combination([(w, d.select(index)) for w, d in self.parts])
 
+    def targets(self, index: Tensor) -> Combination:
+        return Combination([(w, d.targets(index)) for w, d in self.parts])
+
     def double(self) -> Combination:
         """Every part in float64, so that weights are applied to what is not yet rounded."""
         return Combination(
