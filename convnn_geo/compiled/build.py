@@ -21,10 +21,7 @@ HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FLAGS = ("-O3", "-fPIC")
-_WISHES: tuple[tuple[str, ...], ...] = (
-    *(("-march=native", "-fopenmp"), ("-march=native",)),
-    *(("-fopenmp",), ()),
-)
+_WISHES = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Flags that some compilers lack, the best first."""
 _ARGUMENTS = {
     "k_smallest": [_POINTER, _LONG, _LONG, _INT, _INT, _POINTER, _POINTER],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +20,8 @@ from convnn_geo.recipes.registry import recipe, recipe_by_position
 from convnn_geo.selection import Every
 from convnn_geo.typing import Size
 from convnn_geo.weighting import Gaussian, MeanOneSoftmax, Softmax, Weighting
+
+Pooled = TypeVar("Pooled", ConvNN1d, ConvNN2d, ConvNN3d)
 
 
 @recipe
@@ -211,6 +213,19 @@ def interpolated_conv2d(
     )
 
 
+def _pool(
+    layer: type[Pooled],
+    kernel: str | Mean,
+    kernel_size: Size,
+    stride: Size | None,
+    *window: Any,
+    **kwargs: Any,
+) -> Pooled:
+    """A layer without weights over whole windows, which do not overlap unless told."""
+    stride = kernel_size if stride is None else stride
+    return layer(None, None, kernel_size, stride, *window, kernel=kernel, **kwargs)
+
+
 @recipe
 def avg_pool1d(
     kernel_size: int,
@@ -222,15 +237,7 @@ def avg_pool1d(
 ) -> ConvNN1d:
     """``nn.AvgPool1d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN1d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        kernel=kernel,
-        **kwargs,
-    )
+    return _pool(ConvNN1d, kernel, kernel_size, stride, padding, **kwargs)
 
 
 @recipe
@@ -244,15 +251,7 @@ def avg_pool2d(
 ) -> ConvNN2d:
     """``nn.AvgPool2d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN2d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        kernel=kernel,
-        **kwargs,
-    )
+    return _pool(ConvNN2d, kernel, kernel_size, stride, padding, **kwargs)
 
 
 @recipe
@@ -266,15 +265,7 @@ def avg_pool3d(
 ) -> ConvNN3d:
     """``nn.AvgPool3d``: the mean over the window."""
     kernel = Mean(count_empty=count_include_pad)
-    return ConvNN3d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        kernel=kernel,
-        **kwargs,
-    )
+    return _pool(ConvNN3d, kernel, kernel_size, stride, padding, **kwargs)
 
 
 @recipe
@@ -282,16 +273,7 @@ def max_pool1d(
     kernel_size: int, stride: int | None = None, padding: int = 0, dilation: int = 1, **kwargs: Any
 ) -> ConvNN1d:
     """``nn.MaxPool1d``: the maximum over the window."""
-    return ConvNN1d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        dilation,
-        kernel="max",
-        **kwargs,
-    )
+    return _pool(ConvNN1d, "max", kernel_size, stride, padding, dilation, **kwargs)
 
 
 @recipe
@@ -303,16 +285,7 @@ def max_pool2d(
     **kwargs: Any,
 ) -> ConvNN2d:
     """``nn.MaxPool2d``: the maximum over the window."""
-    return ConvNN2d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        dilation,
-        kernel="max",
-        **kwargs,
-    )
+    return _pool(ConvNN2d, "max", kernel_size, stride, padding, dilation, **kwargs)
 
 
 @recipe
@@ -324,16 +297,7 @@ def max_pool3d(
     **kwargs: Any,
 ) -> ConvNN3d:
     """``nn.MaxPool3d``: the maximum over the window."""
-    return ConvNN3d(
-        None,
-        None,
-        kernel_size,
-        kernel_size if stride is None else stride,
-        padding,
-        dilation,
-        kernel="max",
-        **kwargs,
-    )
+    return _pool(ConvNN3d, "max", kernel_size, stride, padding, dilation, **kwargs)
 
 
 class Patches(Encoding):
